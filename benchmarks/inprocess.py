@@ -1,0 +1,117 @@
+"""A swarm in one process: the node's own composers, codecs and merging, with function calls in place of a network.
+
+Every composer takes one inner step in turn; deltas pass through their wire bytes, and rounds through the pure merging
+code. There is no lateness and no loss, so what this shows is the method, and what the real node loses against it is
+the network's doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..node.composer import Composer
+from ..node.manifest import Manifest
+from ..protocol.merging import Facts, shares, weights
+
+NextBatch = Callable[[], Tensor]
+
+
+@dataclass
+class Bytes:
+    """What would have crossed the wire, summed over composers."""
+
+    deltas: int = 0  # published once each; gossip's copies are not counted
+    outer: int = 0  # pseudo-gradients in and averages out, at the codec's width
+
+
+class InProcessSwarm:
+    """`len(batches)` composers; composer i owns the slots of `owned[i]`.
+
+    If every composer owns every slot this is DiLoCo with full replicas: experts are then averaged in each round too.
+    """
+
+    def __init__(self, manifest: Manifest, batches: Sequence[NextBatch], owned: Sequence[Sequence[int]]) -> None:
+        self.manifest = manifest
+        self.replicas = all(set(slots) == set(owned[0]) for slots in owned)
+        self.composers = [
+            Composer(manifest, owned=slots, next_batch=batch, fit_seed=i)
+            for i, (slots, batch) in enumerate(zip(owned, batches, strict=True))
+        ]
+        self.bytes = Bytes()
+
+    def run(self, steps: int) -> Iterator[float]:
+        """Train for `steps` inner steps each; yields the composers' mean loss after every step."""
+        outer, publish_every = self.manifest.outer, self.manifest.standin.publish_every
+        due_every = max(1, outer.every_steps // outer.fragments)
+        rounds = 0
+        for step in range(1, steps + 1):
+            losses = [composer.train_step().loss for composer in self.composers]
+            self._share_counts()
+            if step % publish_every == 0 and not self.replicas:
+                self._publish()
+            if step % due_every == 0 and len(self.composers) > 1:
+                self._round(rounds % len(self.composers[0].fragments))
+                rounds += 1
+            yield sum(losses) / len(losses)
+        for fragment in range(len(self.composers[0].fragments)):
+            if len(self.composers) > 1 and self.composers[0].steps_since_commit(fragment):
+                self._round(fragment)
+
+    def _share_counts(self) -> None:
+        counts = [c.last_counts for c in self.composers]
+        known = [c for c in counts if c is not None]
+        if len(known) == len(counts):
+            total = torch.stack(known).sum(0)
+            for composer, own in zip(self.composers, known, strict=True):
+                composer.swarm_counts = total - own
+
+    def _publish(self) -> None:
+        for sender in self.composers:
+            for slot, layers in sender.publish().items():
+                self.bytes.deltas += sum(map(len, layers))
+                for receiver in self.composers:
+                    if receiver is sender or slot in receiver.owned:
+                        continue
+                    for standin, delta in zip(receiver.standins(slot), layers, strict=True):
+                        standin.apply(delta)
+
+    def _round(self, index: int) -> None:
+        entries = [c.begin_round(index) for c in self.composers]
+        facts = [Facts(str(i), tokens, steps) for i, (_, tokens, steps) in enumerate(entries)]
+        share = shares(weights(facts))
+        total = sum(share.values())
+        average = torch.zeros_like(entries[0][0])
+        for i, (pseudo_gradient, _, _) in enumerate(entries):
+            average += pseudo_gradient * (share[str(i)] / total)
+        self.bytes.outer += 2 * average.numel() * 2 * len(self.composers)
+        for composer in self.composers:
+            composer.commit_round(index, *composer.propose(index, average))
+        if self.replicas:
+            self._average_experts()
+
+    @torch.no_grad()
+    def _average_experts(self) -> None:
+        for slot in range(self.composers[0].num_slots):
+            for copies in zip(*(composer.model.experts_of(slot) for composer in self.composers), strict=True):
+                for name in ("gate_up", "down"):
+                    mean = torch.stack([getattr(copy, name) for copy in copies]).mean(0)
+                    self.bytes.outer += 2 * mean.numel() * 2 * len(copies)
+                    for copy in copies:
+                        getattr(copy, name).copy_(mean)
+
+    def merged(self) -> Composer:
+        """One composer that holds the merged model: the common backbone and every expert from its owner."""
+        whole = Composer(self.manifest, owned=range(self.composers[0].num_slots), next_batch=lambda: torch.empty(0))
+        for index, flat in enumerate(self.composers[0].common):
+            whole.reset_fragment(index, flat, self.composers[0].momentum[index])
+        with torch.no_grad():
+            for composer in self.composers:
+                for slot in composer.owned:
+                    for ours, theirs in zip(whole.model.experts_of(slot), composer.model.experts_of(slot), strict=True):
+                        ours.gate_up.copy_(theirs.gate_up)
+                        ours.down.copy_(theirs.down)
+        return whole

@@ -1,0 +1,304 @@
+"""`./dev bench kernels`: what experts and stand-ins cost on this machine.
+
+Two tables. Experts: forward and backward of `apply_experts` with all experts owned, against the eager experts of
+transformers, against a dense SwiGLU of the width that every token activates (K F: the same FLOPs without routing), and
+against itself with three in four experts replaced by stand-ins. Stand-ins: the time of every operation on one of them,
+and its bytes.
+
+What is compared runs interleaved, one after the other in every round, and a ratio is the median of the rounds' ratios:
+a neighbour who takes a core away slows both sides of it. Times by themselves move with the machine's load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from ..kernels.experts import DenseExpert, ExpertWeights, apply_experts, run_expert
+from ..kernels.standin import KINDS, initial_standin, make_publisher, standin_from_bytes
+
+RANK = 8
+TRAINED_STEP = 0.02  # how far weights move between two deltas, over their size: 8 steps of AdamW at 1e-4 for D = 512
+CAVEAT = (
+    "Medians of interleaved rounds. Ratios are medians of each round's ratio and survive a busy machine; "
+    "milliseconds do not: compare them only within one run."
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of routed experts, in float32."""
+
+    tokens: int  # T
+    hidden: int  # D
+    width: int  # F
+    experts: int  # E
+    top_k: int  # K
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.hidden}, {self.experts} experts of {self.width}, top {self.top_k}"
+
+    @property
+    def narrow_width(self) -> int:
+        """F of a narrow stand-in: a quarter."""
+        return max(1, self.width // 4)
+
+
+FULL = (
+    Shape(64, 64, 64, 16, 2),
+    Shape(1024, 64, 64, 16, 2),
+    Shape(1024, 64, 64, 64, 4),
+    Shape(1024, 512, 256, 32, 4),
+)
+QUICK = (Shape(64, 64, 64, 8, 2),)
+
+
+@dataclass(frozen=True)
+class ExpertsResult:
+    """One shape: median milliseconds of forward and backward by what ran, and ratios to `owned` (above 1: slower)."""
+
+    shape: Shape
+    rounds: int
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StandInResult:
+    """One kind of stand-in for one expert: median milliseconds by operation, and sizes in bytes."""
+
+    kind: str
+    hidden: int
+    width: int
+    rounds: int
+    milliseconds: dict[str, float]
+    expert_bytes: int  # of the expert itself, in float32
+    state_bytes: int
+    snapshot_bytes: int
+    delta_bytes: int  # after a step of TRAINED_STEP
+
+
+class _EmptyTap:
+    """What an owner of stand-ins asks for: all rows."""
+
+    def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
+        pass
+
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor) -> None:
+        pass
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 200
+) -> dict[str, list[float]]:
+    """Run all candidates in turn, round after round, for about `seconds`; the first round only warms up.
+
+    Returns:
+        milliseconds of every round, by candidate; the lists are equally long and in step.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    end = 0.0
+    for round_number in range(most + 1):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if round_number:
+                times[name].append(1e3 * (time.perf_counter() - began))
+        if not round_number:
+            end = time.perf_counter() + seconds
+        elif round_number >= least and time.perf_counter() > end:
+            break
+    return times
+
+
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median of each list."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
+    """Forward and backward of one layer, gradients to inputs, gates and all weights that are trained."""
+    eager = _eager(shape)
+    owned = [
+        DenseExpert(
+            torch.nn.Parameter(eager.gate_up_proj[e].detach().clone()),
+            torch.nn.Parameter(eager.down_proj[e].detach().clone()),
+        )
+        for e in range(shape.experts)
+    ]
+    dense_width = shape.top_k * shape.width
+    dense = (
+        torch.nn.Parameter(torch.randn(2 * dense_width, shape.hidden) * shape.hidden**-0.5),
+        torch.nn.Parameter(torch.randn(shape.hidden, dense_width) * dense_width**-0.5),
+    )
+    x_TD = torch.randn(shape.tokens, shape.hidden, requires_grad=True)
+    gates_TK, index_TK = torch.randn(shape.tokens, shape.experts).softmax(-1).topk(shape.top_k)
+    gates_TK.requires_grad_()
+    grad_TD = torch.randn(shape.tokens, shape.hidden)
+    inputs = (x_TD, gates_TK)
+
+    def step(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(), leaves, grad_TD)
+
+    def routed(experts: Sequence[ExpertWeights]) -> Callable[[], object]:
+        trained = [w for expert in experts if isinstance(expert, DenseExpert) for w in expert.dense()]
+        tap = None if len(trained) == 2 * len(experts) else _EmptyTap()
+        return step(lambda: apply_experts(x_TD, index_TK, gates_TK, experts, tap=tap), (*inputs, *trained))
+
+    candidates = {
+        "owned": routed(owned),
+        "eager": step(
+            lambda: eager(x_TD, index_TK, gates_TK), (*inputs, eager.gate_up_proj, eager.down_proj)
+        ),
+        "dense": step(lambda: run_expert(x_TD, *dense), (x_TD, *dense)),
+    }  # fmt: skip
+    for kind in KINDS:
+        mixed = [
+            expert if e % 4 == 0 else initial_standin(kind, *expert.dense(), shape.narrow_width)
+            for e, expert in enumerate(owned)
+        ]
+        candidates[kind] = routed(mixed)
+    times = interleaved(candidates, seconds)
+    ratios = {
+        name: statistics.median(other / ours for other, ours in zip(values, times["owned"], strict=True))
+        for name, values in times.items()
+        if name != "owned"
+    }
+    return ExpertsResult(shape, len(times["owned"]), medians(times), ratios)
+
+
+def bench_standin(kind: str, shape: Shape, seconds: float, generator: torch.Generator) -> StandInResult:
+    """Every operation on one expert's stand-in, on the owner's side and on the side of who holds a copy."""
+    expert = DenseExpert(
+        torch.randn(2 * shape.width, shape.hidden, generator=generator) * shape.hidden**-0.5,
+        torch.randn(shape.hidden, shape.width, generator=generator) * shape.width**-0.5,
+    )
+    publisher = make_publisher(kind, expert, width=shape.narrow_width, rank=RANK, generator=generator)
+    rows_ND = torch.randn(2048, shape.hidden, generator=generator)
+    publisher.observe(rows_ND, torch.rand(len(rows_ND), generator=generator))
+    held = standin_from_bytes(publisher.published.to_bytes())
+    delta_sizes: list[int] = []
+    delta = b""
+
+    def train() -> None:
+        for weight in expert.dense():
+            weight += TRAINED_STEP * weight.std() * torch.randn(weight.shape, generator=generator)
+
+    def publish() -> None:
+        nonlocal delta
+        delta = publisher.delta(expert)
+        delta_sizes.append(len(delta))
+
+    times = interleaved(
+        {
+            "train": train,
+            "refit": lambda: publisher.refit(expert),
+            "delta": publish,
+            "apply": lambda: held.apply(delta),
+            "dense": held.dense,
+            "fidelity": lambda: publisher.fidelity(expert),
+            "initial": lambda: initial_standin(kind, *expert.dense(), shape.narrow_width),
+        },
+        seconds,
+    )
+    del times["train"]  # only makes deltas worth sending
+    if held.digest() != publisher.published.digest():
+        raise RuntimeError(f"the {kind} copy is not what its owner published")
+    return StandInResult(
+        kind=kind,
+        hidden=shape.hidden,
+        width=shape.width,
+        rounds=len(times["delta"]),
+        milliseconds=medians(times),
+        expert_bytes=sum(weight.nbytes for weight in expert.dense()),
+        state_bytes=held.nbytes,
+        snapshot_bytes=len(held.to_bytes()),
+        delta_bytes=int(statistics.median(delta_sizes[1:])),
+    )
+
+
+def markdown(experts: Sequence[ExpertsResult], standins: Sequence[StandInResult]) -> str:
+    """Both tables and how to read them."""
+    lines = [
+        "Experts, forward and backward. T x D, E experts of F, top K; ratios to all experts owned (above 1: slower)",
+        "",
+        "| shape | rounds | owned, ms | transformers eager | dense of K F | 3/4 lowbit | 3/4 narrow |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in experts:
+        ratios = " | ".join(f"{result.ratios[name]:.2f}" for name in ("eager", "dense", "lowbit", "narrow"))
+        lines.append(f"| {result.shape} | {result.rounds} | {result.milliseconds['owned']:.2f} | {ratios} |")
+    operations = ("initial", "refit", "delta", "fidelity", "apply", "dense")
+    lines += [
+        "",
+        "One expert's stand-in, ms and bytes (narrow: F/4, deltas of rank 8)",
+        "",
+        f"| kind | D x F | {' | '.join(operations)} | expert | state | snapshot | delta |",
+        "|---|---|" + "---|" * (len(operations) + 4),
+    ]
+    for standin in standins:
+        costs = " | ".join(f"{standin.milliseconds[name]:.3f}" for name in operations)
+        sizes = f"{standin.expert_bytes} | {standin.state_bytes} | {standin.snapshot_bytes} | {standin.delta_bytes}"
+        lines.append(f"| {standin.kind} | {standin.hidden} x {standin.width} | {costs} | {sizes} |")
+    return "\n".join([*lines, "", CAVEAT])
+
+
+def _eager(shape: Shape) -> Qwen3MoeExperts:
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.width,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+    )
+    config._experts_implementation = "eager"
+    experts = Qwen3MoeExperts(config)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.normal_(0.0, weight.shape[-1] ** -0.5)
+    return experts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and, if asked, write JSON."""
+    parser = argparse.ArgumentParser(prog="./dev bench kernels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seconds", type=float, default=6.0, help="to spend on each line of the tables")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one small shape, for a look whether it runs")
+    parser.add_argument("--out", type=Path, default=None, help="file for the same numbers as JSON")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    shapes = QUICK if arguments.quick else FULL
+    seconds = min(arguments.seconds, 0.5) if arguments.quick else arguments.seconds
+    experts = [bench_experts(shape, seconds) for shape in shapes]
+    of_one = {(shape.hidden, shape.width): shape for shape in shapes}
+    standins = [bench_standin(kind, shape, seconds, generator) for shape in of_one.values() for kind in KINDS]
+    print(markdown(experts, standins))
+    if arguments.out is not None:
+        report = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "threads": arguments.threads,
+            "seed": arguments.seed,
+            "experts": [asdict(result) for result in experts],
+            "standins": [asdict(result) for result in standins],
+        }
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

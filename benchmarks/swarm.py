@@ -1,0 +1,132 @@
+"""`./dev bench swarm`: the real node (processes, DHT, gossip, all-reduce on loopback) against the same learning alone.
+
+Trains one run through real peers, then the centralized and the lone composer with the same model, text and schedule in
+this process, and reports held-out loss, bytes by kind per token, where the wall time went, and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import torch
+from rich.console import Console
+
+from ..node.demo import START_SECONDS, Demo, Peer
+from ..node.evaluate import evaluate_checkpoint
+from ..node.manifest import verify
+from .quality import Comparison, Result, markdown
+
+
+@dataclass(frozen=True)
+class PeerCost:
+    """What one composer spent."""
+
+    name: str
+    bytes_out_per_token: dict[str, float]  # by kind
+    step_seconds: dict[str, float]  # by part, summed
+    blocked_seconds: float  # the training loop waited for the network
+    training_rss_bytes: int  # resident memory of the training process; all of torch and transformers included
+    children_rss_bytes: int  # of its DHT, p2pd, averager and transport processes
+    rounds: dict[str, float]
+
+
+def cost(peer: Peer) -> PeerCost:
+    """Read off a running peer."""
+    status: dict[str, Any] = peer.status or {}
+    tokens = max(1, int(status["tokens"]))
+    sent = {b["kind"]: b["bytes"] / tokens for b in status["bytes"] if b["direction"] == "out"}
+    process = psutil.Process(peer.process.pid)
+    return PeerCost(
+        peer.name,
+        sent,
+        {part: values["sum"] for part, values in status["step_seconds"].items()},
+        status["blocked_seconds"],
+        process.memory_info().rss,
+        sum(child.memory_info().rss for child in process.children(recursive=True)),
+        status["outer"]["rounds"],
+    )
+
+
+def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tuple[Result, list[PeerCost], Path]:
+    """One run through real peers, from founding to the exported checkpoint's held-out loss."""
+    demo = Demo(arguments, folder, console)
+    try:
+        found = ["found", "--preset", arguments.preset, "--name", "bench", "--steps", str(arguments.steps)]
+        founder = demo.start("bootstrap", [*found, "--min-composers", str(arguments.composers)])
+        demo.wait([founder], frozenset({"ready"}), "founding", START_SECONDS)
+        invite = str(founder.get("invite"))
+        composers = demo.join(invite)
+        demo.wait(composers, frozenset({"ready", "training", "finished"}), "joining", START_SECONDS)
+        demo.watch(composers)
+        costs = [cost(peer) for peer in composers]
+        seconds = max(float(peer.get("phase_seconds", 0.0)) for peer in composers)
+        demo.call("export", ["export", invite, str(folder / "checkpoint")])
+    finally:
+        demo.stop()
+    signed = folder / "bootstrap" / "manifest.signed"
+    context = verify(signed.read_bytes()).data.context_length
+    evaluation = evaluate_checkpoint(folder / "checkpoint", windows=arguments.windows, context_length=context)
+    return Result("shoal, real node", evaluation.nats_per_token, seconds), costs, signed
+
+
+def report(costs: list[PeerCost]) -> str:
+    """Costs per composer as Markdown."""
+    kinds = sorted({kind for c in costs for kind in c.bytes_out_per_token})
+    lines = [
+        "| composer | " + " | ".join(f"{kind} B/token" for kind in kinds) + " | forward, backward s | optimizer s | "
+        "exchange s | blocked s | training MB | children MB | rounds |",
+        "|---" * (len(kinds) + 8) + "|",
+    ]
+    for c in costs:
+        sent = " | ".join(f"{c.bytes_out_per_token.get(kind, 0.0):.2f}" for kind in kinds)
+        parts = " | ".join(f"{c.step_seconds[part]:.1f}" for part in ("forward_backward", "optimizer", "exchange"))
+        rounds = ", ".join(f"{outcome} {count:.0f}" for outcome, count in c.rounds.items())
+        lines.append(
+            f"| {c.name} | {sent} | {parts} | {c.blocked_seconds:.1f} | {c.training_rss_bytes / 1e6:.0f} | "
+            f"{c.children_rss_bytes / 1e6:.0f} | {rounds} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all three and print the tables."""
+    parser = argparse.ArgumentParser(prog="./dev bench swarm", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--composers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--preset", default="bench")
+    parser.add_argument("--windows", type=int, default=128, help="held-out windows")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per peer")
+    parser.add_argument("--baselines", default="centralized,lone", help="comma-separated methods of `bench quality`")
+    parser.add_argument("--out", type=Path, default=None, help="folder for swarm.md and swarm.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
+        result, costs, signed = train(arguments, Path(name), console)
+        manifest = verify(signed.read_bytes())
+    comparison = Comparison(msgspec.structs.replace(manifest, name="bench"), arguments.composers, arguments.windows)
+    results = []
+    for method in filter(None, arguments.baselines.split(",")):
+        results.append(comparison.run(method, lambda step, loss: None))
+        console.print(f"{method}: {results[-1].loss:.4f} nats/byte in {results[-1].seconds:.0f} s")
+    results.append(result)
+    train_spec = manifest.train
+    tokens = arguments.composers * train_spec.steps * train_spec.batch_size * manifest.data.context_length
+    text = markdown(results, tokens=tokens) + "\n\n" + report(costs)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "swarm.md").write_text(text + "\n")
+        told = {"results": [asdict(r) for r in results], "composers": [asdict(c) for c in costs]}
+        (arguments.out / "swarm.json").write_text(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Numerics: torch in, torch out. Knows nothing of peers."""

@@ -1,0 +1,371 @@
+"""The command line: reads what the user wants and calls what does it. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import platform
+import re
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts.config import Env, Toml
+
+from .. import __version__
+from ..protocol.errors import ShoalError
+from . import logs
+from .config import ENV_PREFIX, PeerConfig, Role, default_data_dir
+from .errors import ConfigError, NoIdentity, exit_code
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+
+RUN = Group("Run", sort_key=0)
+GLOBAL = Group("Settings file", sort_key=9)
+
+# Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
+MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
+
+app = App(
+    name="shoal",
+    version=__version__,
+    version_flags=["--version"],
+    help_format="markdown",
+    result_action="return_value",
+    help="""Train a Mixture-of-Experts language model together with others, peer to peer.
+
+    Found a run and get an invite, or join one with an invite. Peers come and go as they like; each keeps full weights
+    of the experts it owns and light stand-ins of all others.
+
+        shoal found --preset tiny --name my-run
+        shoal join shoal://198.51.100.7:31337/my-run-0123456789ab?v=1
+        shoal status
+
+    Every setting of `found` and `join` can also stand in a TOML file (`--config peer.toml`, `log_level = "debug"`) or
+    in the environment (`SHOAL_LOG_LEVEL=debug`). Flags win over the environment, the environment over the file.
+    """,
+)
+app.meta.result_action = "return_value"
+app["--help"].group = app["--version"].group = "About"
+identity_app = App(name="identity", help="The key that names this peer.")
+app.command(identity_app)
+
+PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]
+
+
+@app.command
+def found(
+    *,
+    preset: Annotated[Literal["tiny", "small", "bench"], Parameter(group=RUN)] = "tiny",
+    name: Annotated[str | None, Parameter(group=RUN)] = None,
+    steps: Annotated[int | None, Parameter(group=RUN)] = None,
+    min_composers: Annotated[int, Parameter(group=RUN)] = 1,
+    lease_seconds: Annotated[float, Parameter(group=RUN)] = 20.0,
+    role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
+    peer: PeerOptions = None,
+) -> int:
+    """Start a new run and its first peer, and print the invite.
+
+    The run's facts (model, schedule, codecs) are fixed and signed now. By default the first peer is a `bootstrap` peer:
+    it trains nothing and needs no GPU, but it should stay up, since the invite leads to it.
+
+        shoal found --preset tiny --steps 500
+        shoal found --role composer --announce train.example.org --dht-port 31337
+
+    Parameters
+    ----------
+    preset:
+        What to train: `tiny` trains on one CPU core, `small` wants a GPU or patience, `bench` is for comparisons.
+    name:
+        Lower-case name of the run; it begins the run's id. By default the preset's.
+    steps:
+        Steps after which a composer is done, in place of the preset's.
+    min_composers:
+        How many composers must be there before the first step is taken.
+    lease_seconds:
+        How long a peer is believed to be there after its last sign of life; then others take over its experts. Short
+        leases lose less when a peer dies, and cost more messages and false alarms on slow links.
+    role:
+        Whether the first peer trains too.
+    """
+    config = replace(peer or PeerConfig(), role=role)
+    return _start(config, _new_manifest(config, preset, name, steps, min_composers, lease_seconds))
+
+
+@app.command
+def join(
+    invite: Annotated[str, Parameter(group=RUN)],
+    *,
+    role: Annotated[Role, Parameter(group=RUN)] = "composer",
+    peer: PeerOptions = None,
+) -> int:
+    """Join a run.
+
+    Fetches what the run has learned so far, claims experts that fit this machine, and trains. Stop it with Ctrl-C or
+    SIGTERM: it hands its experts over first. Started again on the same data directory, it is the same peer.
+
+        shoal join INVITE
+        shoal join INVITE --data ~/texts --data-shard 0/4 --http-port 8470
+        SHOAL_INVITE=INVITE SHOAL_DATA_DIR=/data shoal join
+
+    Parameters
+    ----------
+    invite:
+        The string that `shoal found` printed; every running peer's status page shows one too.
+    role:
+        What to do there: `composer` trains, `bootstrap` helps others to find the run, `observer` only looks.
+    """
+    config = replace(peer or PeerConfig(), role=role, invite=invite)
+    return _start(config, None)
+
+
+@app.command
+def status(
+    url: str | None = None, /, *, data_dir: Path | None = None, json: Annotated[bool, Parameter(negative=())] = False
+) -> int:
+    """Show how a running peer is, and the swarm as that peer sees it.
+
+    It asks over HTTP, so it works from every machine that the peer's `--http-host` lets in.
+
+        shoal status
+        shoal status http://198.51.100.7:8470 --json
+
+    Parameters
+    ----------
+    url:
+        The peer's HTTP address. By default the peer that runs on the data directory.
+    data_dir:
+        The peer's data directory. By default $SHOAL_HOME, else ~/.shoal.
+    json:
+        Print everything the peer says as JSON.
+    """
+    from .presence import find_peer
+    from .status import fetch_status, render
+
+    told = fetch_status(url or find_peer((data_dir or default_data_dir()).expanduser()))
+    if json:
+        print(jsonlib.dumps(told, indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(told))
+    return 0
+
+
+@app.command
+def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: logs.LogLevel = "info") -> int:
+    """Gather a run's model from its peers and write it as a Hugging Face checkpoint.
+
+    Backbone and experts come from the peers that hold them, checked against what the swarm has signed. The result loads
+    with plain transformers: `AutoModelForCausalLM.from_pretrained(OUT)`.
+
+        shoal export INVITE ./my-model
+
+    Parameters
+    ----------
+    invite:
+        The run's invite.
+    out:
+        Folder to write; it must not exist yet.
+    data_dir:
+        Identity and temporary files of the exporting peer. By default `export` inside $SHOAL_HOME, else ~/.shoal.
+    log_level:
+        The least important messages to log.
+    """
+    config = PeerConfig(
+        invite=invite, role="observer", data_dir=data_dir or default_data_dir() / "export", log_level=log_level
+    )
+    logs.configure(format=config.log_format, level=config.log_level)
+    if out.exists():
+        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
+    from .gather import export_run
+
+    export_run(invite, out, config)
+    print(out)
+    return 0
+
+
+@app.command
+def evaluate(
+    checkpoint: Path,
+    *,
+    data: str = "stdlib",
+    windows: int = 64,
+    context_length: int = 256,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Measure an exported checkpoint's loss on the held-out part of a corpus, with plain transformers.
+
+    The number says what another user of the checkpoint gets: no code of the swarm is involved.
+
+        shoal evaluate ./my-model
+
+    Parameters
+    ----------
+    checkpoint:
+        A folder that `shoal export` wrote.
+    data:
+        A file, a folder, or `stdlib` for the sources of Python's own library.
+    windows:
+        How many stretches of held-out text to measure on.
+    context_length:
+        Tokens in each of them.
+    json:
+        Print the numbers as JSON.
+    """
+    logs.configure()
+    from .evaluate import evaluate_checkpoint
+
+    result = evaluate_checkpoint(checkpoint, data=data, windows=windows, context_length=context_length)
+    if json:
+        print(jsonlib.dumps({"nats_per_token": result.nats_per_token, "windows": result.windows}))
+    else:
+        print(
+            f"{result.nats_per_token:.4f} nats a token over {result.windows} windows of {result.context_length} tokens"
+        )
+    return 0
+
+
+@identity_app.command
+def show(*, data_dir: Path | None = None) -> int:
+    """Print this peer's id and where its key is. The key itself is never printed.
+
+    Parameters
+    ----------
+    data_dir:
+        The peer's data directory. By default $SHOAL_HOME, else ~/.shoal.
+    """
+    from ..protocol.identity import Identity
+
+    path = PeerConfig(data_dir=data_dir or default_data_dir()).identity_path
+    if not path.exists():
+        raise NoIdentity(f"there is no identity at {path}", fix="it is made when a peer first starts there")
+    print(f"{Identity.load(path).peer_id}\n{path}")
+    return 0
+
+
+@app.command
+def version() -> int:
+    """Print the versions that matter in a bug report."""
+    from .manifest import PROTOCOL_VERSION
+
+    print(
+        f"shoal {__version__}, protocol {PROTOCOL_VERSION}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    for package in ("torch", "hivemind", "libp2p", "transformers", "bitsandbytes", "numpy"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} is not installed")
+    return 0
+
+
+def _start(config: PeerConfig, manifest: Manifest | None) -> int:
+    logs.configure(format=config.log_format, level=config.log_level)
+    from .peer import run_peer
+
+    code: int = run_peer(config, manifest)
+    return code
+
+
+def _new_manifest(
+    config: PeerConfig,
+    preset_name: str,
+    name: str | None,
+    steps: int | None,
+    min_composers: int,
+    lease_seconds: float,
+) -> Manifest:
+    import msgspec
+
+    from ..protocol.identity import Identity
+    from .manifest import Manifest, OwnershipSpec
+    from .model.presets import preset
+
+    name = name or preset_name
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
+        raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
+    parts = preset(preset_name)
+    train = parts.train
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
+        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
+    if min_composers < 1:
+        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
+    train = msgspec.structs.replace(train, min_composers=min_composers)
+    if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
+        raise ConfigError(
+            f"lease_seconds = {lease_seconds:g} is not possible",
+            fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
+        )
+    return Manifest(
+        name=name,
+        founder=Identity.load_or_create(config.identity_path).peer_id,
+        created_at=int(time.time()),
+        model=parts.model,
+        data=parts.data,
+        train=train,
+        outer=parts.outer,
+        standin=parts.standin,
+        ownership=OwnershipSpec(lease_seconds=lease_seconds),
+    )
+
+
+@app.meta.default
+def _with_settings(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(group=GLOBAL, env_var="SHOAL_CONFIG")] = None,
+) -> int:
+    """Read the settings file, if there is one, and run the command.
+
+    Parameters
+    ----------
+    config:
+        TOML file with settings of `found` and `join`, named like the flags with underscores.
+    """
+    # cyclopts lets an earlier source win over a later one; flags come before all of them.
+    sources: list[Env | Toml] = [Env(ENV_PREFIX, command=False)]
+    if config is not None:
+        if not config.is_file():
+            raise ConfigError(f"there is no settings file {config}", fix="check --config and SHOAL_CONFIG")
+        try:
+            tomllib.loads(config.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config} is not TOML: {error}", fix="settings look like: http_port = 8470") from None
+        sources.append(Toml(config, must_exist=True, use_commands_as_keys=False))
+    before = {command: app[command].config for command in ("found", "join")}
+    try:
+        for command in before:
+            app[command].config = sources
+        code: int | None = app(tokens, exit_on_error=False, print_error=True)
+    finally:
+        for command, config_before in before.items():
+            app[command].config = config_before
+    return code or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
+    try:
+        code: int | None = app.meta(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=True)
+        return code or 0
+    except CycloptsError:
+        return 2  # cyclopts has printed what is wrong
+    except ShoalError as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            traceback.print_exc()
+        print(f"shoal: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

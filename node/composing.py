@@ -1,0 +1,298 @@
+"""A composer peer: wires the composer, its trainer and the network's parts together, and takes them down again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..protocol.averaging import OuterAverager
+from ..protocol.fragments import partition
+from ..protocol.identity import Identity
+from ..protocol.merging import digest as digest_of
+from ..protocol.ownership import Copy
+from .background import NetworkThread
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from .composer import Composer, StepReport
+from .config import PeerConfig
+from .data import Batches, load_corpus, seed_of_peer
+from .exchange import Exchange
+from .joining import catch_up, swarm_step
+from .keeper import SlotKeeper, Snapshot
+from .links import Links
+from .logs import get_logger
+from .membership import Membership
+from .model.init import backbone_shapes
+from .outer import Held, OuterDriver
+from .persistence import composer_tensors, restore_backbone, saved_slots
+from .serving import Library
+from .state import Count, PeerState, Phase, StepPart
+from .trainer import Trainer
+
+if TYPE_CHECKING:
+    import hivemind
+
+    from .peer import Run, StopRequest
+
+log = get_logger(__name__)
+
+CHECKPOINT_EVERY = 500  # steps
+POLL_SECONDS = 0.2
+# A slot's snapshot: weights and two moments in float32, the published stand-in, names and headers.
+SNAPSHOT_BYTES_PER_WEIGHT = 16
+HEADER_BYTES = 1 << 20
+
+
+class ComposerPeer:
+    """Construct it on the main thread before any other thread: the averager forks here.
+
+    `run` is the training thread until the peer has left.
+    """
+
+    def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run, dht: hivemind.DHT) -> None:
+        self.config, self.state, self.identity, self.facts = config, state, identity, run
+        spec = run.manifest.outer
+        self.fragments = partition(backbone_shapes(run.manifest.model), spec.fragments)
+        self.averager = OuterAverager(
+            dht=dht,
+            identity=identity,
+            run_id=run.run_id,
+            fragments=self.fragments,
+            codec=spec.codec,
+            matchmaking_seconds=spec.matchmaking_seconds,
+            timeout_seconds=spec.timeout_seconds,
+        )
+        self.store = CheckpointStore(config.data_dir / "checkpoints" / run.run_id)
+        self._saving: Future[None] | None = None
+        self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
+
+    def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
+        """Train until told to stop; returns the exit code."""
+        try:
+            return self._run(network, links, member, library, stop)
+        finally:
+            self.averager.shutdown()
+
+    def _run(
+        self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest
+    ) -> int:
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.state.enter(Phase.SYNCING, "building the model")
+        self.batches = self._batches()
+        composer = Composer(
+            self.facts.manifest,
+            owned=(),
+            next_batch=self.batches.next,
+            fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
+        )
+        held, saved = self._restore(composer)
+        self.composer = composer
+        self.trainer = Trainer(composer, self._after_step)
+        weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
+        self.exchange = Exchange(links, self.trainer, composer, max_standin_bytes=4 * weights + HEADER_BYTES)
+        self.outer = OuterDriver(links, self.trainer, self.averager, self.fragments, held)
+        self.keeper = SlotKeeper(
+            links,
+            self.trainer,
+            self.exchange,
+            capacity=member.capacity,
+            num_slots=composer.num_slots,
+            folder=self.config.data_dir / "standby" / self.facts.run_id,
+            saved=saved,
+            max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
+        )
+        self.links, self.member = links, member
+        library.stock(self.trainer, self.outer, self.exchange, self.keeper)
+        member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
+        member.on_round_open, member.on_records = self.outer.on_round_open, self.exchange.on_leases
+        life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
+        life.add_done_callback(lambda _: self.trainer.stop())
+        self.trainer.run()
+        life.result()
+        self.state.enter(Phase.STOPPED)
+        return 0
+
+    # -- the network thread ----------------------------------------------------------------------------------------
+
+    async def _live(self, stop: StopRequest) -> None:
+        """From joining to leaving. When this ends, or fails, so does the trainer."""
+        joining = asyncio.create_task(self._join())
+        try:
+            while not stop.requested and not joining.done():
+                await asyncio.wait([joining], timeout=POLL_SECONDS)
+                self._check()
+        finally:
+            joining.cancel()  # does nothing to one that is done
+        if stop.requested:
+            self.state.enter(Phase.LEAVING, "it had not joined yet")
+            await self.member.announce()
+            return
+        joining.result()
+        await self._take_part(stop)
+
+    def _check(self) -> None:
+        self.links.check()
+        self.averager.require_alive()
+
+    async def _join(self) -> None:
+        await catch_up(
+            self.links, self.trainer, self.outer, self.exchange, lambda what: self.state.enter(Phase.SYNCING, what)
+        )
+        await self.keeper.recall()
+        await self._start_where_the_swarm_is()
+        self.state.enter(Phase.READY)
+        await self.member.announce()
+
+    async def _take_part(self, stop: StopRequest) -> None:
+        tasks = [asyncio.create_task(w) for w in (self.keeper.run(), self.outer.run(), self.exchange.run())]
+        try:
+            while not stop.requested:
+                self._set_phase()
+                done, _ = await asyncio.wait(tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # they end by failing only; that ends the peer, with the reason
+                self._check()
+            await self._leave(tasks[0])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _start_where_the_swarm_is(self) -> None:
+        step = swarm_step(self.links)
+
+        def align(composer: Composer) -> None:
+            if composer.step < step:
+                log.info("joining.late", step=step)
+                composer.start_at(step)
+                self.state.resume(step=step)
+
+        await asyncio.wrap_future(self.trainer.ask(align))
+
+    def _set_phase(self) -> None:
+        """Wait for company, train, be finished."""
+        self.state.beat()
+        step = self.keeper.step = self.composer.step
+        self.state.set_unmerged(self.outer.unmerged_steps(self.composer))
+        if step >= self.facts.manifest.train.steps:
+            self.state.enter(Phase.FINISHED)
+        elif self.state.phase is Phase.READY:
+            present = [
+                record
+                for record in self.links.view().peers.values()
+                if record.role == "composer" and record.phase in ("ready", "training", "finished")
+            ]
+            started = any(record.phase in ("training", "finished") for record in present)
+            wanted = self.facts.manifest.train.min_composers
+            unowned = self.keeper.num_slots - len(self.links.view().leases)
+            if not started and len(present) < wanted:
+                self._company_since = None
+                self.state.enter(Phase.READY, f"{len(present)} of {wanted} composers are here")
+                return
+            if self._company_since is None:
+                self._company_since = time.monotonic()
+            waited = time.monotonic() - self._company_since
+            # The first steps teach most: they should not go to experts that nobody trains yet.
+            if started or unowned == 0 or waited > self.facts.manifest.ownership.lease_seconds:
+                self.state.enter(Phase.TRAINING)
+                self.trainer.start_training()
+            else:
+                self.state.enter(Phase.READY, f"{unowned} experts are still without an owner")
+
+    async def _leave(self, keeper_task: asyncio.Task[Any]) -> None:
+        """Drain: stop training, hand over, checkpoint."""
+        log.info("peer.leaving", drain_seconds=self.config.drain_seconds)
+        self.trainer.pause_training()
+        self.state.enter(Phase.LEAVING, "handing over slots")
+        await self.member.announce(Phase.LEAVING)
+        await self.keeper.drain(self.config.drain_seconds)
+        keeper_task.cancel()
+        self.state.enter(Phase.LEAVING, "writing a checkpoint")
+        tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
+        await asyncio.to_thread(self._save, tensors, meta)
+        await self.keeper.announce()  # what is still held is in the checkpoint; the lease says so until it runs out
+
+    # -- the training thread ---------------------------------------------------------------------------------------
+
+    def _after_step(self, composer: Composer, report: StepReport) -> None:
+        began = time.perf_counter()
+        self.exchange.after_step(composer)
+        self.outer.after_step(composer)
+        every = self.config.checkpoint_every or CHECKPOINT_EVERY
+        if composer.step % every == 0 and (self._saving is None or self._saving.done()):
+            tensors, meta = self._checkpoint_of(composer)
+            self._saving = asyncio.run_coroutine_threadsafe(
+                asyncio.to_thread(self._save, tensors, meta), self.links.loop
+            )
+        if report.skipped:
+            self.state.count(Count.STEPS_SKIPPED, "not_finite")
+            log.warning("step.skipped", step=composer.step, reason="loss or gradients are not finite")
+        self.state.record_step(
+            step=composer.step,
+            tokens=report.tokens,
+            loss=report.loss,
+            seconds={
+                StepPart.FORWARD_BACKWARD: report.forward_backward_seconds,
+                StepPart.OPTIMIZER: report.optimizer_seconds,
+                StepPart.EXCHANGE: time.perf_counter() - began,
+                StepPart.WAITING: self.trainer.take_served_seconds(),
+            },
+        )
+
+    def _checkpoint_of(self, composer: Composer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        meta = {
+            "run_id": self.facts.run_id,
+            "step": composer.step,
+            "tokens": composer.tokens,
+            "held": [held.round for held in self.outer.held],
+            "slots": {str(slot): self.keeper.held.get(slot, 0) for slot in composer.owned},
+            "batches": self.batches.state_dict(),
+        }
+        return composer_tensors(composer), meta
+
+    def _save(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        began = time.monotonic()
+        try:
+            self.store.save(int(meta["step"]), tensors, meta)
+        except CheckpointError as error:
+            log.error("checkpoint.failed", error=str(error))
+            self.state.note_error(error)
+            return
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.state.record_checkpoint(step=int(meta["step"]), seconds=time.monotonic() - began, nbytes=nbytes)
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Batches:
+        manifest = self.facts.manifest
+        corpus = load_corpus(self.config.data if self.config.data != "stdlib" else manifest.data.corpus)
+        if self.config.data_shard is not None:
+            tokens = corpus.shard(*self.config.data_shard)
+        else:
+            tokens = corpus.routed(self.identity.peer_id, ())
+        return Batches(
+            tokens,
+            manifest.train.batch_size,
+            manifest.data.context_length,
+            seed=seed_of_peer(self.identity.peer_id, self.facts.run_id),
+        )
+
+    def _restore(self, composer: Composer) -> tuple[list[Held], dict[int, Snapshot]]:
+        """The common state and slots of the newest checkpoint, or of the seed."""
+        checkpoint: Checkpoint | None = self.store.latest()
+        rounds, saved = [-1] * len(self.fragments), {}
+        if checkpoint is not None:
+            meta = checkpoint.meta
+            restore_backbone(composer, checkpoint.tensors, meta)
+            self.batches.load_state_dict(meta["batches"])
+            rounds = [int(number) for number in meta["held"]]
+            for slot, tensors in saved_slots(checkpoint.tensors).items():
+                saved[slot] = Snapshot(Copy(int(meta["slots"][str(slot)]), int(meta["step"])), tensors)
+            self.state.resume(step=composer.step)
+            log.info("checkpoint.restored", step=composer.step, slots=sorted(saved))
+        digests = [digest_of(c, m) for c, m in zip(composer.common, composer.momentum, strict=True)]
+        return [Held(number, digest) for number, digest in zip(rounds, digests, strict=True)], saved

@@ -1,0 +1,192 @@
+"""What this peer was told: one frozen object made from a TOML file, the environment and flags, the later ones winning.
+
+Everything here is a peer's own choice. What all peers of a run share is in the manifest.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from cyclopts import Group, Parameter
+
+from .errors import ConfigError
+from .logs import LogFormat, LogLevel
+
+Role = Literal["composer", "bootstrap", "observer"]
+
+ENV_PREFIX = "SHOAL_"
+DATA = Group("Training", sort_key=1)
+NETWORK = Group("Network", sort_key=2)
+LOCAL = Group("This machine", sort_key=3)
+
+
+def default_data_dir() -> Path:
+    """$SHOAL_HOME, else ~/.shoal."""
+    return Path(os.environ.get("SHOAL_HOME") or "~/.shoal")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`"2/4"` as (2, 4).
+
+    Raises:
+        ConfigError: it is not INDEX/COUNT.
+    """
+    index, slash, count = text.partition("/")
+    try:
+        if not slash:
+            raise ValueError
+        return int(index), int(count)
+    except ValueError:
+        raise ConfigError(f"data shard {text!r} is not INDEX/COUNT", fix="write it like 0/4, 1/4, 2/4, 3/4") from None
+
+
+def _shard_from_tokens(_: Any, tokens: Sequence[Any]) -> tuple[int, int]:
+    return parse_shard(tokens[0].value)
+
+
+@Parameter(name="*", negative=())
+@dataclass(frozen=True, kw_only=True)
+class PeerConfig:
+    """A peer's own settings.
+
+    Raises:
+        ConfigError: a value makes no sense.
+    """
+
+    invite: Annotated[str | None, Parameter(parse=False)] = None
+    """The run to join, as an invite string; None founds a new one."""
+
+    role: Annotated[Role, Parameter(parse=False)] = "composer"
+    """What this peer does: composers train on data, bootstrap peers only help others to find the run."""
+
+    data: Annotated[str, Parameter(group=DATA)] = "stdlib"
+    """Text to train on: a file, a folder, or `stdlib` for the sources of Python's own library."""
+
+    data_shard: Annotated[
+        tuple[int, int] | None, Parameter(group=DATA, n_tokens=1, metavar="INDEX/COUNT", converter=_shard_from_tokens)
+    ] = None
+    """Like 0/4: train only on that part of the data. By default on all of it, in an order of this peer's own."""
+
+    max_slots: Annotated[int | None, Parameter(group=DATA)] = None
+    """Experts to own at most, counted as slots (one expert in every layer). By default as many as the swarm asks."""
+
+    checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
+    """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""
+
+    drain_seconds: Annotated[float, Parameter(group=DATA)] = 30.0
+    """Time for a clean hand-over when the peer is told to stop; after that it leaves as it is."""
+
+    join_seconds: Annotated[float, Parameter(group=NETWORK)] = 60.0
+    """How long to look for a peer of the invite that answers, and then for the run, before giving up."""
+
+    host: Annotated[str, Parameter(group=NETWORK)] = "0.0.0.0"
+    """Address to take other peers' connections on. 0.0.0.0 is every interface; 127.0.0.1 keeps to this machine."""
+
+    dht_port: Annotated[int, Parameter(group=NETWORK)] = 0
+    """TCP port of the directory and of averaging. 0 takes a free one; fix it to open it in a firewall."""
+
+    transport_port: Annotated[int, Parameter(group=NETWORK)] = 0
+    """TCP port of experts' streams and gossip. 0 takes a free one; fix it to open it in a firewall."""
+
+    announce: Annotated[tuple[str, ...], Parameter(group=NETWORK, metavar="HOST...", show_default=False)] = ()
+    """Host names or addresses that others reach this peer at, where it cannot know them: behind NAT, in a container."""
+
+    http_host: Annotated[str, Parameter(group=NETWORK)] = "127.0.0.1"
+    """Address of the status page, metrics and health checks. They are readable by whoever can reach them."""
+
+    http_port: Annotated[int, Parameter(group=NETWORK)] = 0
+    """Port of the status page, metrics and health checks. 0 takes a free one; `shoal status` finds it."""
+
+    data_dir: Annotated[Path, Parameter(group=LOCAL)] = field(default_factory=default_data_dir)
+    """Where this peer keeps its identity and checkpoints; one peer per directory. $SHOAL_HOME changes the default."""
+
+    threads: Annotated[int | None, Parameter(group=LOCAL)] = None
+    """CPU threads to compute with. By default as many as there are cores."""
+
+    log_format: Annotated[LogFormat, Parameter(group=LOCAL)] = "auto"
+    """`console` for people, `json` for machines; `auto` is console on a terminal."""
+
+    log_level: Annotated[LogLevel, Parameter(group=LOCAL)] = "info"
+    """The least important messages to log. `debug` also shows tracebacks of expected errors."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
+        for name, choices in (
+            ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel)
+        ):  # fmt: skip
+            _require(
+                getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
+            )
+        for name in ("dht_port", "transport_port", "http_port"):
+            _require(
+                0 <= getattr(self, name) <= 65535, name, self, "choose a port from 1 to 65535, or 0 for any free one"
+            )
+        fixed = [port for port in (self.dht_port, self.transport_port, self.http_port) if port]
+        if len(set(fixed)) < len(fixed):
+            raise ConfigError("two of dht_port, transport_port and http_port are the same", fix="give each its own")
+        for name in ("max_slots", "checkpoint_every", "threads"):
+            value = getattr(self, name)
+            least = 0 if name == "max_slots" else 1
+            _require(value is None or value >= least, name, self, f"give a number of at least {least}, or leave it out")
+        _require(0 <= self.drain_seconds <= 3600, "drain_seconds", self, "give seconds from 0 to 3600")
+        _require(0 < self.join_seconds <= 86400, "join_seconds", self, "give seconds, at most a day of them")
+        if self.data_shard is not None:
+            index, count = self.data_shard
+            _require(0 <= index < count, "data_shard", self, "of COUNT parts, INDEX counts from 0 to COUNT - 1")
+        _require(bool(self.data), "data", self, "name a file, a folder or `stdlib`")
+        for name in ("host", "http_host"):
+            _require(_is_address(getattr(self, name)), name, self, "give an IP address of this machine, like 0.0.0.0")
+        for host in self.announce:
+            if not host or (any(char in host for char in "/ :") and not _is_address(host)):
+                raise ConfigError(
+                    f"announce = {host!r} is not a host", fix="give only a host name or an IP address, without port"
+                )
+
+    @property
+    def identity_path(self) -> Path:
+        """The file with the key that this peer's id follows from."""
+        return self.data_dir / "identity.key"
+
+    def dialable_hosts(self) -> tuple[str, ...]:
+        """Hosts to tell other peers, best first: what `announce` says, else the bound address, else the address of the
+        interface that leads out of this machine, else 127.0.0.1 (nobody else can dial that; say so)."""
+        if self.announce:
+            return self.announce
+        bound = ipaddress.ip_address(self.host)
+        return (self.host,) if not bound.is_unspecified else (outward_address(bound.version),)
+
+
+def outward_address(version: int = 4) -> str:
+    """The address of this machine that it would speak to the internet from; loopback if it has no route out.
+
+    Connecting a datagram socket sends nothing: it only makes the kernel choose a route. The target is of a block that
+    is reserved for documentation.
+    """
+    family, target, loopback = (
+        (socket.AF_INET, "192.0.2.1", "127.0.0.1") if version == 4 else (socket.AF_INET6, "2001:db8::1", "::1")
+    )
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+        except OSError:
+            return loopback
+        return str(probe.getsockname()[0])
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _require(holds: bool, name: str, config: PeerConfig, fix: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {getattr(config, name)!r} is not possible", fix=fix)

@@ -1,0 +1,241 @@
+"""`shoal export`: joins a run as an onlooker, fetches the merged model from who holds it, writes a checkpoint.
+
+The backbone is the state that a quorum voted for, checked against its digest; every expert comes from the owner that
+the leases name. A run of one composer has no quorum and no votes: then that composer's own backbone is the run's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from ..protocol import messages, resources
+from ..protocol.dht import start_dht
+from ..protocol.directory import Directory
+from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
+from ..protocol.fragments import Fragment, partition, unflatten
+from ..protocol.identity import Identity
+from ..protocol.merging import digest as digest_of
+from ..protocol.transport.client import Transport
+from .blobs import fragment_from_bytes, from_bytes
+from .config import PeerConfig
+from .errors import RunNotFound
+from .invite import Invite
+from .joining import newest
+from .links import Links
+from .logs import get_logger
+from .manifest import Manifest, verify
+from .model.init import backbone_shapes, expert_shape
+from .presence import hold_data_dir
+from .state import PeerState
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+
+FIND_SECONDS = 60.0
+FETCH_SECONDS = 120.0
+ATTEMPTS = 4
+PAUSE_SECONDS = 1.0
+PARALLEL = 4
+
+
+class ExportFailed(ShoalError):
+    """A part of the model could not be had from any peer."""
+
+    code = "SHOAL-229"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A whole model: backbone by parameter name, and per slot the tensors `<layer>.gate_up` and `<layer>.down`."""
+
+    manifest: Manifest
+    backbone: dict[str, Tensor]
+    slots: dict[int, dict[str, Tensor]]
+    rounds: list[int]  # per fragment, the outer round that made it; -1 without one
+    composers: int
+    tokens: int  # that the composers in the run say they trained on
+
+
+def export_run(invite: str, out: Path, config: PeerConfig) -> None:
+    """Gather the run's model and write it as a Hugging Face checkpoint.
+
+    Raises:
+        ShoalError: the run cannot be reached, or a part of it is nowhere to be had; `out` is not written then.
+    """
+    from .model.export import write_checkpoint
+    from .tokenizer import byte_tokenizer
+
+    whole = gather(invite, config, lambda what: log.info("export.progress", what=what))
+    shapes = backbone_shapes(whole.manifest.model)
+
+    def expert_of(layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        return whole.slots[slot][f"{layer}.gate_up"], whole.slots[slot][f"{layer}.down"]
+
+    write_checkpoint(
+        out,
+        whole.manifest.model,
+        {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()},
+        expert_of,
+        tokenizer=byte_tokenizer(whole.manifest.data.context_length),
+        card=_card(whole),
+    )
+    log.info("export.done", folder=str(out))
+
+
+def gather(invite_text: str, config: PeerConfig, progress: Callable[[str], None]) -> Gathered:
+    """Fetch the whole model of a run. Blocks; call it from the main thread."""
+    invite = Invite.parse(invite_text)
+    with hold_data_dir(config.data_dir):
+        identity = Identity.load_or_create(config.identity_path)
+        dht = start_dht(
+            config.identity_path,
+            initial_peers=invite.multiaddrs(),
+            host=config.host,
+            port=config.dht_port,
+            announce=(),
+            run_id=invite.run_id,
+            client=True,
+        )
+        try:
+            directory = Directory(dht, identity, invite.run_id)
+            return asyncio.run(_gather(invite.run_id, config, identity, directory, progress))
+        finally:
+            dht.shutdown()
+
+
+async def _gather(
+    run_id: str, config: PeerConfig, identity: Identity, directory: Directory, progress: Callable[[str], None]
+) -> Gathered:
+    progress("finding the run")
+    manifest = verify(await _manifest(directory, run_id), run_id)
+    transport = await Transport.start(identity_path=config.identity_path, run_id=run_id, listen_host=config.host)
+    async with transport:
+        links = Links(
+            identity=identity,
+            run_id=run_id,
+            manifest=manifest,
+            directory=directory,
+            transport=transport,
+            state=PeerState("observer"),
+            clock=time.time,
+            loop=asyncio.get_running_loop(),
+            record_seconds=manifest.ownership.lease_seconds,
+        )
+        return await _fetch_all(links, progress)
+
+
+async def _manifest(directory: Directory, run_id: str) -> bytes:
+    deadline = time.monotonic() + FIND_SECONDS
+    while time.monotonic() < deadline:
+        signed = await directory.manifest()
+        if signed is not None:
+            return signed
+        await asyncio.sleep(PAUSE_SECONDS)
+    raise RunNotFound(f"nobody at the invite's addresses knows {run_id}", fix="check the invite, or ask for a new one")
+
+
+async def _fetch_all(links: Links, progress: Callable[[str], None]) -> Gathered:
+    manifest = links.manifest
+    await links.directory.read()
+    fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
+    backbone: dict[str, Tensor] = {}
+    rounds = []
+    for fragment in fragments:
+        progress(f"backbone fragment {fragment.index + 1} of {len(fragments)}")
+        flat, number = await _retry(links, partial(_fragment, links, fragment, len(fragments)))
+        backbone |= unflatten(fragment, flat)
+        rounds.append(number)
+    num_slots = expert_shape(manifest.model).num_experts
+    gate = asyncio.Semaphore(PARALLEL)
+
+    async def one(slot: int) -> tuple[int, dict[str, Tensor]]:
+        async with gate:
+            tensors = await _retry(links, partial(_slot, links, slot))
+            progress(f"slot {slot} of {num_slots}")
+            return slot, tensors
+
+    slots = dict(await asyncio.gather(*(one(slot) for slot in range(num_slots))))
+    composers = [record for record in links.view().peers.values() if record.role == "composer"]
+    return Gathered(
+        manifest, backbone, slots, rounds, composers=len(composers), tokens=sum(record.tokens for record in composers)
+    )
+
+
+async def _retry(links: Links, fetch: Callable[[], Awaitable[T]]) -> T:
+    """A peer may leave or a round may be committed between two looks: look again."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await fetch()
+        except (FetchFailed, PeerUnreachable, Refused, ExportFailed) as error:
+            if attempt == ATTEMPTS:
+                raise ExportFailed(f"a part of the model cannot be had: {error.cause}", fix=_WAIT) from error
+            await asyncio.sleep(PAUSE_SECONDS * attempt)
+            await links.directory.read()
+            links.news.changed()
+    raise AssertionError("unreachable")
+
+
+_WAIT = "wait until the swarm has recovered (every slot owned, at least two composers or exactly one), then try again"
+
+
+async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tensor, int]:
+    wanted, backers = newest(links, fragment.index, parts)
+    limit = 8 * fragment.numel + 4096
+    if wanted is None:
+        composers = links.active_composers()
+        if len(composers) != 1:
+            raise ExportFailed(f"no quorum backs a state of backbone fragment {fragment.index} yet")
+        got = await links.fetch(
+            composers[0], resources.local(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
+        )
+        return fragment_from_bytes(got.data, fragment.numel)[0], -1
+    problem = "nobody backs it"
+    for peer in backers:
+        try:
+            got = await links.fetch(
+                peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
+            )
+        except (FetchFailed, PeerUnreachable) as error:
+            problem = error.cause
+            continue
+        flat, momentum = fragment_from_bytes(got.data, fragment.numel)
+        if digest_of(flat, momentum) == wanted.digest:
+            return flat, wanted.round
+        problem = f"{peer} has another state by now"
+    raise ExportFailed(f"backbone fragment {fragment.index}: {problem}")
+
+
+async def _slot(links: Links, slot: int) -> dict[str, Tensor]:
+    claim = links.view().leases.get(slot)
+    if claim is None:
+        raise ExportFailed(f"nobody owns slot {slot} right now")
+    shape = expert_shape(links.manifest.model)
+    limit = 16 * 3 * shape.hidden * shape.width * shape.num_layers + (1 << 20)
+    got = await links.fetch(claim.owner, resources.snapshot(slot), max_bytes=limit, deadline_seconds=FETCH_SECONDS)
+    tensors = from_bytes(messages.decode(got.data, messages.SlotState).tensors, what=f"slot {slot}")
+    weights = {}
+    for layer in range(shape.num_layers):
+        for name, size in (("gate_up", (2 * shape.width, shape.hidden)), ("down", (shape.hidden, shape.width))):
+            value = tensors.get(f"{layer}.{name}")
+            if value is None or tuple(value.shape) != size:
+                raise Refused("misshapen", f"slot {slot} from {claim.owner}: layer {layer} {name} is not {size}")
+            weights[f"{layer}.{name}"] = value
+    return weights
+
+
+def _card(whole: Gathered) -> str:
+    m = whole.manifest
+    return (
+        f"# {m.name}\n\nTrained by a Shoal swarm: {whole.composers} composers at the time of export, "
+        f"{whole.tokens:,} tokens reported, backbone of outer rounds {whole.rounds}.\n\n"
+        f"Data: {m.data.corpus}, {m.data.tokenizer} tokenizer, context {m.data.context_length}.\n"
+    )

@@ -1,0 +1,377 @@
+"""Ownership as a peer lives it: claiming, renewing, taking over, handing over, keeping copies for others.
+
+What to do is decided by `protocol/ownership.py`; this file does it. One loop looks at the directory every tenth of a
+lease, and at once when news of another peer comes; whatever takes time (a handover, a snapshot) runs beside it, marked
+busy. Fencing is by epoch: a claim is announced before its slot is trained, and a peer that sees a stronger claim than
+its own lets go in the same pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..protocol import messages, resources
+from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
+from ..protocol.messages import SlotState, StandInSnapshot
+from ..protocol.ownership import (
+    MAX_EPOCH,
+    ClaimFree,
+    Copy,
+    DropStandby,
+    KeepStandby,
+    RequestHandover,
+    Rules,
+    Situation,
+    TakeOver,
+    Watch,
+    Yield,
+    decide,
+    desired_owners,
+    grants_handover,
+)
+from ..protocol.records import Lease, LeaseRecord
+from ..protocol.transport.downloads import Resource
+from .blobs import from_bytes, to_bytes
+from .composer import Composer, SlotTensors
+from .exchange import Exchange
+from .links import Links
+from .logs import get_logger
+from .state import Count
+from .state import Lease as LeaseSeen
+from .trainer import Trainer
+
+log = get_logger(__name__)
+
+OWNING_ROLES = frozenset({"composer", "worker"})
+# A peer in one of these phases is not counted on to take slots.
+ABSENT_PHASES = frozenset({"starting", "joining", "failed", "stopped"})
+SNAPSHOT_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One slot's whole state: what it stands for, its tensors, and what its owner had published by then."""
+
+    copy: Copy
+    tensors: SlotTensors
+    published: StandInSnapshot | None = None
+
+
+class SlotKeeper:
+    """Holds this peer's slots. Runs on the asyncio loop; the trainer's thread only sees `adopt` and `release`.
+
+    Args:
+        capacity: slots this peer may own.
+        folder: where copies for others are kept.
+        saved: slots found in this peer's checkpoint.
+        max_slot_bytes: refuse larger snapshots.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        trainer: Trainer,
+        exchange: Exchange,
+        *,
+        capacity: int,
+        num_slots: int,
+        folder: Path,
+        saved: Mapping[int, Snapshot],
+        max_slot_bytes: int,
+    ) -> None:
+        self._links, self._trainer, self._exchange = links, trainer, exchange
+        self.capacity = capacity
+        self.num_slots = num_slots
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._saved = dict(saved)
+        self._max_slot_bytes = max_slot_bytes
+        self._rules = Rules(lease=links.manifest.ownership.lease_seconds)
+        self._watch = Watch(links.peer_id)
+        epochs = {slot: snapshot.copy.epoch for slot, snapshot in saved.items()}
+        self._watch.recall(links.clock(), epochs, links.peer_id)
+        self.held: dict[int, int] = {}  # slot -> epoch
+        self._versions: dict[int, int] = {}  # slot -> owner's step of the newest snapshot offered
+        self._copies: dict[int, Copy] = {slot: snapshot.copy for slot, snapshot in saved.items()}
+        self._busy: set[int] = set()
+        self._fetching = asyncio.Semaphore(PARALLEL_FETCHES)
+        self._granted: dict[int, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticking = asyncio.Lock()
+        self._out_of_epochs: set[int] = set()
+        self._leaving = False
+        self.step = 0  # the trainer's, as last reported
+
+    async def recall(self) -> None:
+        """Learn epochs that the directory has forgotten but the stand-ins fetched from others still name."""
+        epochs = await asyncio.wrap_future(self._trainer.ask(lambda _: self._exchange.epochs()))
+        self._watch.recall(self._links.clock(), epochs)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled: look, decide, act, renew."""
+        renewed = -math.inf
+        while True:
+            changed = self._links.news.next_change()
+            await self.tick()
+            now = self._links.loop.time()  # a wall clock that is set back must not stop renewals
+            if now - renewed >= self._rules.lease / 4:
+                renewed = now
+                await self.announce()
+            if not await self._links.news.wait(changed, self._rules.lease / 10):
+                await self._links.read_directory()
+
+    async def tick(self) -> None:
+        """Decide and act once, on what is known now."""
+        async with self._ticking:  # letting go takes time: nobody may act on a decision that another tick has acted on
+            await self._tick()
+
+    async def _tick(self) -> None:
+        situation = self._situation()
+        for action in decide(self._watch, situation, self._rules):
+            match action:
+                case ClaimFree(epoch=epoch) | TakeOver(epoch=epoch) | RequestHandover(epoch=epoch) if epoch > MAX_EPOCH:
+                    self._give_up_on(action.slot)
+                case Yield(slot, to_peer, epoch):
+                    await self._let_go(slot, to_peer, epoch)
+                case DropStandby(slot):
+                    self._drop_copy(slot)
+                case ClaimFree(slot, epoch):
+                    self._spawn(slot, self._acquire(slot, epoch, None))
+                case TakeOver():
+                    self._spawn(action.slot, self._take_over(action))
+                case RequestHandover(slot, from_peer, epoch):
+                    self._spawn(slot, self._ask_for(slot, from_peer, epoch))
+                case KeepStandby():
+                    self._spawn(action.slot, self._keep_copy(action))
+        self._report()
+
+    def _give_up_on(self, slot: int) -> None:
+        """Somebody has claimed the last epoch there is; a claim beyond would be refused by all."""
+        if slot not in self._out_of_epochs:
+            self._out_of_epochs.add(slot)
+            log.error("slot.out_of_epochs", slot=slot)
+
+    def _situation(self) -> Situation:
+        view = self._links.view()
+        now = self._links.clock()
+        owners = {p: r for p, r in view.peers.items() if r.role in OWNING_ROLES and r.phase not in ABSENT_PHASES}
+        leaving = {peer for peer, record in owners.items() if record.phase == "leaving"}
+        capacities = {peer: 0 if peer in leaving else record.capacity for peer, record in owners.items()}
+        capacities[self._links.peer_id] = 0 if self._leaving else self.capacity
+        desired = desired_owners(self.num_slots, capacities, self._links.manifest.ownership.replication)
+        self._watch.observe(now, {**view.last_holders, **view.leases}, desired)
+        return Situation(
+            now=now,
+            capacity=0 if self._leaving else self.capacity,
+            desired=desired,
+            live={peer for peer in owners if peer not in leaving},
+            leaving=leaving,
+            held=self.held,
+            copies=self._copies,
+            busy=self._busy,
+        )
+
+    def _spawn(self, slot: int, work: Awaitable[None]) -> None:
+        self._busy.add(slot)
+
+        async def guarded() -> None:
+            try:
+                await work
+            except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
+                log.warning("slot.attempt_failed", slot=slot, error=str(error))
+                await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
+            finally:
+                self._busy.discard(slot)
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- gaining and losing ----------------------------------------------------------------------------------------
+
+    async def _acquire(self, slot: int, epoch: int, snapshot: Snapshot | None) -> None:
+        tensors = None if snapshot is None else snapshot.tensors
+        published = None if snapshot is None else snapshot.published
+        announcement = await asyncio.wrap_future(
+            self._trainer.ask(lambda composer: self._exchange.adopt(composer, slot, epoch, tensors, published))
+        )
+        self.held[slot] = epoch
+        self._versions[slot] = self.step
+        self._drop_copy(slot)
+        log.info("slot.owned", slot=slot, epoch=epoch)
+        await self.announce()
+        await self._exchange.send([announcement])
+        self._links.news.changed()
+
+    async def _take_over(self, action: TakeOver) -> None:
+        slot, snapshot = action.slot, None
+        if action.copy is not None:
+            try:
+                snapshot = Snapshot(action.copy, await asyncio.to_thread(self._load_copy, slot))
+            except (Refused, OSError) as error:
+                log.error("slot.copy_damaged", slot=slot, error=str(error))
+                self._drop_copy(slot)
+        for peer in action.sources if snapshot is None else ():
+            try:
+                snapshot = await self._fetch(peer, resources.snapshot(slot))
+                break
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
+        if snapshot is None:
+            log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from the run's seed")
+            self._links.state.count(Count.LOST_SLOTS)
+        else:
+            log.warning("slot.taken_over", slot=slot, epoch=action.epoch, copy=str(action.copy))
+        try:
+            await self._acquire(slot, action.epoch, snapshot)
+        except ValueError:
+            self._drop_copy(slot)  # if it was that one: the next try asks others
+            raise
+
+    async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:
+        snapshot = await self._fetch(owner, resources.handover(slot))
+        if snapshot.copy.epoch != epoch - 1:
+            raise Refused("stale", f"handover of slot {slot} is from epoch {snapshot.copy.epoch}, not {epoch - 1}")
+        await self._acquire(slot, epoch, snapshot)
+
+    async def _let_go(self, slot: int, to_peer: str, epoch: int) -> None:
+        held = self.held.pop(slot)
+        version = self._versions.pop(slot)
+        timer = self._granted.pop(slot, None)
+        if timer is not None:
+            timer.cancel()
+
+        def release(composer: Composer) -> SlotTensors | None:
+            tensors = None if self._leaving else composer.snapshot(slot)
+            self._exchange.release(composer, slot)
+            return tensors
+
+        tensors = await asyncio.wrap_future(self._trainer.ask(release))
+        log.info("slot.released", slot=slot, to=to_peer, epoch=epoch)
+        await self.announce()
+        if tensors is not None:
+            # Until a standby has fetched the new owner's state this may be the only copy.
+            self._spawn(slot, self._store_copy(slot, Copy(held, version), tensors))
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    async def _keep_copy(self, action: KeepStandby) -> None:
+        snapshot = await self._fetch(action.owner, resources.snapshot(action.slot))
+        await self._store_copy(action.slot, snapshot.copy, snapshot.tensors)
+
+    async def _store_copy(self, slot: int, copy: Copy, tensors: SlotTensors) -> None:
+        path = self._path(slot)
+        partial = path.with_suffix(".partial")
+        await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(tensors)))
+        partial.replace(path)
+        self._saved.pop(slot, None)
+        self._copies[slot] = copy
+
+    def _load_copy(self, slot: int) -> SlotTensors:
+        if slot in self._saved:
+            return self._saved[slot].tensors
+        return from_bytes(self._path(slot).read_bytes(), what=f"copy of slot {slot}")
+
+    def _drop_copy(self, slot: int) -> None:
+        self._copies.pop(slot, None)
+        self._saved.pop(slot, None)
+        self._path(slot).unlink(missing_ok=True)
+
+    def _path(self, slot: int) -> Path:
+        return self._folder / f"slot-{slot}.safetensors"
+
+    async def _fetch(self, peer: str, resource: str) -> Snapshot:
+        async with self._fetching:
+            got = await self._links.fetch(
+                peer, resource, max_bytes=self._max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS
+            )
+        state = await asyncio.to_thread(messages.decode, got.data, SlotState)
+        tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))
+        return Snapshot(Copy(state.epoch, state.version), tensors, state.standin)
+
+    # -- serving ---------------------------------------------------------------------------------------------------
+
+    async def serve_snapshot(self, slot: int) -> Resource | None:
+        """A held slot as it is now, or the copy that is kept here; None without either."""
+        if slot in self.held:
+            copy = Copy(self.held[slot], self.step)
+            tensors, published = await asyncio.wrap_future(
+                self._trainer.ask(lambda c: (c.snapshot(slot), self._exchange.published(c, slot)))
+            )
+        elif slot in self._copies:
+            copy = self._copies[slot]
+            tensors = await asyncio.to_thread(self._load_copy, slot)
+            published = await asyncio.wrap_future(self._trainer.ask(lambda c: self._exchange.published(c, slot)))
+        else:
+            return None
+        blob = await asyncio.to_thread(to_bytes, tensors)
+        return Resource(messages.encode(SlotState(slot, copy.epoch, copy.version, blob, published)))
+
+    async def serve_handover(self, slot: int, requester: str) -> Resource | None:
+        """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
+        if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + 1):
+            raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
+        await asyncio.wrap_future(self._trainer.ask(lambda composer: composer.freeze(slot)))
+        old = self._granted.pop(slot, None)
+        if old is not None:
+            old.cancel()
+        self._granted[slot] = self._links.loop.call_later(self._rules.lease, self._resume, slot)
+        return await self.serve_snapshot(slot)
+
+    def _resume(self, slot: int) -> None:
+        self._granted.pop(slot, None)
+        if slot in self.held:
+            log.warning("slot.handover_lapsed", slot=slot)
+            self._trainer.ask(lambda composer: composer.thaw(slot))
+
+    # -- announcing ------------------------------------------------------------------------------------------------
+
+    async def announce(self) -> None:
+        """Publish the leases of all held slots."""
+        every = self._links.manifest.ownership.snapshot_every
+        for slot, version in self._versions.items():
+            if self.step - version >= every:
+                self._versions[slot] = self.step - self.step % every
+        now = self._links.clock()
+        record = LeaseRecord(
+            owner=self._links.peer_id,
+            leases=[Lease(slot, epoch, self._versions[slot]) for slot, epoch in sorted(self.held.items())],
+            issued_at=now,
+            expires_at=now + self._rules.lease,
+        )
+        await self._links.announce(record)
+        self._report()
+
+    def _report(self) -> None:
+        self._links.state.set_slots(
+            leases=[
+                LeaseSeen(slot=slot, epoch=epoch, version=self._versions[slot]) for slot, epoch in self.held.items()
+            ],
+            standby=sorted(set(self._copies) - set(self.held)),
+        )
+
+    async def drain(self, seconds: float) -> None:
+        """Offer every held slot to the others and wait until all are taken, or nobody is left, or time is up.
+
+        The peer's own record must say `leaving` already: it is what makes the others ask.
+        """
+        self._leaving = True
+        for task in list(self._tasks):  # what is not acquired by now stays with its owner
+            task.cancel()
+        deadline = self._links.clock() + seconds
+        while self.held and self._links.clock() < deadline:
+            changed = self._links.news.next_change()
+            await self.tick()
+            situation = self._situation()
+            if not self.held or not any(peer != self._links.peer_id for peer in situation.live):
+                return
+            if not await self._links.news.wait(changed, min(1.0, self._rules.lease / 10)):
+                await self._links.read_directory()

@@ -1,0 +1,238 @@
+"""The manifest: the immutable facts that all peers of a run share. Its hash names the run; the founder signs it.
+
+Canonical bytes are msgpack with sorted keys: floats are their eight IEEE bytes, so that no printing routine's rounding
+or exponent style can change a run's name. Integers given for float fields become floats first.
+
+    ManifestError           it cannot be read: damaged, not canonical, or a field out of bounds
+    ├── ManifestOversized   it exceeds 64 kB
+    ├── ManifestTampered    its hash is not in the run id, or the founder did not sign it
+    ├── UnknownFields       it has fields that this software does not know
+    └── ProtocolMismatch    it needs another protocol version
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ..protocol.envelope import decode_payload
+from ..protocol.errors import BadSignature, Refused, ShoalError
+from ..protocol.identity import Identity
+from ..protocol.identity import verify as verify_signature
+from ..protocol.records import MAX_MANIFEST_BYTES, manifest_digest, open_signed_manifest, seal_manifest
+
+PROTOCOL_VERSION = 1
+
+_SIGNED_PREFIX = b"shoal/1 manifest"
+_ASK_AGAIN = "fetch it again; if that does not help, ask the run's founder for a new invite"
+
+Count = Annotated[int, Meta(ge=1, le=1 << 31)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Positive = Annotated[float, Meta(gt=0.0, le=1e12)]
+NonNegative = Annotated[float, Meta(ge=0.0, le=1e12)]
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the manifest's parts: immutable, keyword-only, unknown fields refused."""
+
+
+class ModelSpec(Spec, frozen=True, kw_only=True):
+    """What is trained."""
+
+    config: dict[str, Any]  # a transformers config by value, with its `model_type`
+    seed: int = 0  # initial weights are a pure function of it
+    capacity_factor: NonNegative = 0.0  # tokens per expert over the even share; 0 = never drop
+
+
+class DataSpec(Spec, frozen=True, kw_only=True):
+    """What it is trained on."""
+
+    corpus: str = "stdlib"  # `stdlib`: Python's own library sources; a peer may point at its own text instead
+    tokenizer: Literal["bytes"] = "bytes"
+    context_length: Count = 256  # tokens a sequence
+
+
+class TrainSpec(Spec, frozen=True, kw_only=True):
+    """Inner training, the same for every composer."""
+
+    steps: Count = 1000  # a composer stops training after this many own steps
+    min_composers: Count = 1  # nobody trains before this many composers are in the run
+    batch_size: Count = 4  # sequences per composer and step
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: Positive = 3e-3
+    warmup_steps: Annotated[int, Meta(ge=0, le=1 << 31)] = 50
+    final_lr_fraction: Fraction = 0.1  # of learning_rate, reached by a cosine at `steps`
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    weight_decay: NonNegative = 0.1  # matrices only
+    grad_clip: Positive = 1.0  # global norm over backbone and owned experts
+    balance_coef: NonNegative = 0.01  # load-balance loss over swarm-wide counts
+    z_coef: NonNegative = 0.001  # router z-loss
+
+
+class OuterSpec(Spec, frozen=True, kw_only=True):
+    """Merging the backbone."""
+
+    fragments: Count = 2  # balanced subsets of the backbone, merged in turn
+    every_steps: Count = 8  # H: each fragment is merged once per H inner steps
+    learning_rate: Positive = 1.0  # 1.0 with momentum 0 is the plain token-weighted mean
+    momentum: Fraction = 0.0  # Nesterov
+    codec: Literal["float32", "float16", "int8"] = "float16"  # of pseudo-gradients on the wire
+    matchmaking_seconds: Positive = 5.0  # how long a round waits for stragglers
+    timeout_seconds: Positive = 30.0  # after which a round has failed
+
+
+class StandInSpec(Spec, frozen=True, kw_only=True):
+    """What a composer runs in place of an expert it does not own."""
+
+    kind: Literal["lowbit", "narrow"] = "lowbit"
+    width_fraction: Fraction = 0.25  # narrow: width over the expert's
+    rank: Count = 8  # narrow: of published deltas
+    publish_every: Count = 8  # owner's steps between deltas
+    replay_rows: Count = 2048  # narrow: routed inputs kept per expert
+    refit_steps: Count = 8  # narrow: optimizer steps per refit
+    refit_learning_rate: Positive = 3e-3
+
+
+class OwnershipSpec(Spec, frozen=True, kw_only=True):
+    """Who holds which slot."""
+
+    replication: Count = 2  # one owner and replication - 1 standbys
+    lease_seconds: Positive = 20.0
+    snapshot_every: Count = 50  # owner's steps between snapshots for standbys
+
+
+class Manifest(Spec, frozen=True, kw_only=True):
+    """All of it. Canonical bytes are hashed into the run id and signed by `founder`."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,31}\Z")]
+    founder: str  # peer id of the founder's key
+    created_at: Annotated[int, Meta(ge=0)]  # unix seconds
+    model: ModelSpec
+    protocol_version: int = PROTOCOL_VERSION
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    outer: OuterSpec = OuterSpec()
+    standin: StandInSpec = StandInSpec()
+    ownership: OwnershipSpec = OwnershipSpec()
+
+
+class ManifestError(ShoalError):
+    code = "SHOAL-240"
+
+
+class ManifestOversized(ManifestError):
+    code = "SHOAL-241"
+
+
+class ManifestTampered(ManifestError):
+    code = "SHOAL-242"
+
+
+class UnknownFields(ManifestError):
+    code = "SHOAL-243"
+
+
+class ProtocolMismatch(ManifestError):
+    code = "SHOAL-244"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedManifest:
+    """A manifest that its founder has signed, verified."""
+
+    manifest: Manifest
+    run_id: str
+
+
+class _Header(msgspec.Struct):
+    """What is readable in every protocol version."""
+
+    founder: str
+    protocol_version: int
+
+
+_decoder = msgspec.msgpack.Decoder(Manifest)
+_header_decoder = msgspec.msgpack.Decoder(_Header)
+_encoder = msgspec.msgpack.Encoder(order="sorted")
+
+
+def canonical_bytes(manifest: Manifest) -> bytes:
+    """The bytes that are hashed and signed; equal manifests give equal bytes. Raises ManifestError if it is invalid."""
+    # Decoding applies the types and bounds, which constructing does not.
+    data: bytes = _encoder.encode(_decode(_encoder.encode(manifest)))
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestOversized(f"the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
+    return data
+
+
+def run_id_of(manifest: Manifest) -> str:
+    """The run's name: the manifest's, a dash, and 12 hex digits of the sha256 of its canonical bytes."""
+    return f"{manifest.name}-{manifest_digest(canonical_bytes(manifest))}"
+
+
+def sign(identity: Identity, manifest: Manifest) -> bytes:
+    """The signed manifest as it is stored and sent. Only the founder named in it can sign it."""
+    if identity.peer_id != manifest.founder:
+        raise ManifestError(f"the founder is {manifest.founder}, not {identity.peer_id}", fix="use the founder's key")
+    data = canonical_bytes(manifest)
+    return seal_manifest(data, identity.sign(_SIGNED_PREFIX + data))
+
+
+def verify(signed: bytes, expected_run_id: str | None = None) -> Manifest:
+    """The manifest inside, verified: see `read_signed`."""
+    return read_signed(signed, expected_run_id).manifest
+
+
+def read_signed(signed: bytes, expected_run_id: str | None = None) -> SignedManifest:
+    """Check a signed manifest: size, hash, signature, protocol version, fields; in that order.
+
+    Args:
+        signed: from `sign`, possibly by way of strangers.
+        expected_run_id: what the invite says; None for a file that one trusts, where only the signature is checked.
+
+    Raises the error of the first check that fails, all of them ManifestErrors.
+    """
+    try:
+        record = open_signed_manifest(signed)
+    except Refused as error:
+        kind = ManifestOversized if error.reason == "oversized" else ManifestError
+        raise kind(error.cause, fix=_ASK_AGAIN) from error
+    data = record.manifest
+    if expected_run_id is not None and not expected_run_id.endswith(f"-{manifest_digest(data)}"):
+        raise ManifestTampered(
+            f"a manifest with hash {manifest_digest(data)} is not that of the run {expected_run_id}", fix=_ASK_AGAIN
+        )
+    try:
+        header = decode_payload(_header_decoder, data, "manifest")
+    except Refused as error:
+        raise ManifestError(error.cause, fix=_ASK_AGAIN) from error
+    try:
+        verify_signature(header.founder, _SIGNED_PREFIX + data, record.signature)
+    except BadSignature as error:
+        raise ManifestTampered(f"the manifest was not signed by its founder: {error.cause}", fix=_ASK_AGAIN) from error
+    if header.protocol_version != PROTOCOL_VERSION:
+        theirs = header.protocol_version
+        raise ProtocolMismatch(
+            f"the run speaks protocol {theirs}, this software speaks protocol {PROTOCOL_VERSION}",
+            fix=f"use the image tagged `protocol-{theirs}`, or pip-install the shoal release for protocol {theirs}",
+        )
+    manifest = _decode(data)
+    if _encoder.encode(manifest) != data:
+        raise ManifestError("the manifest is not in canonical form", fix=_ASK_AGAIN)
+    run_id = f"{manifest.name}-{manifest_digest(data)}"
+    if expected_run_id not in (None, run_id):
+        raise ManifestTampered(f"this manifest is of the run {run_id}, not {expected_run_id}", fix=_ASK_AGAIN)
+    return SignedManifest(manifest=manifest, run_id=run_id)
+
+
+def _decode(data: bytes) -> Manifest:
+    try:
+        return decode_payload(_decoder, data, "manifest")
+    except Refused as error:
+        if "unknown field" in error.cause:
+            raise UnknownFields(error.cause, fix="use the software version that founded the run") from error
+        raise ManifestError(error.cause, fix="correct that field, or use the version that founded the run") from error

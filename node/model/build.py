@@ -1,0 +1,176 @@
+"""Building the model: a transformers causal language model whose routed experts are shards.
+
+The order matters. The network is laid out on the meta device, every `experts` module is replaced while it has no
+memory, and only then is anything materialised: so no peer ever holds all experts.
+
+Shapes: B sequences, S tokens a sequence, V vocabulary, D hidden, F expert width, E experts per layer (= slots), L MoE
+layers, N rows of one expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...kernels.experts import DenseExpert
+from ...kernels.standin import initial_standin
+from ..manifest import ModelSpec, StandInSpec
+from .balance import router_losses
+from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, skeleton
+from .init import expert_shape, expert_weights, materialise
+from .shard import ExpertShard, OwnedRowsTap
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One forward's losses, scalars with gradients, and its routing."""
+
+    lm: Tensor  # mean next-token cross-entropy, nats per token
+    balance: Tensor  # load balance, 1 when even
+    z: Tensor  # router z-loss
+    total: Tensor  # lm + coefficients * the others
+    counts: Tensor  # (L, E) int64, pairs that this batch routed to each expert
+
+
+class MoEModel(nn.Module):
+    """A causal language model of which one composer holds the backbone, some experts, and stand-ins for the rest.
+
+    Training and evaluation run the same forward: dropout and router jitter are off, there is no KV cache.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, network: PreTrainedModel, blocks: Sequence[MoEBlock], shards: Sequence[ExpertShard]
+    ) -> None:
+        """Use `build_model`. `network` is materialised and has `shards` where `blocks` had their experts."""
+        super().__init__()
+        self.spec = spec
+        self.network = network
+        # The network registers the shards already; a plain tuple keeps them from being registered twice.
+        self.shards: tuple[ExpertShard, ...] = tuple(shards)
+        self.num_slots = blocks[0].num_experts
+        self.expert_shapes = ((2 * blocks[0].width, blocks[0].hidden), (blocks[0].hidden, blocks[0].width))
+        self._router_logits: list[Tensor] = []  # of the forward that is running, by MoE layer
+        for block in blocks:
+            block.router.register_forward_hook(self._keep_logits)
+        self._scoring: Scoring | None = None  # found out in the first `loss`
+        self._routing: tuple[Tensor, Tensor] | None = None  # until then: index and weights of the first MoE layer
+        self._watch = self.shards[0].register_forward_pre_hook(self._keep_routing)
+        self.eval()
+
+    @functools.cached_property
+    def backbone(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is not a routed expert's, by its name in the transformers model; tied weights once."""
+        experts = {id(parameter) for shard in self.shards for parameter in shard.parameters()}
+        return {name: p for name, p in self.network.named_parameters() if id(p) not in experts}
+
+    def train(self, mode: bool = True) -> MoEModel:
+        """Has no effect on the forward (see the class)."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, S) int64 -> logits (B, S, V) float32."""
+        try:
+            logits: Tensor = self.network(input_ids=tokens, use_cache=False).logits
+        finally:
+            self._router_logits.clear()
+        return logits
+
+    def loss(
+        self,
+        tokens: Tensor,
+        *,
+        swarm_counts: Tensor | None = None,
+        balance_coef: float = 0.01,
+        z_coef: float = 0.001,
+    ) -> Losses:
+        """Losses of one batch.
+
+        Args:
+            tokens: (B, S) int64, S >= 2; every token but the first of a sequence is a target.
+            swarm_counts: (L, E) recent routed pairs of the other composers, see `balance.router_losses`.
+            balance_coef, z_coef: weights in `total` only.
+        """
+        self._router_logits.clear()
+        logits_BSV: Tensor = self.network(input_ids=tokens, use_cache=False).logits
+        lm = nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        counts_LE = torch.stack([shard.counts for shard in self.shards])
+        balance, z = router_losses(
+            self._router_logits, counts_LE, scoring=self._find_scoring(), swarm_counts_LE=swarm_counts
+        )
+        self._router_logits.clear()
+        return Losses(lm, balance, z, lm + balance_coef * balance + z_coef * z, counts_LE)
+
+    def experts_of(self, slot: int) -> list[DenseExpert]:
+        """The owned experts of a slot, one per MoE layer. Raises ValueError if the slot is not owned."""
+        return [shard.expert(slot) for shard in self.shards]
+
+    def initial_expert(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Seeded initial weights gate_up (2F, D) and down (D, F) of any expert."""
+        return expert_weights(self.spec, layer, slot)
+
+    def set_tap(self, tap: OwnedRowsTap | None) -> None:
+        """From the next forward on, call tap(layer, slot, x_ND, gate_N) with the rows routed to owned experts."""
+        for shard in self.shards:
+            shard.tap = tap
+
+    def _keep_logits(self, _router: nn.Module, _inputs: object, output: object) -> None:
+        self._router_logits.append(router_logits(output))
+
+    def _keep_routing(self, _shard: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._routing = inputs[1], inputs[2].detach()
+
+    def _find_scoring(self) -> Scoring:
+        if self._scoring is None:
+            assert self._routing is not None
+            self._scoring = scoring(self._router_logits[0], *self._routing)
+            self._routing = None
+            self._watch.remove()
+        return self._scoring
+
+
+def build_model(spec: ModelSpec, *, owned: Collection[int], standin: StandInSpec) -> MoEModel:
+    """The model of a run as one composer holds it, with seeded initial weights.
+
+    Args:
+        owned: slots held in full, in every MoE layer; may be empty or all.
+        standin: what runs in place of the others, made from their seeded weights one expert at a time.
+
+    Raises:
+        ValueError: the config cannot be built, its family is not supported, or a slot does not exist.
+    """
+    shape = expert_shape(spec)
+    strangers = [slot for slot in owned if not 0 <= slot < shape.num_experts]
+    if strangers:
+        raise ValueError(f"no slots {strangers}: the model has {shape.num_experts}")
+    network = skeleton(spec.config)
+    blocks = moe_blocks(network)
+    shards = []
+    for layer, block in enumerate(blocks):
+        shard = ExpertShard(
+            layer=layer,
+            num_experts=block.num_experts,
+            hidden=block.hidden,
+            width=block.width,
+            act=block.act,
+            capacity_factor=spec.capacity_factor,
+        )
+        block.block.experts = shard
+        shards.append(shard)
+    materialise(network, spec.seed)
+    width = max(1, round(standin.width_fraction * shape.width))
+    held = frozenset(owned)
+    for shard in shards:
+        for slot in range(shape.num_experts):
+            gate_up, down = expert_weights(spec, shard.layer, slot)
+            if slot in held:
+                shard.adopt(slot, gate_up, down)
+            else:
+                shard.set_standin(slot, initial_standin(standin.kind, gate_up, down, width))
+    return MoEModel(spec, network, blocks, shards)

@@ -1,0 +1,128 @@
+"""What we need to know of a transformers MoE family, found by looking at the model rather than by a table of names.
+
+transformers 5 writes every MoE block alike: a module with a child `experts`, called as
+`experts(hidden_states, top_k_index, top_k_weights)`, and a router beside it. So a family works here if its experts are
+gated MLPs stored as `gate_up_proj (E, 2F, D)` and `down_proj (E, D, F)` and nothing else (Qwen2/3-MoE, Qwen3-Next,
+Mixtral, OLMoE, DeepSeek-V2/V3, GLM-4-MoE and more); families with biases or interleaved rows (GPT-OSS) are refused.
+
+Shapes: T tokens, K experts per token, D hidden, F expert width, E experts per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+Scoring = Literal["softmax", "sigmoid"]
+
+# Where families keep the module that yields the router logits.
+_ROUTER_NAMES = ("gate", "router")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEBlock:
+    """One MoE layer of a network: where it is and how its experts look."""
+
+    name: str  # of the block, as in `named_modules`
+    block: nn.Module  # has the children `experts` and the router
+    router: nn.Module
+    num_experts: int
+    hidden: int
+    width: int
+    act: str  # of the gate, a transformers activation name
+
+
+def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
+    """The family's own causal language model on the meta device: shapes and names, no memory.
+
+    `config` is a transformers config by value, with its `model_type`. Raises ValueError for one that cannot be built.
+    """
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ValueError("the model's config has no `model_type`")
+    parsed: PreTrainedConfig = AutoConfig.for_model(model_type, **values)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def moe_blocks(network: nn.Module) -> list[MoEBlock]:
+    """All MoE layers in order of depth. Raises ValueError if there are none or we cannot run their experts."""
+    found = [
+        _describe(name, module)
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+    ]
+    if not found:
+        raise ValueError(f"{type(network).__name__} has no MoE layer with an `experts` module")
+    if len({(block.num_experts, block.hidden, block.width, block.act) for block in found}) > 1:
+        raise ValueError("MoE layers differ in number or shape of experts: a slot must be the same in every layer")
+    return found
+
+
+def _describe(name: str, block: nn.Module) -> MoEBlock:
+    experts = block.experts
+    assert isinstance(experts, nn.Module)
+    shapes = {key: tuple(value.shape) for key, value in experts.named_parameters()}
+    gate_up, down = shapes.get("gate_up_proj", ()), shapes.get("down_proj", ())
+    plain = (
+        shapes.keys() == {"gate_up_proj", "down_proj"}
+        and len(gate_up) == len(down) == 3
+        and gate_up == (down[0], 2 * down[2], down[1])
+        and getattr(experts, "is_concatenated", True)
+    )
+    if not plain:
+        raise ValueError(f"{name}.experts is not a set of plain gated MLPs (gate_up_proj, down_proj): {shapes}")
+    routers = [getattr(block, key) for key in _ROUTER_NAMES if isinstance(getattr(block, key, None), nn.Module)]
+    if len(routers) != 1:
+        raise ValueError(f"{name} has {len(routers)} routers named {' or '.join(_ROUTER_NAMES)}")
+    return MoEBlock(
+        name=name,
+        block=block,
+        router=routers[0],
+        num_experts=down[0],
+        hidden=down[1],
+        width=down[2],
+        act=_activation(experts),
+    )
+
+
+def _activation(experts: nn.Module) -> str:
+    config = getattr(experts, "config", None)
+    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if not isinstance(act, str):
+        raise ValueError(f"{type(experts).__name__} does not say which activation it uses")
+    return act
+
+
+def initializer_range(config: PreTrainedConfig) -> float:
+    """Standard deviation of initial weights, by transformers' own rule."""
+    return float(getattr(config.get_text_config(), "initializer_range", None) or 0.02)
+
+
+def router_logits(output: object) -> Tensor:
+    """The logits (T, E) in what a router module returned: families return them alone or first in a tuple."""
+    logits = output[0] if isinstance(output, tuple) else output
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+@torch.no_grad()
+def scoring(logits: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Scoring:
+    """How a router turned logits (T, E) into the gate weights (T, K) of the experts at index (T, K).
+
+    Told from what it did with some tokens: under softmax the ratio of two gate weights is exp(l_i - l_j), under sigmoid
+    sigma(l_i) / sigma(l_j), whether or not weights are normalised over the top-k or scaled. Where neither can be told
+    (one expert a token has no ratio; some routers do something else), the answer is softmax. Only the balance loss
+    depends on it.
+    """
+    chosen = logits.double().gather(1, top_k_index)
+    ratios = top_k_weights.double().log().diff(dim=1)
+    misfit_softmax = (ratios - chosen.diff(dim=1)).abs().sum()
+    misfit_sigmoid = (ratios - chosen.sigmoid().log().diff(dim=1)).abs().sum()
+    return "sigmoid" if misfit_sigmoid < 0.01 * misfit_softmax else "softmax"

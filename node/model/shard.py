@@ -1,0 +1,143 @@
+"""The expert shard: what stands where a layer's `experts` were, full experts for owned slots, stand-ins for the rest.
+
+Shapes: T tokens, K experts per token, E experts (= slots), D hidden, F expert width, N rows of one expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.experts import DenseExpert, ExpertWeights, apply_experts, drop_over_capacity
+from ...kernels.standin import StandIn
+
+# Called as tap(layer, slot, x_ND, gate_N) with the rows routed to an owned expert, detached.
+OwnedRowsTap = Callable[[int, int, Tensor, Tensor], None]
+
+
+class ExpertShard(nn.Module):
+    """One MoE layer's experts as one composer has them. Every slot must be filled before the first forward.
+
+    Ownership changes between steps only, on the thread that trains.
+    """
+
+    def __init__(
+        self, *, layer: int, num_experts: int, hidden: int, width: int, act: str, capacity_factor: float
+    ) -> None:
+        """
+        Args:
+            layer: position among the MoE layers, from 0.
+            act: transformers' name of the gate's activation.
+            capacity_factor: pairs an expert takes, over the even share T * K / E; pairs beyond are dropped, those with
+                the lowest gate first. 0 never drops.
+        """
+        super().__init__()
+        self.layer = layer
+        self.num_experts = num_experts
+        self.hidden = hidden
+        self.width = width
+        self.tap: OwnedRowsTap | None = None
+        self.counts = torch.zeros(num_experts, dtype=torch.int64)  # (E) pairs routed in the last forward, before drops
+        self._act = act
+        self._capacity_factor = capacity_factor
+        self._owned: dict[int, DenseExpert] = {}
+        self._standins: dict[int, StandIn] = {}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What transformers' `experts` compute: x (T, D), index (T, K), weights (T, K) -> y (T, D)."""
+        self.counts = torch.bincount(top_k_index.reshape(-1), minlength=self.num_experts)[: self.num_experts]
+        if self._capacity_factor > 0:
+            capacity = math.ceil(self._capacity_factor * top_k_index.numel() / self.num_experts)
+            top_k_index = drop_over_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
+        tap = None if self.tap is None else _OwnedRows(self.layer, self._owned, self.tap)
+        return apply_experts(hidden_states, top_k_index, top_k_weights, self._weights(), tap=tap, act=self._act)
+
+    def _weights(self) -> list[ExpertWeights]:
+        """All experts by slot. An owned one without tokens goes in detached: its gradient stays None, not zero, so that
+        the optimizer neither decays it nor moves it by old momentum."""
+        weights: list[ExpertWeights] = []
+        for slot, count in enumerate(self.counts.tolist()):
+            expert = self._owned.get(slot)
+            if expert is None:
+                weights.append(self._standins[slot])
+            elif count:
+                weights.append(expert)
+            else:
+                weights.append(DenseExpert(expert.gate_up.detach(), expert.down.detach()))
+        return weights
+
+    @property
+    def owned(self) -> list[int]:
+        """Slots held in full, ascending."""
+        return sorted(self._owned)
+
+    def expert(self, slot: int) -> DenseExpert:
+        """The owned expert, whose tensors are this module's parameters. Raises ValueError if it is not owned."""
+        if slot not in self._owned:
+            raise ValueError(f"slot {slot} is not owned")
+        return self._owned[slot]
+
+    def standin(self, slot: int) -> StandIn:
+        """What runs in place of an expert. Raises ValueError if the slot is owned."""
+        if slot not in self._standins:
+            raise ValueError(f"slot {slot} has no stand-in here")
+        return self._standins[slot]
+
+    def set_standin(self, slot: int, standin: StandIn) -> None:
+        """Run `standin` for a slot that is not owned. Raises ValueError if it is owned or does not exist."""
+        self._check(slot)
+        if slot in self._owned:
+            raise ValueError(f"slot {slot} is owned: release it to run a stand-in")
+        self._standins[slot] = standin
+
+    def adopt(self, slot: int, gate_up: Tensor, down: Tensor) -> DenseExpert:
+        """Hold a slot in full from now on. Copies the weights gate_up (2F, D) and down (D, F) into new parameters.
+
+        Raises ValueError if the slot is owned already or the shapes are wrong; nothing has changed then.
+        """
+        self._check(slot)
+        if slot in self._owned:
+            raise ValueError(f"slot {slot} is owned already")
+        if gate_up.shape != (2 * self.width, self.hidden) or down.shape != (self.hidden, self.width):
+            raise ValueError(f"expert of shapes {tuple(gate_up.shape)}, {tuple(down.shape)} does not fit slot {slot}")
+        parameters = _parameter(gate_up), _parameter(down)
+        self.register_parameter(f"gate_up_{slot}", parameters[0])
+        self.register_parameter(f"down_{slot}", parameters[1])
+        expert = self._owned[slot] = DenseExpert(*parameters)
+        self._standins.pop(slot, None)
+        return expert
+
+    def release(self, slot: int, standin: StandIn) -> None:
+        """Give up a slot: `standin` runs in its place. Raises ValueError if it is not owned."""
+        self.expert(slot)
+        del self._owned[slot]
+        delattr(self, f"gate_up_{slot}")
+        delattr(self, f"down_{slot}")
+        self._standins[slot] = standin
+
+    def _check(self, slot: int) -> None:
+        if not 0 <= slot < self.num_experts:
+            raise ValueError(f"no slot {slot}: this layer has {self.num_experts}")
+
+
+class _OwnedRows:
+    """Passes on the rows of owned experts only: nobody fits a stand-in for what somebody else owns."""
+
+    def __init__(self, layer: int, owned: dict[int, DenseExpert], tap: OwnedRowsTap) -> None:
+        self._layer = layer
+        self._owned = owned
+        self._tap = tap
+
+    def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
+        if expert in self._owned:
+            self._tap(self._layer, expert, x_ND, gate_N)
+
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor) -> None:
+        pass
+
+
+def _parameter(weights: Tensor) -> nn.Parameter:
+    return nn.Parameter(weights.detach().to(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format))

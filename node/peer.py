@@ -1,0 +1,279 @@
+"""A peer's life: start the parts, join, catch up, train, drain, leave.
+
+Threads and processes, in the order in which they start (what forks comes before what threads):
+
+    main thread     starts everything, then is the training thread
+    HTTP thread     metrics, health, status page
+    DHT process     forked by hivemind; with it the Go daemon p2pd
+    averager        forked; outer rounds
+    network thread  one asyncio loop: membership, ownership, exchange, rounds
+    transport       spawned; the py-libp2p host
+
+All children die with the main process, however it ends. SIGTERM or SIGINT drains; a second one leaves at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..protocol.addresses import Address, Reach
+from ..protocol.dht import start_dht
+from ..protocol.directory import Directory
+from ..protocol.identity import Identity
+from ..protocol.transport.client import Transport
+from . import logs
+from .background import NetworkThread
+from .config import PeerConfig
+from .errors import RunNotFound
+from .http import StatusServer
+from .invite import Invite
+from .links import Links
+from .logs import get_logger
+from .manifest import Manifest, run_id_of, sign, verify
+from .membership import Membership
+from .presence import announce_here, hold_data_dir
+from .serving import Library
+from .state import PeerState, Phase
+from .status import print_invite
+
+if TYPE_CHECKING:
+    import hivemind
+
+log = get_logger(__name__)
+
+IDLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run this peer is in, as verified."""
+
+    run_id: str
+    manifest: Manifest
+    signed: bytes
+
+
+def run_peer(config: PeerConfig, manifest_to_found: Manifest | None) -> int:
+    """Run a peer until it is told to stop. Returns the exit code.
+
+    Args:
+        config: what this peer was told. Without an invite it founds `manifest_to_found`, or goes on with the run that
+            it founded on this data directory before.
+
+    Raises:
+        ShoalError: it could not join; nothing is left running.
+    """
+    state = PeerState(config.role)
+    with (
+        hold_data_dir(config.data_dir),
+        StatusServer(state, host=config.http_host, port=config.http_port) as server,
+        announce_here(config.data_dir, server.url),
+        _stop_signals() as stop,
+    ):
+        try:
+            return _Peer(config, state, server.url, stop).run(manifest_to_found)
+        except BaseException as error:
+            state.enter(Phase.FAILED, str(error))
+            state.note_error(error)
+            raise
+
+
+class StopRequest:
+    """Set by the first SIGTERM or SIGINT; the second ends the process on the spot."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.joined = False  # before that there is nothing to hand over
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True
+        if not self.joined:
+            raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[StopRequest]:
+    stop = StopRequest()
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Peer:
+    def __init__(self, config: PeerConfig, state: PeerState, http_url: str, stop: StopRequest) -> None:
+        self.config, self.state, self.http_url, self.stop = config, state, http_url, stop
+        self.identity = Identity.load_or_create(config.identity_path)
+        state.identify(peer_id=self.identity.peer_id)
+
+    def run(self, manifest_to_found: Manifest | None) -> int:
+        """Main thread: start the parts in their order, then do the role's work until told to stop."""
+        config, state = self.config, self.state
+        state.enter(Phase.JOINING, "starting the directory")
+        founded = self._founded(manifest_to_found)
+        invite = None if config.invite is None else Invite.parse(config.invite)
+        if founded is not None:
+            run_id = founded.run_id
+        elif invite is not None:
+            run_id = invite.run_id
+        else:
+            raise RunNotFound("neither an invite nor a run to found", fix="join with an invite, or found a run")
+        dht = start_dht(
+            config.identity_path,
+            initial_peers=[] if invite is None else invite.multiaddrs(),
+            host=config.host,
+            port=config.dht_port,
+            announce=self._announced(config.dht_port),
+            run_id=run_id,
+            deadline_seconds=config.join_seconds,
+        )
+        logs.adopt_third_parties()
+        try:
+            run = founded or self._fetch_manifest(dht, run_id)
+            state.identify(run_id=run.run_id)
+            (config.data_dir / "manifest.signed").write_bytes(run.signed)
+            if config.role == "composer":
+                from .composing import ComposerPeer
+
+                work = ComposerPeer(config, state, self.identity, run, dht)
+            else:
+                work = None
+            network = NetworkThread()
+            try:
+                links, member, library = network.call(self._connect(dht, run))
+                self._show_invite(run, member)
+                self.stop.joined = True
+                if work is not None:
+                    return work.run(network, links, member, library, self.stop)
+                return self._idle(network, links, member)
+            finally:
+                network.close()
+        finally:
+            dht.shutdown()
+
+    # -- joining ---------------------------------------------------------------------------------------------------
+
+    def _founded(self, manifest: Manifest | None) -> Run | None:
+        """The run to found, or the one that was founded on this data directory before."""
+        if manifest is None:
+            return None
+        path = self.config.data_dir / "manifest.signed"
+        if path.exists():
+            signed = path.read_bytes()
+            known = verify(signed)
+            if known.founder == self.identity.peer_id and known.name == manifest.name:
+                log.info("run.resumed", run_id=run_id_of(known))
+                return Run(run_id_of(known), known, signed)
+        signed = sign(self.identity, manifest)
+        return Run(run_id_of(manifest), manifest, signed)
+
+    def _fetch_manifest(self, dht: hivemind.DHT, run_id: str) -> Run:
+        """Ask the DHT until the run's manifest comes; everything in it is checked before it is believed."""
+        self.state.enter(Phase.JOINING, "fetching the manifest")
+
+        async def ask() -> bytes:
+            directory = Directory(dht, self.identity, run_id)
+            deadline = time.monotonic() + self.config.join_seconds
+            while time.monotonic() < deadline and not self.stop.requested:
+                signed = await directory.manifest()
+                if signed is not None:
+                    return signed
+                await asyncio.sleep(IDLE_SECONDS)
+            raise RunNotFound(
+                f"the peers at the invite's addresses do not know the run {run_id}",
+                fix="check the invite; if the run is over or its peers are all gone, ask its founder for a new one",
+            )
+
+        signed = asyncio.run(ask())
+        return Run(run_id, verify(signed, run_id), signed)
+
+    def _announced(self, port: int) -> list[str]:
+        """Directory addresses to announce, where the peer was told any and the port is fixed."""
+        if not port or not self.config.announce:
+            return []
+        return [str(Address.of_host(host, port)) for host in self.config.announce]
+
+    async def _connect(self, dht: hivemind.DHT, run: Run) -> tuple[Links, Membership, Library]:
+        from ..protocol.dht import visible_addresses
+
+        config = self.config
+        self.state.enter(Phase.JOINING, "starting the transport")
+        transport = await Transport.start(
+            identity_path=config.identity_path,
+            run_id=run.run_id,
+            listen_host=config.host,
+            listen_port=config.transport_port,
+        )
+        lease = run.manifest.ownership.lease_seconds
+        links = Links(
+            identity=self.identity,
+            run_id=run.run_id,
+            manifest=run.manifest,
+            directory=Directory(dht, self.identity, run.run_id),
+            transport=transport,
+            state=self.state,
+            clock=time.time,
+            loop=asyncio.get_running_loop(),
+            record_seconds=lease,
+        )
+        library = Library(links, run.signed)
+        transport.serve(library.answer)
+        port = Address.parse(transport.addrs[0]).port
+        dht_addrs = await asyncio.to_thread(visible_addresses, dht)
+        capacity = 0
+        if config.role == "composer":
+            from .model.init import expert_shape
+
+            num_slots = expert_shape(run.manifest.model).num_experts
+            self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
+            capacity = num_slots if config.max_slots is None else min(num_slots, config.max_slots)
+        member = Membership(
+            links,
+            role=config.role,
+            capacity=capacity,
+            transport_addrs=[str(Address.of_host(h, port, self.identity.peer_id)) for h in config.dialable_hosts()],
+            dht_addrs=dht_addrs,
+            metrics_url=self.http_url,
+            signed_manifest=run.signed,
+        )
+        await member.start()
+        links.spawn(member.run(), vital=True)
+        return links, member, library
+
+    def _show_invite(self, run: Run, member: Membership) -> None:
+        addresses = [Address.parse(addr) for addr in member.dht_addrs]
+        hosts = self.config.dialable_hosts()
+        ports = {address.port for address in addresses}
+        mine = [Address.of_host(host, port, self.identity.peer_id) for host in hosts for port in sorted(ports)]
+        invite = Invite(addresses=tuple(mine[:2]), run_id=run.run_id)
+        self.state.identify(invite=str(invite))
+        print_invite(
+            str(invite),
+            status_url=f"{self.http_url}/status",
+            only_this_machine=all(address.reach is Reach.THIS_MACHINE for address in mine),
+        )
+
+    # -- a bootstrap's or an observer's work ---------------------------------------------------------------------
+
+    def _idle(self, network: NetworkThread, links: Links, member: Membership) -> int:
+        self.state.enter(Phase.READY)
+        while not self.stop.requested:
+            self.state.beat()
+            network.check()
+            links.check()
+            time.sleep(IDLE_SECONDS)
+        self.state.enter(Phase.LEAVING)
+        network.call(member.announce(Phase.LEAVING))
+        self.state.enter(Phase.STOPPED)
+        return 0

@@ -1,0 +1,35 @@
+"""The byte tokenizer as a Hugging Face tokenizer, so that an exported model loads with AutoTokenizer.
+
+Token id == byte value, 256 tokens, no special ones: a special token would have to be spelled with a character that
+text may contain. Byte-level BPE without merges is just that: the pre-tokenizer writes each byte as one printable
+character, and the vocabulary maps that character back to the byte. Byte 0 ends a document (data.py); text itself
+never encodes to it.
+"""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .data import VOCAB_SIZE
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte, by byte value, as byte-level BPE writes them.
+
+    Printable Latin-1 bytes stand for themselves; the others take the code points from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(VOCAB_SIZE)]
+
+
+def byte_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose `encode(text)` is `list(text.encode())`. `save_pretrained` writes it next to a model."""
+    vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=context_length, clean_up_tokenization_spaces=False
+    )

@@ -1,0 +1,99 @@
+"""The training thread: one composer, stepped in a loop, to which other threads may post work between steps.
+
+Nothing but this thread touches the composer. The network's side (an asyncio loop on another thread) calls `ask`, and
+gets a future; the trainer never waits for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from .composer import Composer, StepReport
+
+T = TypeVar("T")
+
+# How long an idle trainer (not yet started, or finished) sleeps before it looks at its stop flag again, in seconds.
+IDLE_SECONDS = 0.2
+
+
+class Trainer:
+    """Owns a composer. `run` blocks the calling thread; `ask`, `start_training` and `stop` may be called from any.
+
+    Args:
+        composer: the learner, handed over for good.
+        on_step: called after every step on the training thread; must not block.
+    """
+
+    def __init__(self, composer: Composer, on_step: Callable[[Composer, StepReport], None]) -> None:
+        self._composer = composer
+        self._on_step = on_step
+        self._served_seconds = 0.0
+        self._mailbox: queue.SimpleQueue[tuple[Callable[[Composer], Any], Future[Any]]] = queue.SimpleQueue()
+        self._training = threading.Event()
+        self._stop = threading.Event()
+        self._closed = False
+        self._closing = threading.Lock()
+
+    def ask(self, work: Callable[[Composer], T]) -> Future[T]:
+        """Run `work(composer)` between two steps. The future carries its result, error, or cancellation at the end."""
+        future: Future[T] = Future()
+        with self._closing:
+            if self._closed:
+                future.cancel()
+                return future
+            self._mailbox.put((work, future))
+        return future
+
+    def take_served_seconds(self) -> float:
+        """Time spent between steps on what was asked for, since the last call. For the training thread only."""
+        seconds, self._served_seconds = self._served_seconds, 0.0
+        return seconds
+
+    def start_training(self) -> None:
+        """Begin, or go on with, inner steps."""
+        self._training.set()
+
+    def pause_training(self) -> None:
+        """Stop taking inner steps after the current one; work that is asked for still runs."""
+        self._training.clear()
+
+    def stop(self) -> None:
+        """Make `run` return after the current step."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Train until `stop`. The composer's own step limit ends training, not this loop: it then serves requests."""
+        try:
+            while not self._stop.is_set():
+                composer = self._composer
+                busy = self._training.is_set() and composer.step < composer.train.steps
+                self._serve(block=not busy)
+                if busy and not self._stop.is_set():
+                    self._on_step(composer, composer.train_step())
+        finally:
+            with self._closing:
+                self._closed = True
+            while not self._mailbox.empty():
+                self._mailbox.get_nowait()[1].cancel()
+
+    def _serve(self, *, block: bool) -> None:
+        """Run everything in the mailbox; if `block`, wait a little for the first."""
+        try:
+            work, future = self._mailbox.get(block=block, timeout=IDLE_SECONDS if block else None)
+            began = time.perf_counter()
+            while True:
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(work(self._composer))
+                    except Exception as error:  # noqa: BLE001 - carried to whoever asked, by the future
+                        future.set_exception(error)
+                self._served_seconds += time.perf_counter() - began
+                work, future = self._mailbox.get_nowait()
+                began = time.perf_counter()
+        except queue.Empty:
+            return

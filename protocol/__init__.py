@@ -1,0 +1,1 @@
+"""What peers say to each other: signed records, messages, transport, averaging. Knows nothing of transformers."""

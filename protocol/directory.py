@@ -1,0 +1,270 @@
+"""The swarm's directory: signed records in the DHT, and the same records as they arrive by gossip.
+
+The DHT is slow and complete, gossip is fast and lossy: both feed one cache, where of two records under one subkey the
+later issued wins. Whatever comes is verified here again, even from one's own DHT process: a node of the DHT can return
+anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import hivemind
+
+from .dht import RunDHT, read_refusals, require_alive
+from .errors import BadSignature, DirectoryError, Refused
+from .identity import Identity
+from .records import (
+    MANIFEST_SUBKEY,
+    MAX_LIFETIME_SECONDS,
+    RECORD_TYPES,
+    LeaseRecord,
+    PeerRecord,
+    Record,
+    VoteRecord,
+    open_manifest,
+    open_record,
+    record_key,
+    seal_record,
+)
+from .view import LeaseClaim, View, claims_of, resolve, wins
+
+logger = logging.getLogger(__name__)
+
+_MAX_REQUESTS = 6  # in flight
+_MANIFEST_SECONDS = MAX_LIFETIME_SECONDS  # any peer may renew it
+_FORGET_SECONDS = 900.0  # after expiry; until then a replay of a withdrawn record is recognised
+_MAX_CACHED = 100_000  # records, so that invented identities cannot exhaust memory
+_OFFSETS_PER_PEER = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Cached:
+    record: Record
+    sender: str
+    sealed: bytes
+
+
+class Directory:
+    """Reads and writes of one peer. Use it from one asyncio loop; no method blocks that loop.
+
+    Args:
+        dht: a started DHT of this run.
+        clock: unix seconds; injected in tests.
+        timeout_seconds: how long one request to the DHT may take.
+
+    Attributes:
+        refusals: records that this peer did not believe, by reason. `forged`, `malformed`, `oversized`, `wrong-*`,
+            `expired`, `future`, `too-long`, `replayed` (older than a known one, by gossip), `identity-in-use` (somebody
+            else signs with our key), `full`.
+        failures: own requests that went wrong: `timeout`, `not-stored` (a replica has a newer record, or refused ours).
+    """
+
+    def __init__(
+        self,
+        dht: hivemind.DHT,
+        identity: Identity,
+        run_id: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        timeout_seconds: float = 15.0,
+    ) -> None:
+        self.run_id = run_id
+        self.refusals: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self._dht = dht
+        self._identity = identity
+        self._clock = clock
+        self._timeout_seconds = timeout_seconds
+        self._gate = asyncio.Semaphore(_MAX_REQUESTS)
+        self._cache: dict[tuple[str, str], _Cached] = {}  # by kind and subkey
+        self._strongest: dict[int, LeaseClaim] = {}  # by slot
+        self._offsets: dict[str, deque[float]] = {}  # by sender: issued_at minus arrival, seconds
+        self._started_at = clock()
+
+    async def put_peer(self, record: PeerRecord) -> bytes:
+        """Publish this peer's state. Returns the sealed record, for gossip."""
+        return await self._put(record)
+
+    async def put_lease(self, record: LeaseRecord) -> bytes:
+        """Publish or renew all slots that this peer owns. Returns the sealed record, for gossip.
+
+        Later records replace earlier ones whole: a slot left out is given up. Keep `expires_at` growing, or the DHT
+        prefers the older record until that one expires (those who got the newer by gossip are not fooled).
+        """
+        return await self._put(record)
+
+    async def put_vote(self, record: VoteRecord) -> bytes:
+        """Publish this peer's digest of a fragment. Returns the sealed record, for gossip."""
+        return await self._put(record)
+
+    async def put_manifest(self, sealed: bytes) -> None:
+        """Keep the signed manifest in the DHT for ten more minutes; any peer may. Raises Refused if it is another's."""
+        open_manifest(sealed, self.run_id)
+        await self._store("manifest", MANIFEST_SUBKEY, sealed, self._clock() + _MANIFEST_SECONDS)
+
+    async def manifest(self) -> bytes | None:
+        """The signed manifest's bytes, their hash checked against the run id, or None if no peer keeps it now."""
+        for _, value in await self._fetch("manifest"):
+            if self._believe(partial(open_manifest, value, self.run_id)) is not None:
+                return value
+        return None
+
+    async def read(self) -> View:
+        """Everything the DHT and gossip have brought, resolved. Raises DirectoryError if the DHT process fails."""
+        kinds = list(RECORD_TYPES)
+        for kind, entries in zip(kinds, await asyncio.gather(*map(self._fetch, kinds)), strict=True):
+            for subkey, value in entries:
+                known = self._cache.get((kind, subkey))
+                if known is None or known.sealed != value:  # a signature is checked once
+                    self._accept(value, kind=kind, subkey=subkey)
+        return self.view()
+
+    def view(self) -> View:
+        """The same without asking the DHT: what is known now."""
+        now = self._clock()
+        self._forget(now)
+        return resolve(
+            now,
+            peers=(entry.record for entry in self._cache.values() if isinstance(entry.record, PeerRecord)),
+            leases=(entry.record for entry in self._cache.values() if isinstance(entry.record, LeaseRecord)),
+            votes=(
+                (entry.sender, entry.record) for entry in self._cache.values() if isinstance(entry.record, VoteRecord)
+            ),
+            strongest=self._strongest,
+        )
+
+    def receive(self, data: bytes) -> bool:
+        """Take a sealed record that came by gossip. Returns whether it was news; refusals are counted, never raised."""
+        arrived = self._clock()
+        entry = self._accept(data)
+        if entry is None:
+            return False
+        offsets = self._offsets.setdefault(entry.sender, deque(maxlen=_OFFSETS_PER_PEER))
+        offsets.append(entry.record.issued_at - arrived)
+        return True
+
+    def require_alive(self) -> None:
+        """Raise DirectoryError if this node's DHT process has ended, which no waiting will mend."""
+        require_alive(self._dht)
+
+    def clock_offset(self) -> float | None:
+        """Seconds by which the swarm's clocks seem ahead of ours: the median over peers whose records came by gossip.
+
+        A record's delay counts against its sender, so each peer counts with its fastest recent record, and the result
+        is low by that delay. None before any record came.
+        """
+        fastest = [max(offsets) for offsets in self._offsets.values()]
+        return statistics.median(fastest) if fastest else None
+
+    async def stored_refusals(self) -> Counter[str]:
+        """Records that this node's DHT process has refused to store or believe, by reason. Empty for a foreign DHT."""
+        if not isinstance(self._dht, RunDHT):
+            return Counter()
+        counted: Counter[str] = await self._ask(lambda: self._dht.run_coroutine(read_refusals, return_future=True))
+        return counted
+
+    async def _put(self, record: Record) -> bytes:
+        sealed = seal_record(self._identity, self.run_id, record)
+        subkey = record.subkey(self._identity.peer_id)
+        self._keep(_Cached(record, self._identity.peer_id, sealed), subkey)
+        await self._store(record.kind, subkey, sealed, record.expires_at)
+        return sealed
+
+    async def _store(self, kind: str, subkey: str, sealed: bytes, expires_at: float) -> None:
+        stored = await self._ask(
+            lambda: self._dht.store(
+                record_key(self.run_id, kind), sealed, expires_at, subkey=subkey, return_future=True
+            )
+        )
+        if not stored:
+            # One replica's word: it may hold a newer record, have another clock, or lie. The others may well have it.
+            self.failures["not-stored"] += 1
+            logger.debug("a replica did not store our %s record", kind)
+
+    async def _fetch(self, kind: str) -> list[tuple[str, bytes]]:
+        found = await self._ask(lambda: self._dht.get(record_key(self.run_id, kind), latest=True, return_future=True))
+        if found is None:
+            return []
+        if not isinstance(found.value, dict):
+            self.refusals["malformed"] += 1
+            return []
+        entries = []
+        for subkey, item in found.value.items():
+            if isinstance(subkey, str) and isinstance(item.value, bytes):
+                entries.append((subkey, item.value))
+            else:
+                self.refusals["malformed"] += 1
+        return entries
+
+    async def _ask(self, request: Callable[[], Awaitable[T]]) -> T:
+        async with self._gate:
+            require_alive(self._dht)
+            future = request()
+            try:
+                async with asyncio.timeout(self._timeout_seconds):
+                    return await future
+            except TimeoutError:
+                self.failures["timeout"] += 1
+                require_alive(self._dht)
+                raise DirectoryError(
+                    f"the DHT did not answer within {self._timeout_seconds:.0f} s",
+                    fix="check this machine's connection and load; the node keeps trying",
+                ) from None
+
+    def _accept(self, data: bytes, *, kind: str | None = None, subkey: str | None = None) -> _Cached | None:
+        """Verify, and keep if newer. `kind` and `subkey` say where it was found; None for gossip."""
+        opened = self._believe(lambda: open_record(data, self.run_id, now=self._clock(), kind=kind, subkey=subkey))
+        if opened is None:
+            return None
+        envelope, record = opened
+        entry = _Cached(record, envelope.sender, data)
+        place = record.subkey(envelope.sender)
+        known = self._cache.get((record.kind, place))
+        if envelope.sender == self._identity.peer_id and record.issued_at > self._started_at and known != entry:
+            # Ours are in the cache before they leave. This one is newer than our start, and not the last we issued.
+            if known is None or record.issued_at > known.record.issued_at:
+                self.refusals["identity-in-use"] += 1
+            return None
+        if known is not None and record.issued_at <= known.record.issued_at:
+            if kind is None and record.issued_at < known.record.issued_at:
+                self.refusals["replayed"] += 1
+            return None
+        return entry if self._keep(entry, place) else None
+
+    def _keep(self, entry: _Cached, subkey: str) -> bool:
+        key = (entry.record.kind, subkey)
+        if key not in self._cache and len(self._cache) >= _MAX_CACHED:
+            self.refusals["full"] += 1
+            return False
+        self._cache[key] = entry
+        if isinstance(entry.record, LeaseRecord):
+            for slot, claim in claims_of([entry.record]):
+                known = self._strongest.get(slot)
+                if known is None or (known.owner == claim.owner and known.epoch == claim.epoch) or wins(claim, known):
+                    self._strongest[slot] = claim
+        return True
+
+    def _forget(self, now: float) -> None:
+        old = [key for key, entry in self._cache.items() if entry.record.expires_at + _FORGET_SECONDS < now]
+        for key in old:
+            self._offsets.pop(self._cache.pop(key).sender, None)
+
+    def _believe(self, check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except Refused as refused:
+            self.refusals[refused.reason] += 1
+        except BadSignature:
+            self.refusals["forged"] += 1
+        return None

@@ -1,0 +1,94 @@
+"""Cutting the backbone into P balanced fragments, merged in turn.
+
+A fragment is a flat float32 vector: its tensors, flattened row-major, one after the other in `names` order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_EMBEDDING_PARTS = frozenset({"embed_tokens", "wte", "word_embeddings", "embedding", "embeddings"})
+_HEAD_PARTS = frozenset({"lm_head", "output_projection", "embed_out"})
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One subset of the backbone's tensors. `sizes` are element counts, aligned with `names`; `numel` is their sum."""
+
+    index: int
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    numel: int
+
+
+def partition(shapes: Mapping[str, Sequence[int]], fragments: int) -> list[Fragment]:
+    """Greedy balanced bin packing: largest tensor first, each into the smallest fragment so far.
+
+    The same on every peer, whatever the order of `shapes`. Embeddings and the output head never share a fragment when
+    there are at least two: both are as large as all the rest of a small model, and together they would unbalance it.
+
+    Raises ValueError if there are fewer tensors than fragments.
+    """
+    if not 1 <= fragments <= len(shapes):
+        raise ValueError(f"cannot cut {len(shapes)} tensors into {fragments} fragments")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if empty := [name for name, size in sizes.items() if size == 0]:
+        raise ValueError(f"tensors without elements: {empty}")
+    bins: list[list[str]] = [[] for _ in range(fragments)]
+    loads = [0] * fragments
+    home: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        kind = _kind(name)
+        taken = {home[other] for other in ("embedding", "head") if other != kind and other in home}
+        open_bins = [i for i in range(fragments) if kind is None or fragments == 1 or i not in taken]
+        chosen = home.get(kind) if kind else None
+        if chosen is None:
+            chosen = min(open_bins, key=lambda i: (loads[i], i))
+        if kind:
+            home[kind] = chosen
+        bins[chosen].append(name)
+        loads[chosen] += sizes[name]
+    for i, names in enumerate(bins):  # only a lone embedding-like family can leave a fragment empty
+        if not names:
+            donor = max(range(fragments), key=lambda j: (len(bins[j]), loads[j], -j))
+            moved = min(bins[donor], key=lambda name: (sizes[name], name))
+            bins[donor].remove(moved)
+            bins[i].append(moved)
+    result = []
+    for i, names in enumerate(bins):
+        ordered = tuple(sorted(names))
+        counts = tuple(sizes[name] for name in ordered)
+        result.append(Fragment(index=i, names=ordered, sizes=counts, numel=sum(counts)))
+    return result
+
+
+def flatten(fragment: Fragment, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The fragment's flat float32 CPU vector, shape (numel,), a copy. Raises ValueError on a tensor of another size."""
+    flat = torch.empty(fragment.numel, dtype=torch.float32)
+    start = 0
+    for name, size in zip(fragment.names, fragment.sizes, strict=True):
+        tensor = tensors[name]
+        if tensor.numel() != size:
+            raise ValueError(f"{name} has {tensor.numel()} elements, its fragment says {size}")
+        flat[start : start + size].copy_(tensor.detach().reshape(-1))
+        start += size
+    return flat
+
+
+def unflatten(fragment: Fragment, flat: Tensor) -> dict[str, Tensor]:
+    """Views of `flat`, shape (numel,), one flat vector per tensor name."""
+    if flat.shape != (fragment.numel,):
+        raise ValueError(f"fragment {fragment.index} has {fragment.numel} elements, got shape {tuple(flat.shape)}")
+    return dict(zip(fragment.names, torch.split(flat, list(fragment.sizes)), strict=True))
+
+
+def _kind(name: str) -> str | None:
+    parts = set(name.split("."))
+    if parts & _EMBEDDING_PARTS:
+        return "embedding"
+    return "head" if parts & _HEAD_PARTS else None

@@ -1,0 +1,135 @@
+"""Finding the members of one outer round: hivemind's matchmaking, told which round, how many, and whom not.
+
+    bucket = prefix.0b<48 bits of round><16 bits of attempt>      peers of different rounds never meet
+    the earliest declared expiration leads; others ask to join    hivemind's protocol, unchanged
+    full at `expected` members: start at once; else when the window ends, with at least `quorum`
+
+hivemind would have let anybody join with any metadata. Here a leader checks a follower's signed facts at the door, so
+that a peer with bad facts costs nobody a round; followers check the leader's and everybody's once the group is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.key_manager import GroupKeyManager
+from hivemind.averaging.matchmaking import Matchmaking
+from hivemind.dht import DHT
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils import get_dht_time
+
+from .errors import BadSignature, Refused
+from .facts import MAX_ATTEMPT, MAX_ROUND
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05  # hivemind's search asks the DHT again as soon as it has answered
+JOIN_RETRIES = 3  # requests to one leader that got no answer, before the search gives up on it
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search for a group. The first four are what hivemind reads of its StepControl.
+
+    Attributes:
+        scheduled_time: DHT time (seconds) at which a group starts even if members are missing.
+        deadline: DHT time at which the search gives up.
+        data_for_gather: signed facts, shown to every member.
+        admit: raises BadSignature or Refused unless a peer id (base58) may join with this gathered data.
+    """
+
+    scheduled_time: float
+    deadline: float
+    data_for_gather: bytes
+    admit: Callable[[str, bytes], object]
+    round: int
+    attempt: int
+    expected: int
+    quorum: int
+    avoid: frozenset[str]
+
+    def get_timeout(self) -> float:
+        return max(0.0, self.deadline - float(get_dht_time()))
+
+
+class RoundKeyManager(GroupKeyManager):  # type: ignore[misc]  # hivemind is untyped
+    """Names the bucket after the round; hivemind would move to a random bucket after each group."""
+
+    def __init__(self, dht: DHT, prefix: str) -> None:
+        super().__init__(dht, prefix, "", None)
+        self.avoid: frozenset[str] = frozenset()
+
+    def enter(self, round_: int, attempt: int) -> None:
+        """Look in this round's bucket from now on."""
+        if not (0 <= round_ <= MAX_ROUND and 0 <= attempt <= MAX_ATTEMPT):
+            raise ValueError(f"round {round_}, attempt {attempt} do not fit the bucket's name")
+        self.group_bits = f"{round_:048b}{attempt:016b}"
+
+    async def get_averagers(self, group_key: str, only_active: bool) -> list[tuple[PeerID, float]]:
+        await asyncio.sleep(POLL_SECONDS)
+        found = await super().get_averagers(group_key, only_active)
+        return [(peer, expiration) for peer, expiration in found if peer.to_base58() not in self.avoid]
+
+    async def declare_averager(
+        self, group_key: str, peer_id: PeerID, expiration_time: float, looking_for_group: bool = True
+    ) -> bool:
+        if not looking_for_group:
+            return True  # the bucket is never used again: taking the name off would only delay the all-reduce
+        return bool(await super().declare_averager(group_key, peer_id, expiration_time, looking_for_group))
+
+    async def update_key_on_group_assembled(self, group_info: GroupInfo) -> None:
+        """The caller names the next round."""
+
+
+class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind is untyped
+    """Matchmaking of one `Search` at a time."""
+
+    def __init__(self, *args: object, prefix: str, dht: DHT, **kwargs: object) -> None:
+        super().__init__(*args, prefix=prefix, dht=dht, **kwargs)
+        self.group_key_manager: RoundKeyManager = RoundKeyManager(dht, prefix)
+        self.refusals: dict[str, str] = {}  # peer id: why it was not let in, in the current search
+        self._one_search = asyncio.Lock()
+        self._unanswered: dict[PeerID, int] = {}
+
+    async def find_group(self, search: Search) -> GroupInfo | None:
+        """Members in the order that the all-reduce uses, or None if no group of `search.quorum` met in time."""
+        async with self._one_search:
+            self.group_key_manager.enter(search.round, search.attempt)
+            self.group_key_manager.avoid = search.avoid
+            self.target_group_size, self.min_group_size = search.expected, search.quorum
+            self.refusals, self._unanswered = {}, {}
+            return await self.look_for_group(search)
+
+    def _check_reasons_to_reject(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> averaging_pb2.MessageFromLeader | None:
+        reason = super()._check_reasons_to_reject(request, context)
+        if reason is not None:
+            return reason
+        peer_id = context.remote_id.to_base58()
+        search: Search = self.step_control
+        try:
+            if peer_id in search.avoid:
+                raise Refused("avoided", f"{peer_id} failed an earlier attempt")
+            search.admit(peer_id, request.gather)
+        except (BadSignature, Refused) as error:
+            self.refusals[peer_id] = error.cause
+            log.warning("join refused round=%d peer=%s: %s", search.round, peer_id, error.cause)
+            return averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
+        return None
+
+    async def _request_join_group(self, leader: PeerID) -> GroupInfo | None:
+        group = await super()._request_join_group(leader)
+        if group is None and not self.assembled_group.done():
+            # hivemind never asks the same declaration twice, so one lost request would cost a whole window.
+            tried = self._unanswered[leader] = self._unanswered.get(leader, 0) + 1
+            if tried < JOIN_RETRIES:
+                self.potential_leaders.past_attempts = {
+                    (peer, expiration) for peer, expiration in self.potential_leaders.past_attempts if peer != leader
+                }
+        return group

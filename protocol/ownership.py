@@ -1,0 +1,355 @@
+"""Who should own which slot, and what one peer does about it. Pure: the clock and the view of the swarm are arguments.
+
+**Desired owners.** Weighted rendezvous hashing with bounded load. Every (slot, peer) pair draws u in (0, 1) by hash and
+scores -w / ln(u), where w is the peer's capacity (at most the number of slots, so that a giant is not a hub). Pairs are
+taken from the highest score down; a peer is full at its *bound*: a quarter above its fair share (slots * w / sum of w),
+rounded down, but at least the fair share rounded up, and never above its capacity. Few slots split evenly that way
+(16 over three peers: 6 at most), and a joiner moves 1.2 to 1.5 times its own share on average (more where shares are
+of one or two slots and everybody's bound steps down at once). If all capacities together are too small, every peer is
+filled to its capacity and the slots of lowest score have no owner. Standbys are drawn in the same way among the peers
+a slot does not have yet.
+
+**Epochs.** Every change of owner raises a slot's epoch by one. Of two claims the higher epoch wins, then the smaller
+peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
+
+**Turns.** Nobody coordinates a takeover; time does. When a lease has run out, holders of a copy act in desired order,
+one `grace` after another (those whose copy is from an earlier epoch, or who are not listed, after the listed ones);
+then everybody else who has room, desired owner first: the swarm has lost the expert, and that is loud. If two act at
+once they claim the same epoch, and the weaker one yields as soon as it sees the other's record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from .view import LeaseClaim, wins
+
+SLACK = 1.25  # of the fair share, see above
+MAX_EPOCH = (1 << 48) - 1  # that messages carry; a claim beyond cannot be published
+UNKNOWN_OWNER = "~"  # of an epoch learned otherwise; loses every tie, being greater than any peer id
+
+
+def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: int) -> list[list[str]]:
+    """Per slot the peers that should hold it: the owner, then `replication - 1` standbys, fewer if there are not
+    enough peers.
+
+    Args:
+        num_slots: slots of the run.
+        capacities: slots each live peer can own, by peer id; 0 for peers that own nothing or are leaving.
+        replication: copies of a slot, at least 1.
+    """
+    weights = {peer: min(capacity, num_slots) for peer, capacity in capacities.items() if capacity > 0}
+    lists: list[list[str]] = [[] for _ in range(num_slots)]
+    if not num_slots or not weights:
+        return lists
+    total = sum(weights.values())
+    ranked = sorted(
+        (
+            (-weight / math.log(u), peer, slot)
+            for peer, weight in weights.items()
+            for slot, u in _draws(peer, num_slots)
+        ),
+        reverse=True,
+    )
+    fair = {peer: num_slots * weight / total for peer, weight in weights.items()}
+    bounds = {peer: max(math.ceil(share), int(share * SLACK)) for peer, share in fair.items()}
+    scarce = total <= num_slots
+    hard = {peer: weight if scarce else min(weight, bounds[peer]) for peer, weight in weights.items()}
+    _match(lists, ranked, 1, hard)
+    for copies in range(2, min(replication, len(weights)) + 1):
+        _match(lists, ranked, copies, bounds)
+        _match(lists, ranked, copies, dict.fromkeys(weights, num_slots))  # bounds are soft: better crowded than alone
+    return lists
+
+
+def _match(
+    lists: list[list[str]], ranked: Sequence[tuple[float, str, int]], copies: int, bounds: Mapping[str, int]
+) -> None:
+    """Adds the best peer with room to every owned slot with fewer than `copies` peers."""
+    load = dict.fromkeys(bounds, 0)
+    wanting = sum(len(peers) == copies - 1 for peers in lists)
+    for _, peer, slot in ranked:
+        if not wanting:
+            break
+        if len(lists[slot]) == copies - 1 and load[peer] < bounds[peer] and peer not in lists[slot]:
+            lists[slot].append(peer)
+            load[peer] += 1
+            wanting -= 1
+
+
+def _draws(peer: str, num_slots: int) -> Iterable[tuple[int, float]]:
+    return enumerate(_uniform(peer, num_slots))
+
+
+@lru_cache(maxsize=1024)
+def _uniform(peer: str, num_slots: int) -> array[float]:
+    """u in (0, 1) per slot. One hash yields eight draws; a slot's draw does not depend on `num_slots`."""
+    draws: array[float] = array("d")
+    for block in range(-(-num_slots // 8)):
+        digest = hashlib.blake2b(block.to_bytes(8) + peer.encode(), digest_size=64, person=b"shoal-owner").digest()
+        # 53 bits: more would round to 1.0, whose logarithm is 0
+        draws.extend(((int.from_bytes(digest[i : i + 8]) >> 11) + 0.5) / 2**53 for i in range(0, 64, 8))
+    return draws[:num_slots]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A standby's or a checkpoint's state of a slot, on this peer."""
+
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How patient peers are. All in seconds."""
+
+    lease: float = 20.0
+
+    @property
+    def settle(self) -> float:
+        """How long the directory must have named this peer before it claims a free slot or asks an owner for one."""
+        return self.lease / 8
+
+    @property
+    def grace(self) -> float:
+        """How long one candidate for an orphaned slot has before it is the next one's turn."""
+        return self.lease / 2
+
+    @property
+    def keep_unlisted(self) -> float:
+        """How long a standby that is no longer listed keeps its copy: the new one must have fetched it by then."""
+        return 3 * self.lease
+
+
+@dataclass(frozen=True)
+class ClaimFree:
+    """Nobody ever owned the slot: start it from the run's seed."""
+
+    slot: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """The owner is gone. Publish the lease first, then train.
+
+    `copy` is what this peer goes on from. None means that it has no copy: ask `sources` for one, and if nobody answers
+    restart from the published stand-in or the seed, loudly.
+    """
+
+    slot: int
+    epoch: int
+    copy: Copy | None
+    sources: tuple[str, ...]
+
+    @property
+    def lost(self) -> bool:
+        return self.copy is None
+
+
+@dataclass(frozen=True)
+class RequestHandover:
+    """Ask the live owner to freeze and hand over the slot; then claim it at `epoch`."""
+
+    slot: int
+    from_peer: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Yield:
+    """This peer is deposed: stop training and publishing the slot at once. What it has becomes a copy of its epoch."""
+
+    slot: int
+    to_peer: str
+    epoch: int
+
+
+@dataclass(frozen=True)
+class KeepStandby:
+    """Fetch the owner's snapshot, which is newer than the copy here."""
+
+    slot: int
+    owner: str
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True)
+class DropStandby:
+    """The copy is no longer needed here."""
+
+    slot: int
+
+
+Action = ClaimFree | TakeOver | RequestHandover | Yield | KeepStandby | DropStandby
+
+
+@dataclass
+class Watch:
+    """What one peer remembers about the slots between two looks at the directory, which forgets what has expired.
+
+    Args:
+        me: this peer's id.
+    """
+
+    me: str
+    claims: dict[int, LeaseClaim] = field(default_factory=dict)  # the strongest ever seen per slot, expired ones too
+    wanted_since: dict[int, float] = field(default_factory=dict)  # this peer is the desired owner, without a break
+    unlisted_since: dict[int, float] = field(default_factory=dict)  # this peer is neither owner nor standby
+    free_since: dict[int, float] = field(default_factory=dict)  # first look at a slot that nobody ever claimed
+
+    def observe(self, now: float, claims: Mapping[int, LeaseClaim], desired: Sequence[Sequence[str]]) -> None:
+        """Takes in the directory's claims (live and last known, this peer's too) and the desired owners.
+
+        Call before every `decide`.
+        """
+        for slot, claim in claims.items():
+            known = self.claims.get(slot)
+            renewed = known is not None and (claim.owner, claim.epoch) == (known.owner, known.epoch)
+            if known is None or wins(claim, known) or (renewed and claim.expires_at > known.expires_at):
+                self.claims[slot] = claim
+        for slot, peers in enumerate(desired):
+            _since(self.wanted_since, slot, now, bool(peers) and peers[0] == self.me)
+            _since(self.unlisted_since, slot, now, self.me not in peers)
+            _since(self.free_since, slot, now, slot not in self.claims)
+
+    def recall(self, now: float, epochs: Mapping[int, int], owner: str = UNKNOWN_OWNER) -> None:
+        """Takes in epochs by slot that the directory has forgotten, so that a claim made now is above them.
+
+        Call after joining and after having been cut off, with the epochs of the stand-ins fetched from others; and
+        after a restart with the slots in the checkpoint and `owner` this peer.
+        """
+        claims = {
+            slot: LeaseClaim(owner=owner, epoch=epoch, version=0, expires_at=now)
+            for slot, epoch in epochs.items()
+            if epoch > 0
+        }
+        self.observe(now, claims, [])
+
+
+def _since(times: dict[int, float], slot: int, now: float, holds: bool) -> None:
+    if holds:
+        times.setdefault(slot, now)
+    else:
+        times.pop(slot, None)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """How things stand for this peer right now."""
+
+    now: float  # unix seconds
+    capacity: int  # slots it can own; 0 when leaving
+    desired: Sequence[Sequence[str]]  # desired_owners() of the current directory
+    live: Collection[str]  # peers with a live record that can own slots, leaving ones not among them
+    leaving: Collection[str]  # peers with a live record that want to be rid of their slots
+    held: Mapping[int, int]  # slots this peer owns now, with its epoch
+    copies: Mapping[int, Copy]  # standby copies and slots found in its checkpoint
+    busy: Collection[int] = ()  # slots with an acquisition under way, which `held` does not show yet
+
+
+def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
+    """What to do now: yields first, then acquisitions as far as there is room (orphans, free slots, handovers), then
+    copies.
+
+    Actions repeat on every call until their effect shows in `held`, `copies` or `busy`; none may be skipped for good.
+    """
+    urgent: list[Action] = []
+    orphans: list[Action] = []
+    free: list[Action] = []
+    handovers: list[Action] = []
+    copies: list[Action] = []
+    room = situation.capacity - len(situation.held) - len(set(situation.busy) - set(situation.held))
+    for slot, listed in enumerate(situation.desired):
+        claim = watch.claims.get(slot)
+        if slot in situation.held:
+            if claim is not None and (-claim.epoch, claim.owner) < (-situation.held[slot], watch.me):
+                urgent.append(Yield(slot, claim.owner, claim.epoch))
+            continue
+        if slot in situation.busy:
+            continue
+        if claim is None:
+            if situation.now >= _free_turn(watch, situation, rules, slot):
+                free.append(ClaimFree(slot, 1))
+        elif _abandoned(watch, situation, slot, claim):
+            if room > 0 and situation.now >= _orphan_turn(watch, situation, rules, slot, claim):
+                sources = tuple(p for p in listed if p != watch.me)
+                orphans.append(TakeOver(slot, claim.epoch + 1, situation.copies.get(slot), sources))
+        elif claim.owner != watch.me:
+            wanted = watch.wanted_since.get(slot)
+            patience = 0.0 if claim.owner in situation.leaving else rules.settle
+            reachable = claim.owner in situation.live or claim.owner in situation.leaving
+            if wanted is not None and room > 0:
+                if reachable and situation.now >= wanted + patience:
+                    handovers.append(RequestHandover(slot, claim.owner, claim.epoch + 1))
+            elif reachable and watch.me in listed:
+                copy = situation.copies.get(slot)
+                if copy is None or (copy.epoch, copy.version) < (claim.epoch, claim.version):
+                    copies.append(KeepStandby(slot, claim.owner, claim.epoch, claim.version))
+            elif slot in situation.copies and situation.now >= (
+                watch.unlisted_since.get(slot, math.inf) + rules.keep_unlisted
+            ):
+                copies.append(DropStandby(slot))
+    return urgent + (orphans + free + handovers)[: max(room, 0)] + copies
+
+
+def grants_handover(watch: Watch, situation: Situation, slot: int, requester: str, epoch: int) -> bool:
+    """Whether the owner lets `requester` have the slot: it holds it, and its own directory wants the requester to
+    have it.
+
+    Having granted, it freezes the slot. It resumes if no claim at `epoch` shows up within a lease.
+    """
+    listed = situation.desired[slot]
+    return situation.held.get(slot) == epoch - 1 and bool(listed) and listed[0] == requester != watch.me
+
+
+def _abandoned(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) -> bool:
+    """The lease ran out, or it is this peer's own from before a restart."""
+    return claim.expires_at <= situation.now or _restored(watch, situation, slot, claim)
+
+
+def _restored(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) -> bool:
+    """This peer owned the slot, restarted, and found its state on disk: nobody has a better claim."""
+    copy = situation.copies.get(slot)
+    return claim.owner == watch.me and copy is not None and copy.epoch >= claim.epoch
+
+
+def _orphan_turn(watch: Watch, situation: Situation, rules: Rules, slot: int, claim: LeaseClaim) -> float:
+    """When this peer may take an abandoned slot."""
+    if _restored(watch, situation, slot, claim):
+        return situation.now
+    listed = situation.desired[slot]
+    copy = situation.copies.get(slot)
+    if copy is None:
+        turn = len(listed) + 1 + _rank(watch, situation, slot)
+    elif watch.me in listed and copy.epoch >= claim.epoch:
+        turn = listed.index(watch.me)
+    else:
+        turn = len(listed)
+    return claim.expires_at + turn * rules.grace
+
+
+def _free_turn(watch: Watch, situation: Situation, rules: Rules, slot: int) -> float:
+    """When this peer may claim a slot that nobody ever claimed."""
+    if slot in watch.wanted_since:
+        return watch.wanted_since[slot] + rules.settle
+    return watch.free_since[slot] + rules.settle + (1 + _rank(watch, situation, slot)) * rules.grace
+
+
+def _rank(watch: Watch, situation: Situation, slot: int) -> int:
+    """This peer's place among all live ones: the listed, then the others by their draw."""
+    listed = situation.desired[slot]
+    if watch.me in listed:
+        return listed.index(watch.me)
+    num_slots = len(situation.desired)
+    mine = _uniform(watch.me, num_slots)[slot]
+    return len(listed) + sum(
+        _uniform(peer, num_slots)[slot] > mine for peer in situation.live if peer != watch.me and peer not in listed
+    )

@@ -1,0 +1,79 @@
+"""Encoding one part of a fragment for the all-reduce: hivemind's codecs behind checks that a peer cannot pass wrongly.
+
+    float32   4 bytes an element
+    float16   2 bytes; values beyond +-65504 are clamped
+    int8      1 byte, one float32 scale per 4096 elements and a code book of 256 float32 per part
+
+A message's length, shape and codec are compared with what this member would have sent *before* anything is decoded:
+the int8 decoder is native code that believes the lengths inside the message.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from hivemind.compression import (
+    BlockwiseQuantization,
+    CompressionInfo,
+    Float16Compression,
+    NoCompression,
+    deserialize_torch_tensor,
+)
+from hivemind.proto import runtime_pb2
+from torch import Tensor
+
+from .errors import Refused
+
+CodecName = Literal["float32", "float16", "int8"]
+
+_BLOCK = 4096  # elements per int8 scale
+_CODE_BOOK = 256
+
+
+@dataclass(frozen=True)
+class PartCodec:
+    """The run's codec. Encoding and decoding are deterministic: equal bytes decode to equal floats on every CPU."""
+
+    name: CodecName
+
+    @property
+    def compression(self) -> Any:
+        """hivemind's object for it."""
+        return {"float32": NoCompression, "float16": Float16Compression, "int8": BlockwiseQuantization}[self.name]()
+
+    def encode(self, part: Tensor) -> runtime_pb2.Tensor:
+        """`part`: float32, shape (n,)."""
+        return self.compression.compress(part, CompressionInfo.from_tensor(part))
+
+    def decode(self, message: runtime_pb2.Tensor, numel: int) -> Tensor:
+        """float32 tensor of shape (numel,). Raises Refused unless the message is exactly such a part, and finite."""
+        if message.compression != self.compression.compression_type or message.dtype != "float32":
+            raise Refused("part_codec", f"the part is not {self.name}")
+        if list(message.size) != [numel] or len(message.buffer) != self.encoded_bytes(numel):
+            raise Refused("part_shape", f"the part has {len(message.buffer)} bytes, {numel} elements need others")
+        if self.name == "int8" and struct.unpack_from("<qq", message.buffer) != (_scales(numel), _CODE_BOOK):
+            raise Refused("part_shape", "the part's scales or code book have another length")
+        part: Tensor = deserialize_torch_tensor(message)
+        if not bool(torch.isfinite(part).all()):
+            raise Refused("non_finite", "sent NaN or infinity")
+        return part
+
+    def round_trip(self, average: Tensor) -> tuple[runtime_pb2.Tensor, Tensor]:
+        """The bytes for everybody and what they decode to. Raises Refused if the average itself is not finite."""
+        if not bool(torch.isfinite(average).all()):
+            raise Refused("non_finite", "the average overflowed")
+        message = self.encode(average)
+        return message, self.decode(message, average.numel())
+
+    def encoded_bytes(self, numel: int) -> int:
+        """Length of the buffer of a part of `numel` elements."""
+        if self.name == "int8":
+            return 16 + 4 * _scales(numel) + 4 * _CODE_BOOK + numel
+        return numel * (4 if self.name == "float32" else 2)
+
+
+def _scales(numel: int) -> int:
+    return -(-numel // _BLOCK)

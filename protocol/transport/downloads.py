@@ -1,0 +1,95 @@
+"""What the trainer keeps of a fetch while host processes and streams come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..errors import FetchFailed
+from . import ipc
+from .wire import Reason
+
+
+class FetchEnded(FetchFailed):
+    """A fetch failed; `reason` says how."""
+
+    def __init__(self, reason: Reason, cause: str, *, fix: str = "") -> None:
+        super().__init__(cause, fix=fix)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class FetchQuery:
+    """What a peer asks for."""
+
+    peer_id: str  # authenticated by Noise
+    resource: str
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Bytes that peers can fetch, and a little about them. Serve the same object again and it is hashed once."""
+
+    data: bytes
+    meta: bytes = b""
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 of `data`."""
+        return hashlib.sha256(self.data).digest()
+
+
+@dataclass
+class Download:
+    """One fetch. Bytes are appended only in order, so `data` is always a prefix of the resource named by `digest`."""
+
+    progress: Callable[[int, int], None] | None
+    data: bytearray = field(default_factory=bytearray)
+    digest: bytes = b""
+    meta: bytes = b""
+    size: int = -1
+    resumed: bool = False
+    ended: asyncio.Future[tuple[str, str]] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether a header has ever come."""
+        return self.size >= 0
+
+    def begin_attempt(self) -> asyncio.Future[tuple[str, str]]:
+        """Future of (reason, cause), reason empty when all bytes came."""
+        self.ended = asyncio.get_running_loop().create_future()
+        return self.ended
+
+    def on_frame(self, frame: ipc.FetchHeader | ipc.FetchData | ipc.FetchEnd) -> None:
+        """The host's answers, in order."""
+        match frame:
+            case ipc.FetchHeader():
+                self.resumed = frame.offset > 0
+                if not self.resumed:
+                    self.data.clear()
+                self.digest, self.meta, self.size = frame.digest, frame.meta, frame.size
+            case ipc.FetchData():
+                self.data += frame.data
+                if self.progress is not None:
+                    self.progress(len(self.data), self.size)
+            case ipc.FetchEnd():
+                self.end(frame.reason, frame.cause)
+
+    def end(self, reason: str, cause: str) -> None:
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result((reason, cause))
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self.data.clear()
+        self.digest, self.size = b"", -1
+
+    async def verified(self) -> Resource | None:
+        """The resource if its digest is right, else None."""
+        resource = Resource(bytes(self.data), self.meta)
+        found = await asyncio.to_thread(lambda: resource.digest)
+        return resource if found == self.digest and len(resource.data) == self.size else None

@@ -1,0 +1,122 @@
+"""A libp2p stream with deadlines, made so that a deadline costs this stream only.
+
+Cancelling a trio task inside py-libp2p can stop it after Noise has counted a message and before the socket has sent
+it; the peer then fails to decrypt and the whole connection is lost. So nothing here is cancelled: a watchdog resets the
+stream, which wakes whoever waits on it; if even the reset cannot be sent, the watchdog closes the socket.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import trio
+from libp2p.exceptions import BaseLibp2pError
+
+from .wire import LENGTH_BYTES, body_length
+
+_RESET_SECONDS = 5.0
+_CHECK_SECONDS = 1.0
+
+
+class StreamCut(Exception):
+    """The stream ended, was reset, or made no progress in time."""
+
+
+class PeerStream:
+    """Wraps a NetStream. `watch` must run in the background while the stream is in use."""
+
+    def __init__(self, stream: Any, *, progress_seconds: float) -> None:
+        self._stream = stream
+        self._progress_seconds = progress_seconds
+        self._deadline = math.inf
+        self._closed = trio.Event()
+        self.peer_id = str(stream.muxed_conn.peer_id)
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.expired = False
+
+    async def watch(self) -> None:
+        """Reset the stream when a read or write overstays its deadline. Returns when the stream is closed."""
+        while not self._closed.is_set():
+            now = trio.current_time()
+            if now >= self._deadline:
+                self.expired = True
+                await self.reset()
+                return
+            with trio.move_on_after(min(self._deadline - now, _CHECK_SECONDS)):
+                await self._closed.wait()
+
+    async def read(self, most: int, *, until: float | None = None) -> bytes:
+        """Up to `most` bytes; empty at the end. `until`: a deadline of its own. Raises StreamCut."""
+        self._arm(until)
+        try:
+            data: bytes = await self._stream.read(most)
+        except EOFError:
+            return b""
+        except BaseLibp2pError as error:
+            raise StreamCut(self._why(error)) from error
+        finally:
+            self._deadline = math.inf
+        self.bytes_read += len(data)
+        return data
+
+    async def read_frame(self, limit: int, seconds: float) -> bytes:
+        """Body of one length-prefixed frame. Raises StreamCut, or ValueError if it is longer than `limit`."""
+        end = trio.current_time() + seconds  # for the whole frame: bytes that drip do not extend it
+        length = body_length(await self._read_exactly(LENGTH_BYTES, end), limit)
+        return await self._read_exactly(length, end)
+
+    async def write(self, data: bytes) -> None:
+        """Raises StreamCut."""
+        self._arm()
+        try:
+            await self._stream.write(data)
+        except BaseLibp2pError as error:
+            raise StreamCut(self._why(error)) from error
+        finally:
+            self._deadline = math.inf
+        self.bytes_written += len(data)
+
+    async def close(self) -> None:
+        """Finish writing politely."""
+        if not self._closed.is_set():
+            self._arm()
+            try:
+                await self._stream.close()
+            except BaseLibp2pError:
+                pass  # gone already, which is what was wanted
+            finally:
+                self._deadline = math.inf
+                self._closed.set()
+
+    async def reset(self) -> None:
+        """Drop the stream now, in both directions, and wake whoever reads it."""
+        self._closed.set()
+        muxed = self._stream.muxed_stream
+        waiting = muxed.conn.stream_events.get(muxed.stream_id)  # reset() forgets this event without setting it
+        with trio.move_on_after(_RESET_SECONDS) as scope:
+            await self._stream.reset()
+        if scope.cancelled_caught:
+            await muxed.conn.secured_conn.close()
+        if waiting is not None:
+            waiting.set()
+
+    async def _read_exactly(self, count: int, end: float) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = await self.read(count - len(data), until=end)
+            if not part:
+                raise StreamCut("the stream ended inside a frame")
+            data += part
+        return data
+
+    def _arm(self, until: float | None = None) -> None:
+        if self._closed.is_set():
+            raise StreamCut("the stream is closed")
+        self._deadline = trio.current_time() + self._progress_seconds if until is None else until
+
+    def _why(self, error: BaseLibp2pError) -> str:
+        if self.expired:
+            return "no progress in time"
+        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,85 @@
+"""What the directory says at one moment: pure data, resolved by rules that every peer applies alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from .records import LeaseRecord, PeerRecord, VoteRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseClaim:
+    """That `owner` holds a slot, until `expires_at` (unix seconds)."""
+
+    owner: str  # peer id
+    epoch: int
+    version: int  # owner's step of the last snapshot
+    expires_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """The directory at `time`. Everything in it is live, except where a name says otherwise."""
+
+    time: float  # unix seconds
+    peers: Mapping[str, PeerRecord] = field(default_factory=dict)  # by peer id
+    leases: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot; the one owner of each
+    votes: Mapping[int, Mapping[str, VoteRecord]] = field(default_factory=dict)  # by fragment, then voter
+    known_epochs: Mapping[int, int] = field(default_factory=dict)  # by slot; the highest ever seen, live or not
+    last_holders: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot without owner; who held it last
+
+
+def wins(challenger: LeaseClaim, holder: LeaseClaim) -> bool:
+    """Whether the first claim to a slot beats the second: higher epoch, then smaller peer id."""
+    return (-challenger.epoch, challenger.owner) < (-holder.epoch, holder.owner)
+
+
+def claims_of(records: Iterable[LeaseRecord]) -> Iterable[tuple[int, LeaseClaim]]:
+    """Every (slot, claim) in lease records."""
+    for record in records:
+        for lease in record.leases:
+            yield (
+                lease.slot,
+                LeaseClaim(owner=record.owner, epoch=lease.epoch, version=lease.version, expires_at=record.expires_at),
+            )
+
+
+def resolve(
+    now: float,
+    *,
+    peers: Iterable[PeerRecord],
+    leases: Iterable[LeaseRecord],
+    votes: Iterable[tuple[str, VoteRecord]],
+    strongest: Mapping[int, LeaseClaim],
+) -> View:
+    """Build a view from the newest record of each writer.
+
+    A slot belongs to the strongest live claim, unless a stronger one is known to have existed: a deposed owner does not
+    come back because its successor went silent. Then nobody owns the slot, and a takeover needs a higher epoch.
+
+    Args:
+        now: unix seconds.
+        peers, leases: expired ones are left out of the view.
+        votes: (voter, record).
+        strongest: by slot, the strongest claim ever seen.
+    """
+    owners: dict[int, LeaseClaim] = {}
+    for slot, claim in claims_of(record for record in leases if record.expires_at > now):
+        if slot not in owners or wins(claim, owners[slot]):
+            owners[slot] = claim
+    owners = {
+        slot: claim for slot, claim in owners.items() if slot not in strongest or claim.epoch >= strongest[slot].epoch
+    }
+    by_fragment: dict[int, dict[str, VoteRecord]] = {}
+    for voter, vote in votes:
+        if vote.expires_at > now:
+            by_fragment.setdefault(vote.fragment, {})[voter] = vote
+    return View(
+        time=now,
+        peers={peer.peer_id: peer for peer in peers if peer.expires_at > now},
+        leases=owners,
+        votes=by_fragment,
+        known_epochs={slot: claim.epoch for slot, claim in strongest.items()},
+        last_holders={slot: claim for slot, claim in strongest.items() if slot not in owners},
+    )

@@ -1,0 +1,64 @@
+"""The kernel benchmark runs, and reports numbers that can be numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shoal.benchmarks.kernels import interleaved
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
+    out = tmp_path_factory.mktemp("bench") / "kernels.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal.benchmarks.kernels", "--quick", "--out", out],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_every_ratio_and_time_is_a_positive_number(run: tuple[str, dict]) -> None:
+    _, report = run
+    assert set(report) == {"python", "torch", "machine", "threads", "seed", "experts", "standins"}
+    (experts,) = report["experts"]
+    assert set(experts["shape"]) == {"tokens", "hidden", "width", "experts", "top_k"}
+    assert set(experts["milliseconds"]) == {"owned", "eager", "dense", "lowbit", "narrow"}
+    assert set(experts["ratios"]) == {"eager", "dense", "lowbit", "narrow"}
+    assert experts["rounds"] >= 5
+    for standin in report["standins"]:
+        assert set(standin["milliseconds"]) == {"initial", "refit", "delta", "fidelity", "apply", "dense"}
+    numbers = [experts["ratios"], *(part["milliseconds"] for part in (experts, *report["standins"]))]
+    assert all(math.isfinite(value) and value > 0 for part in numbers for value in part.values())
+
+
+def test_stand_ins_are_smaller_than_their_expert_and_deltas_smaller_than_snapshots(run: tuple[str, dict]) -> None:
+    _, report = run
+    assert [standin["kind"] for standin in report["standins"]] == ["lowbit", "narrow"]
+    for standin in report["standins"]:
+        assert standin["expert_bytes"] == 4 * 3 * standin["hidden"] * standin["width"]
+        assert 0 < standin["delta_bytes"] < standin["snapshot_bytes"] < standin["expert_bytes"]
+
+
+def test_the_tables_name_what_was_measured_and_how_to_read_it(run: tuple[str, dict]) -> None:
+    printed, report = run
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(report["experts"]) + len(report["standins"])
+    assert "Ratios are medians of each round's ratio" in printed
+
+
+def test_interleaving_keeps_rounds_in_step_and_drops_the_first() -> None:
+    calls: list[str] = []
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0.0, least=4)
+    assert calls == ["a", "b"] * 5
+    assert [len(values) for values in times.values()] == [4, 4]

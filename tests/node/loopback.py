@@ -1,0 +1,261 @@
+"""Composer peers in one process: real directory, real gossip and fetches on loopback, a trainer's thread each.
+
+Only hivemind's averager is left out: `Meeting` averages what arrives for the same round by function calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from shoal.node.background import NetworkThread
+from shoal.node.composer import Composer, StepReport
+from shoal.node.exchange import Exchange
+from shoal.node.keeper import SlotKeeper
+from shoal.node.links import Links
+from shoal.node.manifest import Manifest
+from shoal.node.membership import Membership
+from shoal.node.outer import Held, OuterDriver
+from shoal.node.serving import Library
+from shoal.node.state import PeerState, Phase
+from shoal.node.trainer import Trainer
+from shoal.protocol.dht import start_dht
+from shoal.protocol.directory import Directory
+from shoal.protocol.identity import Identity
+from shoal.protocol.merging import Facts, digest, shares, weights
+from shoal.protocol.outcome import Outcome, Status
+from shoal.protocol.records import Lease, LeaseRecord
+from shoal.protocol.transport.client import Transport
+from tiny import composer_of
+from torch import Tensor
+
+T = TypeVar("T")
+
+MANIFEST_BYTES = b"the run's signed manifest"
+SECONDS = 40.0
+MEETING_SECONDS = 2.0
+RUN = "tiny-" + secrets.token_hex(6)
+
+
+class Meeting:
+    """All members of a swarm meet here; a round is averaged once as many as expected have come from one base.
+
+    Whoever waits in vain for `MEETING_SECONDS` has no group.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[tuple[int, int, bytes], dict[str, tuple[Tensor, int, int, Future[Outcome]]]] = {}
+        self.absent: set[str] = set()  # peers that never find a group
+
+    def submit(self, peer: str, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        if peer in self.absent:
+            future.set_result(Outcome(Status.NO_GROUP, number, attempt))
+            return future
+        with self._lock:
+            group = self._waiting.setdefault((number, attempt, facts["base"]), {})
+            group[peer] = (tensor.clone(), facts["tokens"], facts["steps"], future)
+            present = facts["expected"] - len(self.absent)
+            if len(group) < present:
+                timer = threading.Timer(MEETING_SECONDS, self.abandon, (peer, number))
+                timer.daemon = True
+                timer.start()
+                return future
+            del self._waiting[(number, attempt, facts["base"])]
+        share = shares(weights([Facts(p, tokens, steps) for p, (_, tokens, steps, _) in group.items()]))
+        average = sum((t * (share[p] / sum(share.values())) for p, (t, *_) in sorted(group.items())), torch.zeros(()))
+        for _, _, _, waiting in group.values():
+            waiting.set_result(
+                Outcome(Status.COMPLETE, number, attempt, average=average.clone(), members=tuple(sorted(group)))
+            )
+        return future
+
+    def abandon(self, peer: str, number: int) -> None:
+        """Wait no more."""
+        with self._lock:
+            for key, group in list(self._waiting.items()):
+                if key[0] == number and peer in group:
+                    group.pop(peer)[3].set_result(Outcome(Status.NO_GROUP, number, key[1]))
+
+
+class Seat:
+    """One peer's place at the meeting: what it has for an averager."""
+
+    def __init__(self, meeting: Meeting, peer: str) -> None:
+        self._meeting, self._peer = meeting, peer
+
+    def submit(self, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
+        return self._meeting.submit(self._peer, number, attempt, tensor, **facts)
+
+    def abandon(self, number: int) -> None:
+        self._meeting.abandon(self._peer, number)
+
+
+class LoopbackPeer:
+    """A composer peer whose steps the test takes, or lets run."""
+
+    def __init__(self, links: Links, folder: Path, meeting: Meeting) -> None:
+        self.links = links
+        self.composer = composer_of(links.manifest, owned=())
+        self.trainer = Trainer(self.composer, self._after_step)
+        self.exchange = Exchange(links, self.trainer, self.composer, max_standin_bytes=1 << 20)
+        zeros = [digest(c, m) for c, m in zip(self.composer.common, self.composer.momentum, strict=True)]
+        seat: Any = Seat(meeting, links.peer_id)
+        self.outer = OuterDriver(links, self.trainer, seat, self.composer.fragments, [Held(-1, d) for d in zeros])
+        self.keeper = SlotKeeper(
+            links,
+            self.trainer,
+            self.exchange,
+            capacity=self.composer.num_slots,
+            num_slots=self.composer.num_slots,
+            folder=folder,
+            saved={},
+            max_slot_bytes=1 << 24,
+        )
+        self.thread = threading.Thread(target=self.trainer.run)
+        self.thread.start()
+        self.epoch = 0
+
+    @property
+    def peer_id(self) -> str:
+        return self.links.peer_id
+
+    def _after_step(self, composer: Composer, report: StepReport) -> None:
+        self.exchange.after_step(composer)
+        self.outer.after_step(composer)
+
+    def step(self, steps: int = 1) -> None:
+        """Take inner steps, from any thread but the trainer's and the loop's."""
+
+        def work(composer: Composer) -> None:
+            for _ in range(steps):
+                self._after_step(composer, composer.train_step())
+
+        self.trainer.ask(work).result(SECONDS)
+
+    def ask(self, work: Callable[[Composer], T]) -> T:
+        return self.trainer.ask(work).result(SECONDS)
+
+    async def own(self, slots: Collection[int], epoch: int) -> None:
+        """Take slots without asking anybody."""
+        for slot in slots:
+            ask = self.trainer.ask(lambda c, slot=slot: self.exchange.adopt(c, slot, epoch, None, None))
+            await asyncio.wrap_future(ask)
+        await self.claim(slots, epoch)
+
+    async def claim(self, slots: Collection[int], epoch: int, seconds: float = 60.0) -> None:
+        """Announce leases, held or not."""
+        now = time.time()
+        leases = [Lease(slot, epoch, 0) for slot in slots]
+        await self.links.announce(
+            LeaseRecord(owner=self.peer_id, leases=leases, issued_at=now, expires_at=now + seconds)
+        )
+        self.exchange.on_leases()
+
+    def close(self) -> None:
+        self.trainer.stop()
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+
+
+class Loopback:
+    """Peers that know each other. `call` runs a coroutine on their loop, `until` waits for a condition."""
+
+    def __init__(
+        self, network: NetworkThread, peers: list[LoopbackPeer], meeting: Meeting, observe: Callable[[Path], Any]
+    ) -> None:
+        self.network, self.peers, self.meeting, self._observe = network, peers, meeting, observe
+
+    @contextmanager
+    def observer(self, folder: Path) -> Iterator[Links]:
+        """The links of somebody who looks on: in no record, on no topic."""
+        links = self.call(self._observe(folder))
+        try:
+            yield links
+        finally:
+            self.call(links.transport.close())
+
+    def call(self, work: Any) -> Any:
+        return self.network.call(work, SECONDS)
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, f"still waiting: {what}"
+            time.sleep(0.02)
+
+
+async def _links(dht: Any, folder: Path, manifest: Manifest) -> Links:
+    identity = Identity.load_or_create(folder / "identity.key")
+    return Links(
+        identity=identity,
+        run_id=RUN,
+        manifest=manifest,
+        directory=Directory(dht, identity, RUN),
+        transport=await Transport.start(identity_path=folder / "identity.key", run_id=RUN),
+        state=PeerState("composer"),
+        clock=time.time,
+        loop=asyncio.get_running_loop(),
+        record_seconds=20.0,
+    )
+
+
+async def _connect(dht: Any, folder: Path, manifest: Manifest, meeting: Meeting) -> LoopbackPeer:
+    links = await _links(dht, folder, manifest)
+    transport = links.transport
+    library = Library(links, MANIFEST_BYTES)
+    transport.serve(library.answer)
+    member = Membership(
+        links,
+        role="composer",
+        capacity=4,
+        transport_addrs=transport.addrs,
+        dht_addrs=[],
+        metrics_url="",
+        signed_manifest=b"",
+    )
+    peer = LoopbackPeer(links, folder / "standby", meeting)
+    library.stock(peer.trainer, peer.outer, peer.exchange, peer.keeper)
+    member.on_deltas, member.on_counts = peer.exchange.on_deltas, peer.exchange.on_counts
+    member.on_round_open, member.on_records = peer.outer.on_round_open, peer.exchange.on_leases
+    links.state.enter(Phase.TRAINING)
+    await member.start()
+    links.spawn(member.run())
+    return peer
+
+
+@contextmanager
+def loopback(folder: Path, manifest: Manifest, count: int) -> Iterator[Loopback]:
+    """`count` composers that see each other train. Call it on the main thread: the directory forks."""
+    folders = [folder / str(i) for i in range(count)]
+    for each in folders:
+        each.mkdir(parents=True)
+    dht = start_dht(folder / "dht.key", initial_peers=[], host="127.0.0.1", port=0, announce=[], run_id=RUN)
+    network = NetworkThread()
+    peers: list[LoopbackPeer] = []
+    meeting = Meeting()
+    try:
+        for each in folders:
+            peers.append(network.call(_connect(dht, each, manifest, meeting), SECONDS))  # noqa: PERF401 - closed below
+        swarm = Loopback(network, peers, meeting, lambda folder: _links(dht, folder, manifest))
+        everybody = {peer.peer_id for peer in peers}
+        for peer in peers:
+            swarm.until(lambda peer=peer: set(peer.links.active_composers()) == everybody, "everybody sees everybody")
+            others = everybody - {peer.peer_id}
+            swarm.until(lambda p=peer, o=others: p.links.transport.connected_peers() >= o, "all are connected")
+        yield swarm
+    finally:
+        for peer in peers:
+            network.call(peer.links.transport.close(), SECONDS)
+            peer.close()
+        dht.shutdown()  # before the loop: its answers would find it closed
+        network.close()

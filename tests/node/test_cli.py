@@ -1,0 +1,190 @@
+"""The command line as a user meets it: help, errors and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shoal import __version__
+from shoal.node import cli, logs
+from shoal.node.errors import IdentityInUse
+from shoal.node.http import StatusServer
+from shoal.node.presence import announce_here, find_peer, hold_data_dir
+from shoal.node.state import PeerState, Phase
+
+
+@pytest.fixture(autouse=True)
+def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("SHOAL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(logs, "configure", lambda **_: None)
+
+
+HEAVY = ("torch", "hivemind", "libp2p", "transformers", "bitsandbytes", "prometheus_client")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["join", "--help"], ["found", "--help"], ["status", "--help"], ["version"]]
+)
+def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
+    program = (
+        "import sys\nfrom shoal.node.cli import main\ncode = main(sys.argv[1:])\n"
+        f"heavy = [name for name in {HEAVY!r} if name in sys.modules]\nassert not heavy, heavy\nsys.exit(code)"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # Alone it takes 0.3 s; torch alone would take more than the limit on a loaded machine too.
+    assert time.monotonic() - started < 5
+
+
+def test_help_names_every_command_and_shows_how(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in (
+        "found",
+        "join",
+        "status",
+        "export",
+        "evaluate",
+        "identity",
+        "version",
+        "shoal join shoal://",
+        "--config",
+    ):
+        assert word in text
+    assert cli.main(["join", "--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("INVITE", "--data-shard", "INDEX/COUNT", "--drain-seconds", "default: 30.0", "SIGTERM", "--announce"):
+        assert word in text
+    assert "--invite-" not in text
+    assert "--empty" not in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"]) == 0
+    assert f"shoal {__version__}, protocol" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["jion"], "join"),
+        (["join"], "invite"),
+        (["join", "X", "--port", "1"], "--dht-port"),
+        (["join", "X", "--http-port", "many"], "--http-port"),
+        (["join", "X", "--data-shard", "3"], "INDEX/COUNT"),
+        (["found", "--preset", "huge"], "huge"),
+        (["found", "--name", "My Run"], "My Run"),
+        (["found", "--steps", "0"], "steps"),
+        (["found", "--lease-seconds", "0.1"], "lease_seconds"),
+    ],
+    ids=" ".join,
+)
+def test_what_was_asked_wrongly_exits_2(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_our_errors_show_cause_and_fix_without_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise IdentityInUse("somebody is here", fix="go elsewhere")
+
+    monkeypatch.setattr(cli, "_start", fail)
+    assert cli.main(["join", "X"]) == 1
+    err = capsys.readouterr().err
+    assert "somebody is here [SHOAL-225]" in err
+    assert "fix: go elsewhere" in err
+    assert "Traceback" not in err
+
+
+def test_unexpected_errors_are_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_start", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["join", "X"])
+
+
+def test_found_makes_a_manifest_of_the_preset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append((config, manifest)) or 0)
+    assert cli.main(["found", "--name", "my-run", "--steps", "40", "--role", "composer", "--lease-seconds", "5"]) == 0
+    config, manifest = seen[0]
+    assert manifest.ownership.lease_seconds == 5
+    assert (config.role, config.invite) == ("composer", None)
+    assert (manifest.name, manifest.train.steps, manifest.train.warmup_steps) == ("my-run", 40, 4)
+    assert manifest.model.config["model_type"] == "qwen3_moe"
+    assert manifest.founder.startswith("12D3KooW")
+    assert cli.main(["found"]) == 0
+    again = seen[1][1]
+    assert (again.name, again.founder, seen[1][0].role) == ("tiny", manifest.founder, "bootstrap")
+
+
+def test_identity_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from shoal.protocol.identity import Identity
+
+    assert cli.main(["identity", "show"]) == 1
+    assert "no identity" in capsys.readouterr().err
+    identity = Identity.load_or_create(tmp_path / "peer" / "identity.key")
+    assert cli.main(["identity", "show", "--data-dir", str(tmp_path / "peer")]) == 0
+    assert capsys.readouterr().out.splitlines() == [identity.peer_id, str(tmp_path / "peer" / "identity.key")]
+
+
+def test_status_finds_the_peer_of_a_data_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--data-dir", str(tmp_path)]) == 1
+    assert "no peer runs" in capsys.readouterr().err
+    state = PeerState("composer")
+    state.identify(run_id="r-0123456789ab", peer_id="12D3KooWx", steps_total=10)
+    state.enter(Phase.READY)
+    with hold_data_dir(tmp_path), StatusServer(state) as server, announce_here(tmp_path, server.url):
+        assert cli.main(["status", "--data-dir", str(tmp_path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["run_id"] == "r-0123456789ab"
+        assert cli.main(["status", server.url]) == 0
+        assert "r-0123456789ab" in capsys.readouterr().out
+    assert not (tmp_path / "peer.json").exists()
+    assert cli.main(["status", server.url]) == 1
+
+
+def test_a_dead_peer_is_not_taken_for_a_running_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    (tmp_path / "peer.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "pid": child.pid}))
+    assert cli.main(["status", "--data-dir", str(tmp_path)]) == 1
+    assert "has died" in capsys.readouterr().err
+    (tmp_path / "peer.json").write_text("{")
+    assert cli.main(["status", "--data-dir", str(tmp_path)]) == 1
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_one_peer_per_data_dir(tmp_path: Path) -> None:
+    with hold_data_dir(tmp_path / "p"):
+        with pytest.raises(IdentityInUse), hold_data_dir(tmp_path / "p"):
+            pass
+        with announce_here(tmp_path / "p", "http://127.0.0.1:5"):
+            assert find_peer(tmp_path / "p") == "http://127.0.0.1:5"
+    with hold_data_dir(tmp_path / "p"), contextlib.nullcontext():
+        pass  # free again
+
+
+def test_export_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "X", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err

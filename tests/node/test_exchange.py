@@ -1,0 +1,171 @@
+"""Stand-ins of two composers over a real directory and transport: equal to the bit, and safe from what peers send."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from loopback import Loopback, LoopbackPeer, loopback
+from shoal.kernels.standin import initial_standin
+from shoal.node.composer import Composer
+from shoal.protocol import messages
+from shoal.protocol.messages import ExpertCounts, StandInSnapshot
+from shoal.protocol.surrogates import state_digest
+from shoal.protocol.transport.downloads import FetchQuery, Resource
+from tiny import HIDDEN, LAYERS, SLOTS, WIDTH, manifest_of, train
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    manifest = manifest_of(standin={"publish_every": 1}, outer={"every_steps": 1_000_000}, train={"steps": 1_000_000})
+    with loopback(tmp_path_factory.mktemp("exchange"), manifest, 2) as swarm:
+        first, second = swarm.peers
+        swarm.call(first.own([0, 1], 1))
+        swarm.call(second.own([2, 3], 1))
+        yield swarm
+
+
+def digests(peer: LoopbackPeer, slot: int) -> bytes:
+    return peer.ask(lambda composer: state_digest(composer.standins(slot)))
+
+
+def agree(swarm: Loopback) -> bool:
+    first, second = swarm.peers
+    return all(digests(first, slot) == digests(second, slot) for slot in range(SLOTS))
+
+
+def test_what_one_publishes_the_other_runs(swarm: Loopback) -> None:
+    before = [digests(swarm.peers[0], slot) for slot in range(SLOTS)]
+    for _ in range(3):
+        for peer in swarm.peers:
+            peer.step()
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    assert all(digests(swarm.peers[0], slot) != before[slot] for slot in range(SLOTS))
+
+
+def test_deltas_that_nobody_delivers_are_repaired(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = swarm.peers
+    with monkeypatch.context() as deaf:
+        deaf.setattr(second.exchange._book, "receive", lambda *_: None)
+        first.step(3)
+        published = digests(first, 0)
+        # What waits in the inbox is taken between steps: once this returns, nothing of it is left.
+        swarm.until(lambda: second.links.state.snapshot() and not second.exchange._inbox, "the deltas are lost")
+    assert digests(second, 0) != published
+    running = swarm.network.loop.create_task
+    tasks: list = []
+    swarm.network.loop.call_soon_threadsafe(
+        lambda: tasks.extend(running(peer.exchange.run()) for peer in (first, second))
+    )
+    try:
+        swarm.until(lambda: agree(swarm), "the gap is fetched")
+    finally:
+        swarm.network.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+
+def of_size(hidden: int, width: int, kind: str = "lowbit") -> list[bytes]:
+    standin = initial_standin(kind, torch.randn(2 * width, hidden), torch.randn(hidden, width), width)
+    return [standin.to_bytes()] * LAYERS
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [of_size(2 * HIDDEN, WIDTH), of_size(HIDDEN, WIDTH, "narrow"), of_size(HIDDEN, WIDTH)[:1], [b"junk"] * LAYERS],
+    ids=["another size", "another kind", "too few layers", "junk"],
+)
+def test_standins_that_do_not_fit_are_refused(swarm: Loopback, layers: list[bytes]) -> None:
+    first, second = swarm.peers
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    before = digests(second, 0)
+
+    async def lie(_: FetchQuery) -> Resource:
+        return Resource(messages.encode(StandInSnapshot(0, 1, 1 << 40, tuple(layers), bytes(16))))
+
+    honest = first.links.transport._answerer.handler
+    first.links.transport.serve(lie)
+    try:
+        assert not swarm.call(second.exchange.fetch_standin(0, first.peer_id))
+    finally:
+        first.links.transport.serve(honest)
+    assert digests(second, 0) == before
+    second.step()
+
+
+@pytest.mark.parametrize("layers", [of_size(2 * HIDDEN, WIDTH), of_size(HIDDEN, WIDTH)[:1]], ids=["size", "layers"])
+def test_a_handover_with_foreign_standins_leaves_the_slot_followed(swarm: Loopback, layers: list[bytes]) -> None:
+    first, second = swarm.peers
+    tensors = first.ask(lambda composer: composer.snapshot(0))
+    lie = StandInSnapshot(0, 1, 1 << 40, tuple(layers), bytes(16))
+    with pytest.raises(ValueError, match=r"."):
+        second.ask(lambda composer: second.exchange.adopt(composer, 0, 2, tensors, lie))
+    assert second.ask(lambda composer: composer.owned) == {2, 3}
+    second.step()
+    first.step()
+    swarm.until(lambda: agree(swarm), "the slot is still followed")
+
+
+def test_counts_of_others_weigh_on_the_balance_loss(swarm: Loopback) -> None:
+    first, second = swarm.peers
+    first.step()
+    counts = first.ask(lambda composer: composer.last_counts)
+    known = second.exchange
+    swarm.until(
+        lambda: first.peer_id in known._others_counts and torch.equal(known._others_counts[first.peer_id][1], counts),
+        "the counts have come",
+    )
+    second.step()
+    assert torch.equal(second.ask(lambda composer: composer.swarm_counts), counts)
+    second.step()
+
+
+def counted(layers: int, slots: int, value: int) -> ExpertCounts:
+    return ExpertCounts(1, tuple(tuple([value] * slots) for _ in range(layers)))
+
+
+@pytest.mark.parametrize(
+    "lie", [counted(LAYERS + 1, SLOTS, 1), counted(LAYERS, SLOTS + 3, 1), counted(LAYERS, SLOTS, (1 << 48) - 1)],
+    ids=["layers", "slots", "huge"],
+)  # fmt: skip
+def test_counts_that_cannot_be_are_left_out(swarm: Loopback, lie: ExpertCounts) -> None:
+    first, second = swarm.peers
+    second.exchange.on_counts(first.peer_id, lie)
+    second.step(2)
+    assert second.ask(lambda composer: composer.swarm_counts) is None
+
+
+def test_counts_of_strangers_are_not_kept(swarm: Loopback) -> None:
+    second = swarm.peers[1]
+    before = set(second.exchange._others_counts)
+    second.exchange.on_counts("12D3KooWstranger", counted(LAYERS, SLOTS, 1))
+    assert set(second.exchange._others_counts) == before
+
+
+def test_a_slot_moves_with_its_published_state(swarm: Loopback) -> None:
+    """Handover by hand: adopt at the next epoch, release, and both go on with equal stand-ins."""
+    first, second = swarm.peers
+    slot = random.choice([2, 3])
+    first.step()
+    second.step()
+    tensors, published = second.ask(lambda c: (c.snapshot(slot), second.exchange.published(c, slot)))
+    announcement = first.ask(lambda c: first.exchange.adopt(c, slot, 2, tensors, published))
+    second.ask(lambda c: second.exchange.release(c, slot))
+    swarm.call(first.claim([0, 1, slot], 2))
+    swarm.call(first.exchange.send([announcement]))
+    swarm.until(lambda: second.links.view().leases[slot].owner == first.peer_id, "the claim is known")
+    swarm.call(on_loop(second))
+    first.step(2)
+    swarm.until(lambda: digests(first, slot) == digests(second, slot), "the former owner follows")
+    assert second.ask(lambda composer: slot not in composer.owned)
+
+
+async def on_loop(peer: LoopbackPeer) -> None:
+    peer.exchange.on_leases()
+
+
+def test_a_composer_trains_after_all_this(swarm: Loopback) -> None:
+    def losses(composer: Composer) -> list[float]:
+        return train(composer, 2)
+
+    assert all(loss < 10 for peer in swarm.peers for loss in peer.ask(losses))

@@ -1,0 +1,179 @@
+"""Slots of two composers over a real directory and transport: owned once, handed over to the bit, never stuck."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from loopback import RUN, Loopback, LoopbackPeer, loopback
+from shoal.node.manifest import Manifest, OwnershipSpec
+from shoal.node.state import Phase
+from shoal.protocol.identity import Identity
+from shoal.protocol.ownership import MAX_EPOCH, Copy, TakeOver
+from shoal.protocol.records import Lease, LeaseRecord, PeerRecord, seal_record
+from tiny import SLOTS, manifest_of
+
+LEASE_SECONDS = 4.0
+
+
+def manifest() -> Manifest:
+    base = manifest_of(outer={"every_steps": 1_000_000}, train={"steps": 1_000_000})
+    return msgspec.structs.replace(base, ownership=OwnershipSpec(lease_seconds=LEASE_SECONDS, snapshot_every=1))
+
+
+class Kept:
+    """A swarm whose keepers run."""
+
+    def __init__(self, swarm: Loopback) -> None:
+        self.swarm = swarm
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        for peer in swarm.peers:
+            swarm.call(self._start(peer))
+
+    async def _start(self, peer: LoopbackPeer) -> None:
+        await peer.keeper.recall()
+        self.tasks[peer.peer_id] = asyncio.create_task(peer.keeper.run())
+
+    def owned(self) -> list[set[int]]:
+        return [set(peer.keeper.held) for peer in self.swarm.peers]
+
+    def settled(self) -> bool:
+        first, second = self.owned()
+        return first | second == set(range(SLOTS)) and not first & second and bool(first) and bool(second)
+
+    def step(self) -> None:
+        for peer in self.swarm.peers:
+            peer.step()
+            peer.keeper.step = peer.composer.step
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    with loopback(tmp_path, manifest(), 2) as swarm:
+        kept = Kept(swarm)
+        swarm.until(kept.settled, "every slot has one owner")
+        yield kept
+        assert not any(task.done() for task in kept.tasks.values()), "a keeper has ended"
+
+
+def weights(peer: LoopbackPeer, slot: int) -> dict[str, torch.Tensor]:
+    return peer.ask(lambda composer: composer.snapshot(slot))
+
+
+async def leave(peer: LoopbackPeer) -> None:
+    """As composing does it: the phase says so before the slots are offered."""
+    peer.links.state.enter(Phase.LEAVING)
+    peer.links.news.changed()
+    await peer.keeper.drain(20.0)
+
+
+def test_who_leaves_hands_everything_over_to_the_bit(kept: Kept) -> None:
+    leaver, stayer = kept.swarm.peers
+    kept.step()
+    slots = set(leaver.keeper.held)
+    epochs = dict(leaver.keeper.held)
+    before = {slot: weights(leaver, slot) for slot in slots}
+    kept.swarm.call(leave(leaver))
+    kept.swarm.until(lambda: set(stayer.keeper.held) == set(range(SLOTS)), "the other has every slot")
+    for slot in slots:
+        after = weights(stayer, slot)
+        assert stayer.keeper.held[slot] == epochs[slot] + 1
+        assert all(torch.equal(after[name], value) for name, value in before[slot].items() if "published" not in name)
+    assert not leaver.ask(lambda composer: composer.owned)
+    stayer.step()
+
+
+def test_a_deposed_owner_keeps_a_copy(kept: Kept) -> None:
+    loser, winner = kept.swarm.peers
+    kept.step()
+    slot = min(loser.keeper.held)
+    epoch = loser.keeper.held[slot]
+    tensors = weights(loser, slot)
+    kept.swarm.until(lambda: slot not in loser.keeper._busy, "nothing is under way")
+
+    async def depose() -> None:
+        announcement = await asyncio.wrap_future(
+            winner.trainer.ask(lambda c: winner.exchange.adopt(c, slot, epoch + 1, tensors, None))
+        )
+        winner.keeper.held[slot], winner.keeper._versions[slot] = epoch + 1, 0
+        await winner.keeper.announce()
+        await winner.exchange.send([announcement])
+
+    kept.swarm.call(depose())
+    kept.swarm.until(lambda: loser.keeper.held.get(slot) != epoch, "it lets go")
+    kept.swarm.until(
+        lambda: loser.keeper._copies.get(slot, Copy(0, 0)).epoch >= epoch or slot in loser.keeper.held,
+        "it has a copy, or the slot again",
+    )
+
+
+def test_a_claim_of_the_last_epoch_ends_nobody(kept: Kept) -> None:
+    """Whoever sees it lets go, and nobody dies of trying to claim beyond it."""
+    victim, other = kept.swarm.peers
+    slot = min(victim.keeper.held)
+    kept.swarm.call(other.claim([slot], MAX_EPOCH, LEASE_SECONDS / 4))
+    kept.swarm.until(lambda: slot not in victim.keeper.held, "the victim lets go")
+    kept.swarm.until(
+        lambda: any(slot in peer.keeper._out_of_epochs for peer in kept.swarm.peers), "the slot is given up"
+    )
+    kept.step()
+    assert not any(task.done() for task in kept.tasks.values())
+
+
+def test_a_stranger_who_claims_everything_costs_nothing_but_time(kept: Kept, tmp_path: Path) -> None:
+    """It announces the largest capacity and every slot there could be, and goes silent."""
+    stranger = Identity.load_or_create(tmp_path / "stranger.key")
+    kept.step()
+    now = time.time()
+    leases = [Lease(slot, 7, 0) for slot in range(4096)]
+    record = LeaseRecord(owner=stranger.peer_id, leases=leases, issued_at=now, expires_at=now + 2.0)
+    boast = PeerRecord(
+        peer_id=stranger.peer_id, role="composer", phase="training", capacity=65536, transport_addrs=[], dht_addrs=[],
+        metrics_url="", version="", protocol_version=1, step=1 << 53, tokens=0, tokens_per_second=0.0, loss=0.0,
+        slots=[], round=1 << 53, fidelity=0.0, issued_at=now, expires_at=now + 2.0,
+    )  # fmt: skip
+
+    async def hear(peer: LoopbackPeer) -> None:
+        for each in (boast, record):
+            assert peer.links.directory.receive(seal_record(stranger, RUN, each))
+        peer.links.news.changed()
+
+    for peer in kept.swarm.peers:
+        kept.swarm.call(hear(peer))
+    held = [peer.keeper.held for peer in kept.swarm.peers]
+    kept.swarm.until(
+        lambda: {slot for each in held for slot, epoch in list(each.items()) if epoch > 7} == set(range(SLOTS)),
+        "every slot is taken from it",
+    )
+    for peer in kept.swarm.peers:
+        assert peer.links.state.snapshot()["slots"]["lost"] == 0
+    kept.step()
+
+
+@pytest.mark.parametrize("damage", ["gone", "junk"])
+def test_a_damaged_copy_is_dropped(kept: Kept, damage: str) -> None:
+    keeper = kept.swarm.peers[0].keeper
+    slot = next(s for s in range(SLOTS) if s not in keeper.held)
+    kept.step()
+    kept.swarm.until(lambda: slot in keeper._copies and slot not in keeper._busy, "a copy of the other's slot")
+    path = keeper._path(slot)
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"junk")
+    owner = kept.swarm.peers[1]
+    tensors = weights(owner, slot)
+
+    async def take_over() -> None:
+        async with keeper._ticking:
+            action = TakeOver(slot, owner.keeper.held[slot] + 1, keeper._copies[slot], (owner.peer_id,))
+            await keeper._take_over(action)
+
+    kept.swarm.call(take_over())
+    mine = weights(kept.swarm.peers[0], slot)
+    assert all(torch.equal(mine[name], tensors[name]) for name in tensors if "published" not in name)

@@ -1,0 +1,150 @@
+"""Outer rounds of three composers over a real directory, gossip and fetches; only the averager is by function calls."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loopback import RUN, Loopback, LoopbackPeer, loopback
+from shoal.node import outer
+from shoal.node.composer import Composer
+from shoal.node.outer import MAX_ATTEMPT, Held
+from shoal.protocol.identity import Identity
+from shoal.protocol.merging import digest
+from shoal.protocol.messages import RoundOpen
+from shoal.protocol.records import VoteRecord, seal_record
+from tiny import manifest_of
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    manifest = manifest_of(outer={"every_steps": 8, "fragments": 2}, train={"steps": STEPS})
+    with loopback(tmp_path_factory.mktemp("outer"), manifest, 3) as swarm:
+        tasks: list[asyncio.Task[None]] = []
+        loop = swarm.network.loop
+        loop.call_soon_threadsafe(lambda: tasks.extend(loop.create_task(peer.outer.run()) for peer in swarm.peers))
+        yield swarm
+        assert tasks
+        assert not any(task.done() for task in tasks)
+
+
+def common(peer: LoopbackPeer) -> list[bytes]:
+    return peer.ask(lambda c: [digest(f, m) for f, m in zip(c.common, c.momentum, strict=True)])
+
+
+def drift(composer: Composer) -> float:
+    return max(
+        float((composer.local_fragment(i) - composer.common[i]).abs().max()) for i in range(len(composer.fragments))
+    )
+
+
+def merged(swarm: Loopback) -> bool:
+    """Every step of everybody is in a common state that all hold."""
+    return (
+        all(peer.ask(lambda c, p=peer: p.outer.unmerged_steps(c)) == 0 for peer in swarm.peers)
+        and len({tuple(peer.outer.held[i].digest for i in range(2)) for peer in swarm.peers}) == 1
+    )
+
+
+def more_steps(peer: LoopbackPeer, steps: int) -> None:
+    """Train beyond the run's end, so that no round but the pending one is due."""
+    peer.ask(lambda c: [c.train_step() for _ in range(steps)])
+
+
+def test_when_all_have_finished_everything_is_merged(swarm: Loopback) -> None:
+    for peer in swarm.peers:
+        peer.trainer.start_training()
+    swarm.until(lambda: all(peer.composer.step == STEPS for peer in swarm.peers), "all have finished")
+    swarm.until(lambda: merged(swarm), "all steps are merged")
+    assert len({tuple(common(peer)) for peer in swarm.peers}) == 1
+    assert common(swarm.peers[0]) == [held.digest for held in swarm.peers[0].outer.held]
+    assert all(peer.ask(drift) == 0.0 for peer in swarm.peers)
+    assert all(held.round > 0 for held in swarm.peers[0].outer.held)
+
+
+def test_who_misses_a_round_keeps_its_work_for_the_next(swarm: Loopback) -> None:
+    first, _, absent = swarm.peers
+    before = first.outer.next_round
+    swarm.meeting.absent = {absent.peer_id}
+    try:
+        more_steps(absent, 2)
+        work = absent.ask(drift)
+        more_steps(first, 1)
+        swarm.until(lambda: absent.outer.next_round > before + 1, "two rounds are committed without it")
+        assert absent.ask(lambda c: absent.outer.unmerged_steps(c)) == 2
+        assert absent.ask(drift) == pytest.approx(work, abs=1e-6)
+    finally:
+        swarm.meeting.absent = set()
+    swarm.until(lambda: merged(swarm), "its work is merged, too")
+    assert len({tuple(common(peer)) for peer in swarm.peers}) == 1
+
+
+def test_strangers_do_not_vote(swarm: Loopback, tmp_path: Path) -> None:
+    victim = swarm.peers[0]
+    held = list(victim.outer.held)
+    lie, number = secrets.token_bytes(32), victim.outer.next_round + 2
+    before = {peer.outer.next_round for peer in swarm.peers}
+
+    async def hear(sealed: bytes) -> bool:
+        heard = victim.links.directory.receive(sealed)
+        victim.links.news.changed()
+        await victim.outer.catch_up(number % 2)
+        return heard
+
+    for i in range(5):
+        now = time.time()
+        record = VoteRecord(
+            round=number, fragment=number % 2, digest=lie, members=[], issued_at=now, expires_at=now + 30
+        )
+        stranger = Identity.load_or_create(tmp_path / f"{i}.key")
+        assert swarm.call(hear(seal_record(stranger, RUN, record)))
+        assert stranger.peer_id in victim.links.directory.view().votes[number % 2]
+        assert stranger.peer_id not in victim.links.votes(number % 2)
+    assert victim.outer.held == held
+    assert {peer.outer.next_round for peer in swarm.peers} == before
+
+
+def test_one_message_does_not_take_a_round_to_its_last_attempt(swarm: Loopback) -> None:
+    victim, other, _ = swarm.peers
+    number = victim.outer.next_round
+    opening = RoundOpen(round=number, attempt=(1 << 16) - 1, fragment=0, step=1)
+    victim.outer.on_round_open("12D3KooWstranger", opening)
+    assert victim.outer._opened < number
+    victim.outer.on_round_open(other.peer_id, opening)
+    assert victim.outer._attempts[number] < MAX_ATTEMPT / 2
+    victim.outer.on_round_open(other.peer_id, RoundOpen(round=1 << 40, attempt=0, fragment=0, step=1))
+    assert 1 << 40 not in victim.outer._attempts
+    for peer in swarm.peers:
+        more_steps(peer, 1)
+    swarm.until(lambda: merged(swarm), "rounds go on")
+
+
+def test_peers_that_return_with_different_rounds_agree_again(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outer, "SPLIT_SECONDS", 0.2)
+    swarm.until(lambda: merged(swarm), "a common state")
+    ahead = swarm.peers[0].outer.next_round
+    for offset, peer in enumerate(swarm.peers):
+
+        def fall_back(composer: Composer, peer: LoopbackPeer = peer, offset: int = offset) -> None:
+            for index in range(2):
+                fragment = composer.common[index] + offset
+                momentum = torch.zeros_like(fragment)
+                composer.reset_fragment(index, fragment, momentum)
+                peer.outer.held[index] = Held(ahead + 1 + index - 2 * offset + (ahead % 2), digest(fragment, momentum))
+
+        peer.ask(fall_back)
+    rounds = {tuple(held.round for held in peer.outer.held) for peer in swarm.peers}
+    assert len(rounds) == 3
+    for peer in swarm.peers:
+        swarm.network.loop.call_soon_threadsafe(lambda p=peer: setattr(p.outer, "_attested", 0.0))
+    swarm.until(lambda: len({tuple(common(peer)) for peer in swarm.peers}) == 1, "all hold one state")
+    for peer in swarm.peers:
+        more_steps(peer, 1)
+    swarm.until(lambda: merged(swarm), "and merge on from there")

@@ -1,0 +1,125 @@
+"""What a composer answers to fetches of an onlooker, and a whole model gathered from two of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import torch
+from loopback import MANIFEST_BYTES, SECONDS, Loopback, loopback
+from shoal.node.blobs import fragment_from_bytes, from_bytes
+from shoal.node.gather import _fetch_all
+from shoal.node.links import Links
+from shoal.protocol import messages, resources
+from shoal.protocol.messages import SlotState, StandInSnapshot
+from shoal.protocol.transport.downloads import FetchEnded
+from shoal.protocol.transport.wire import Reason
+from tiny import LAYERS, SLOTS, manifest_of
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    """Two composers that have finished, every slot owned, every step merged."""
+    manifest = manifest_of(outer={"every_steps": 4}, train={"steps": STEPS}, standin={"publish_every": 2})
+    with loopback(tmp_path_factory.mktemp("serving"), manifest, 2) as swarm:
+        tasks: list[asyncio.Task[None]] = []
+        loop = swarm.network.loop
+
+        def start() -> None:
+            tasks.extend(loop.create_task(w) for p in swarm.peers for w in (p.keeper.run(), p.outer.run()))
+
+        loop.call_soon_threadsafe(start)
+        owned = [peer.keeper.held for peer in swarm.peers]
+        swarm.until(lambda: owned[0].keys() | owned[1].keys() == set(range(SLOTS)), "every slot is owned")
+        for peer in swarm.peers:
+            peer.trainer.start_training()
+        swarm.until(
+            lambda: all(
+                p.composer.step == STEPS and p.ask(lambda c, p=p: p.outer.unmerged_steps(c)) == 0 for p in swarm.peers
+            ),
+            "all is merged",
+        )
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def onlooker(swarm: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Links]:
+    with swarm.observer(tmp_path_factory.mktemp("onlooker")) as links:
+        swarm.call(links.read_directory())
+        yield links
+
+
+def fetched(swarm: Loopback, onlooker: Links, resource: str, peer: int = 0) -> bytes:
+    peer_id = swarm.peers[peer].peer_id
+    return swarm.call(onlooker.fetch(peer_id, resource, max_bytes=1 << 24, deadline_seconds=SECONDS)).data
+
+
+def test_the_manifest(swarm: Loopback, onlooker: Links) -> None:
+    assert fetched(swarm, onlooker, resources.manifest()) == MANIFEST_BYTES
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_backbone_fragments(swarm: Loopback, onlooker: Links, index: int) -> None:
+    composer = swarm.peers[0].composer
+    common, momentum = fragment_from_bytes(
+        fetched(swarm, onlooker, resources.backbone(index)), composer.common[index].numel()
+    )
+    assert torch.equal(common, composer.common[index])
+    assert torch.equal(momentum, composer.momentum[index])
+    local, _ = fragment_from_bytes(fetched(swarm, onlooker, resources.local(index)), common.numel())
+    assert torch.equal(local, composer.local_fragment(index))
+
+
+def test_slots_and_standins(swarm: Loopback, onlooker: Links) -> None:
+    owner = swarm.peers[0]
+    slot = min(owner.keeper.held)
+    state = messages.decode(fetched(swarm, onlooker, resources.snapshot(slot)), SlotState)
+    assert (state.slot, state.epoch) == (slot, owner.keeper.held[slot])
+    ours = owner.ask(lambda composer: composer.snapshot(slot))
+    theirs = from_bytes(state.tensors, what="slot")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    snapshot = messages.decode(fetched(swarm, onlooker, resources.standin(slot)), StandInSnapshot)
+    assert list(snapshot.layers) == [s.to_bytes() for s in owner.ask(lambda composer: composer.standins(slot))]
+    assert len(snapshot.layers) == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("resource", "reason"),
+    [
+        (resources.backbone(2), Reason.NOT_FOUND),
+        (resources.standin(SLOTS), Reason.NOT_FOUND),
+        (resources.snapshot(SLOTS + 1), Reason.NOT_FOUND),
+        (resources.handover(SLOTS), Reason.NOT_FOUND),
+        ("nonsense/0", Reason.BUSY),
+    ],
+)
+def test_what_is_not_there(swarm: Loopback, onlooker: Links, resource: str, reason: Reason) -> None:
+    with pytest.raises(FetchEnded) as caught:
+        fetched(swarm, onlooker, resource)
+    assert caught.value.reason == reason
+
+
+def test_a_stranger_gets_no_handover(swarm: Loopback, onlooker: Links) -> None:
+    owner = swarm.peers[0]
+    slot = min(owner.keeper.held)
+    with pytest.raises(FetchEnded):
+        fetched(swarm, onlooker, resources.handover(slot))
+    assert not owner.composer._frozen
+
+
+def test_a_whole_model_is_gathered(swarm: Loopback, onlooker: Links) -> None:
+    whole = swarm.call(_fetch_all(onlooker, lambda _: None))
+    composer = swarm.peers[1].composer
+    assert whole.composers == 2
+    for name, parameter in composer.backbone.items():
+        torch.testing.assert_close(whole.backbone[name].view_as(parameter), parameter.detach(), rtol=0, atol=0)
+    assert set(whole.slots) == set(range(SLOTS))
+    for peer in swarm.peers:
+        for slot in peer.keeper.held:
+            for layer, expert in enumerate(peer.composer.model.experts_of(slot)):
+                assert torch.equal(whole.slots[slot][f"{layer}.gate_up"], expert.gate_up)
+                assert torch.equal(whole.slots[slot][f"{layer}.down"], expert.down)

@@ -1,0 +1,161 @@
+"""Runs as a script: a warm template that forks peers for test_averaging.py; importing torch and hivemind takes seconds.
+
+argv[1]  address of the test's Unix socket. The template connects first and then receives one dict per peer to fork;
+         each peer connects to the same address, says who it is, and obeys ("submit", kwargs), ("stop",).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import numpy as np
+import torch
+from shoal.protocol.allreduce import TruthfulRunner
+from shoal.protocol.averager_process import AveragerProcess
+from shoal.protocol.averaging import OuterAverager
+from shoal.protocol.dht import start_dht, visible_addresses
+from shoal.protocol.fragments import Fragment
+from shoal.protocol.identity import Identity
+from shoal.protocol.process_death import end_with_parent
+
+
+class WeightLiar(TruthfulRunner):
+    """States weight 1e9 with each part."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.weight = 1e9
+
+
+class LiarProcess(AveragerProcess):
+    runner_type = WeightLiar
+
+
+class FrozenProcess(AveragerProcess):
+    """Finds its group and then does nothing, so that the test can kill it exactly there."""
+
+    async def _average(self, group, fragment, facts):
+        os.write(self.frozen_fd, b"!")
+        await asyncio.Event().wait()
+
+
+class NanAverager(OuterAverager):
+    """Sends what the real one refuses to send."""
+
+    @staticmethod
+    def _may_send(vector):
+        return True
+
+
+# The group's RPCs are named after the class.
+for process_type in (LiarProcess, FrozenProcess):
+    process_type.__name__ = AveragerProcess.__name__
+
+
+def serve(address: str, spec: dict) -> None:
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    identity = Identity.load_or_create(Path(spec["identity"]))
+    dht = start_dht(
+        Path(spec["identity"]),
+        initial_peers=spec["initial_peers"],
+        host="127.0.0.1",
+        port=0,
+        announce=[],
+        run_id=spec["run_id"],
+        client=spec["fault"] == "client",
+    )
+    kind = NanAverager if spec["fault"] == "nan" else OuterAverager
+    frozen, frozen_fd = os.pipe()
+    if spec["fault"] == "liar":
+        kind = type("Liar", (kind,), {"process_type": LiarProcess})
+    if spec["fault"] == "frozen":
+        FrozenProcess.frozen_fd = frozen_fd
+        kind = type("Frozen", (kind,), {"process_type": FrozenProcess})
+    averager = kind(
+        dht=dht,
+        identity=identity,
+        run_id=spec["run_id"],
+        fragments=[Fragment(i, (f"w{i}",), (n,), n) for i, n in enumerate(spec["sizes"])],
+        codec=spec["codec"],
+        matchmaking_seconds=spec["matchmaking_seconds"],
+        timeout_seconds=spec["timeout_seconds"],
+        part_bytes=spec["part_bytes"],
+    )
+    if spec["fault"] == "forged":
+        averager._run_id = "another-run"
+    connection, writing = Client(address), threading.Lock()
+
+    def send(kind, value):
+        with writing:
+            connection.send((kind, value))
+
+    def report(future):
+        error = future.exception()
+        if error is not None:
+            return send("error", (type(error).__name__, str(error)))
+        outcome = future.result()
+        return send(
+            "outcome",
+            {
+                **{name: getattr(outcome, name) for name in outcome.__dataclass_fields__ if name != "facts"},
+                "status": outcome.status.value,
+                "average": None if outcome.average is None else outcome.average.numpy(),
+                "tokens": [fact.tokens for fact in outcome.facts],
+            },
+        )
+
+    def watch_frozen():
+        os.read(frozen, 1)
+        send("frozen", None)
+
+    addrs = visible_addresses(dht)
+    send(
+        "ready",
+        {
+            "name": spec["name"],
+            "pid": os.getpid(),
+            "averager": averager.pid,
+            "peer_id": identity.peer_id,
+            "addrs": addrs,
+        },
+    )
+    if spec["fault"] == "frozen":
+        threading.Thread(target=watch_frozen, daemon=True).start()
+    while True:
+        command, *rest = connection.recv()
+        if command == "stop":
+            break
+        vector, kwargs = rest
+        averager.submit(
+            kwargs.pop("round"), kwargs.pop("attempt"), torch.from_numpy(np.array(vector)), **kwargs
+        ).add_done_callback(report)
+    averager.shutdown()
+    dht.shutdown()
+    send("stopped", None)
+
+
+def main() -> None:
+    end_with_parent(os.getppid(), signal.SIGKILL)
+    if "bitsandbytes" in sys.argv[2:]:
+        import bitsandbytes  # noqa: F401
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the peers: the test watches their pids
+    control = Client(sys.argv[1])
+    control.send(("template", None))
+    while (spec := control.recv()) is not None:
+        if os.fork() == 0:
+            control.close()
+            try:
+                serve(sys.argv[1], spec)
+            finally:
+                os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Real hivemind peers, each in processes of its own, average over loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+CODECS = ("float32", "float16", "int8")
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "int8": 0.05}
+PEER = Path(__file__).with_name("averaging_peer.py")
+
+
+def until(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def family(pid):
+    """(pid, start time) of a process and its descendants."""
+    try:
+        process = psutil.Process(pid)
+        return {(p.pid, p.create_time()) for p in [process, *process.children(recursive=True)]}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def living(processes):
+    alive = set()
+    for pid, created in processes:
+        try:
+            process = psutil.Process(pid)
+            if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
+                alive.add((pid, created))
+        except psutil.NoSuchProcess:
+            pass
+    return alive
+
+
+class Peer:
+    def __init__(self, connection: Connection, about: dict):
+        self.connection, self.peer_id, self.pid = connection, about["peer_id"], about["pid"]
+        self.averager_pid, self.addrs, self.name = about["averager"], about["addrs"], about["name"]
+        self.processes = family(self.pid)
+
+    def submit(self, vector, *, round=0, attempt=0, tokens=100, steps=10, expected=2, quorum=2, **more):
+        kwargs = dict(
+            round=round, attempt=attempt, tokens=tokens, steps=steps, expected=expected, quorum=quorum, **more
+        )
+        self.connection.send(("submit", vector.astype(np.float32), kwargs))
+
+    def next(self, kind, seconds=30):
+        assert self.connection.poll(seconds), f"{self.name} sent no {kind} within {seconds} s"
+        got, value = self.connection.recv()
+        assert got == kind, (self.name, got, value)
+        return value
+
+    def outcome(self, seconds=30):
+        return self.next("outcome", seconds)
+
+    def kill(self):
+        """The whole family at once, as when a machine loses power."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+
+class Swarm:
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.address = str(directory / "s")
+        self.listener = Listener(self.address, "AF_UNIX", backlog=16)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HIVEMIND_LOGLEVEL": os.environ.get("HIVEMIND_LOGLEVEL", "ERROR"),
+        }
+        self.template = subprocess.Popen([sys.executable, str(PEER), self.address, "bitsandbytes"], env=environment)
+        self.control = self.listener.accept()
+        assert self.control.recv() == ("template", None)
+        self.peers: list[Peer] = []
+        self.retired: set = set()
+        self.run_id = ""
+
+    def start(
+        self,
+        count,
+        *,
+        codec="float32",
+        sizes=(1000,),
+        faults=None,
+        matchmaking_seconds=3.0,
+        timeout_seconds=12.0,
+        part_bytes=1 << 10,
+    ) -> list[Peer]:
+        self.run_id = f"test-{secrets.token_hex(6)}"
+        first: list[Peer] = []
+        for i in range(count):
+            self.control.send(
+                {
+                    "name": f"peer{i}",
+                    "identity": str(self.directory / secrets.token_hex(8)),
+                    "initial_peers": first[0].addrs if first else [],
+                    "run_id": self.run_id,
+                    "codec": codec,
+                    "sizes": list(sizes),
+                    "fault": (faults or {}).get(i, ""),
+                    "matchmaking_seconds": matchmaking_seconds,
+                    "timeout_seconds": timeout_seconds,
+                    "part_bytes": part_bytes,
+                }
+            )
+            if i == 0:
+                first.append(self._accept())
+        peers = first + sorted((self._accept() for _ in range(count - 1)), key=lambda peer: peer.name)
+        self.peers += peers
+        return peers
+
+    def _accept(self) -> Peer:
+        connection = self.listener.accept()
+        assert connection.poll(30)
+        kind, about = connection.recv()
+        assert kind == "ready"
+        return Peer(connection, about)
+
+    def retire_peers(self):
+        """Ask all to leave; `close` sees that they did (a leaving DHT takes two seconds)."""
+        for peer in self.peers:
+            self.retired |= peer.processes
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                peer.connection.send(("stop",))
+        self.peers = []
+
+    def outlived(self):
+        """Processes still there though their peers have left or died; killed now."""
+        deadline = time.monotonic() + 10
+        while living(self.retired) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        names = []
+        for pid, _ in living(self.retired):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                names.append(psutil.Process(pid).cmdline()[:2])
+                os.kill(pid, signal.SIGKILL)
+        return names
+
+    def close(self):
+        self.control.send(None)
+        self.template.wait(10)
+        self.listener.close()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    swarm = Swarm(tmp_path_factory.mktemp("averaging"))
+    yield swarm
+    left = swarm.outlived()
+    swarm.close()
+    assert not left, f"processes outlived their peers: {left}"
+
+
+@pytest.fixture
+def swarm(template):
+    yield template
+    template.retire_peers()
+
+
+def test_numpy_is_one_that_hivemind_works_with():
+    assert tuple(map(int, version("numpy").split(".")[:2])) < (2, 4), "numpy >= 2.4 breaks hivemind's 8-bit codecs"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_two_peers_meet_at_the_mean_bit_for_bit(swarm, codec):
+    peers = swarm.start(2, codec=codec, sizes=(10_000, 3000), part_bytes=1 << 12)
+    zero, one = peers
+    zero.submit(np.zeros(10_000))
+    one.submit(np.ones(10_000))
+    outcomes = [peer.outcome() for peer in peers]
+    for outcome in outcomes:
+        assert outcome["status"] == "complete", (outcome["detail"], outcome["failed"])
+        assert outcome["fraction"] == 1.0
+        assert set(outcome["members"]) == {zero.peer_id, one.peer_id}
+        np.testing.assert_allclose(outcome["average"], 0.5, atol=TOLERANCE[codec])
+    assert outcomes[0]["average"].tobytes() == outcomes[1]["average"].tobytes()
+
+    generator = np.random.default_rng(seed := secrets.randbits(32))
+    a, b = generator.normal(size=(2, 3000))
+    zero.submit(a, round=1, tokens=300, steps=10)  # fragment 1; weights 9000 : 4000
+    one.submit(b, round=1, tokens=200, steps=10)
+    outcomes = [peer.outcome() for peer in peers]
+    assert [outcome["status"] for outcome in outcomes] == ["complete"] * 2, f"{seed=} {outcomes}"
+    assert outcomes[0]["average"].tobytes() == outcomes[1]["average"].tobytes()
+    expected = (9 * a + 4 * b) / 13
+    np.testing.assert_allclose(outcomes[0]["average"], expected, atol=5 * TOLERANCE[codec], err_msg=f"{seed=}")
+
+
+def all_equal(outcomes):
+    return len({outcome["average"].tobytes() for outcome in outcomes}) == 1
+
+
+def statuses(outcomes):
+    return [outcome["status"] for outcome in outcomes]
+
+
+def reasons(outcomes):
+    return [(outcome["status"], outcome["detail"], outcome["failed"]) for outcome in outcomes]
+
+
+def test_rounds_and_bases_do_not_mix(swarm):
+    peers = swarm.start(4, sizes=(600, 600), matchmaking_seconds=4.0, timeout_seconds=16.0)
+    same, other = bytes(32), bytes([1]) * 32
+    for peer, round_, base in zip(peers, (0, 0, 2, 2), (same, same, other, other), strict=True):
+        peer.submit(np.full(600, float(round_)), round=round_, base=base)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 4, reasons(outcomes)
+    assert [outcome["average"][0] for outcome in outcomes] == [0.0, 0.0, 2.0, 2.0]
+
+    # One round, two bases, and expected = 4: each pair waits for the window's end, then goes without the other.
+    for peer, base in zip(peers, (same, other, same, other), strict=True):
+        peer.submit(np.full(600, float(base[0])), round=4, base=base, expected=4)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 4, reasons(outcomes)
+    assert [outcome["average"][0] for outcome in outcomes] == [0.0, 1.0, 0.0, 1.0]
+    assert {len(outcome["members"]) for outcome in outcomes} == {2}
+
+
+def test_starts_at_once_when_everybody_is_there_and_without_stragglers_at_the_end(swarm):
+    peers = swarm.start(3, sizes=(5000,), matchmaking_seconds=3.0)
+    for attempt in range(3):
+        for peer in peers:
+            peer.submit(np.full(5000, 3.0), round=attempt, expected=3)
+        outcomes = [peer.outcome() for peer in peers]
+        assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+        assert all_equal(outcomes)
+        assert all(outcome["seconds"] < 3.0 for outcome in outcomes), "full groups must not wait for the window's end"
+    for peer in peers[:2]:
+        peer.submit(np.full(5000, 1.0), round=7, expected=3)
+    outcomes = [peer.outcome() for peer in peers[:2]]
+    assert statuses(outcomes) == ["complete"] * 2, reasons(outcomes)
+    assert all(outcome["matchmaking_seconds"] > 2.5 for outcome in outcomes)
+    peers[0].submit(np.zeros(5000), round=8, expected=3)
+    assert peers[0].outcome()["status"] == "no_group"
+
+
+def test_weights_come_from_capped_facts_and_not_from_messages(swarm):
+    peers = swarm.start(3, sizes=(2000,), faults={1: "client", 2: "liar"})  # the second one cannot be dialled
+    values = (0.0, 0.0, 1.0)
+    for peer, value in zip(peers, values, strict=True):
+        peer.submit(np.full(2000, value), expected=3, quorum=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+    np.testing.assert_allclose(outcomes[0]["average"], 1 / 3, atol=1e-5)  # it stated 1e9 with every part
+    for peer, value in zip(peers, values, strict=True):
+        peer.submit(np.full(2000, value), round=1, expected=3, quorum=3, tokens=10**9 if value else 100)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+    np.testing.assert_allclose(outcomes[0]["average"], 3 / 5, atol=1e-5)  # signed a lie: 3 times the median, no more
+
+
+def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
+    peers = swarm.start(3, sizes=(3000,), faults={1: "nan"})
+    vectors = [np.ones(3000), np.ones(3000), np.ones(3000)]
+    vectors[1][secrets.randbelow(3000)] = np.nan
+    for peer, vector in zip(peers, vectors, strict=True):
+        peer.submit(vector, expected=3, quorum=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert all(outcome["status"] == "partial" and outcome["average"] is None for outcome in (outcomes[0], outcomes[2]))
+    assert outcomes[1]["status"] != "complete"
+    for outcome in (outcomes[0], outcomes[2]):
+        assert peers[1].peer_id in outcome["failed"], reasons(outcomes)
+        assert outcome["fraction"] < 1
+    for i in (0, 2):
+        peers[i].submit(np.ones(3000), attempt=1, expected=2, avoid=[peers[1].peer_id])
+    peers[1].submit(np.ones(3000), attempt=1, expected=2)
+    again = [peers[i].outcome() for i in (0, 2)]
+    assert statuses(again) == ["complete"] * 2, reasons(again)
+    assert all(peers[1].peer_id not in outcome["members"] for outcome in again)
+    assert peers[1].outcome()["status"] == "no_group"
+
+    peers[0].submit(np.full(3000, np.inf), round=5)
+    assert peers[0].outcome(1)["status"] == "refused"  # an honest peer does not even try
+
+
+def test_a_peer_with_forged_facts_does_not_stop_the_others(swarm):
+    peers = swarm.start(3, sizes=(2000,), faults={2: "forged"})
+    for peer in peers[:2]:
+        peer.submit(np.ones(2000), expected=2)
+    until(lambda: peers[0].connection.poll() and peers[1].connection.poll(), 10, "two honest peers")
+    assert statuses([peer.outcome() for peer in peers[:2]]) == ["complete"] * 2
+    # The forger came first, so the others ask it to lead: they refuse its group and go on without it.
+    peers[2].submit(np.zeros(2000), round=1, expected=3)
+    for peer in peers[:2]:
+        peer.submit(np.ones(2000), round=1, expected=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert outcomes[2]["average"] is None
+    attempt = 1
+    if statuses(outcomes[:2]) != ["complete"] * 2:
+        blamed = set().union(*(outcome["failed"] for outcome in outcomes[:2]))
+        assert peers[2].peer_id in blamed, reasons(outcomes)
+        for peer in peers[:2]:
+            peer.submit(np.ones(2000), round=1, attempt=attempt, expected=2, avoid=[peers[2].peer_id])
+        outcomes = [peer.outcome() for peer in peers[:2]]
+        assert statuses(outcomes) == ["complete"] * 2, reasons(outcomes)
+
+
+@pytest.mark.parametrize("codec", ["float16"])
+def test_a_peer_killed_after_matchmaking_makes_the_round_partial_for_all(swarm, codec):
+    peers = swarm.start(4, codec=codec, sizes=(40_000,), faults={3: "frozen"}, timeout_seconds=14.0)
+    for peer in peers:
+        peer.submit(np.full(40_000, 1.0), expected=4, quorum=3)
+    peers[3].next("frozen")
+    peers[3].kill()
+    outcomes = [peer.outcome() for peer in peers[:3]]
+    for outcome in outcomes:
+        assert outcome["status"] == "partial", reasons(outcomes)
+        assert outcome["average"] is None
+        assert peers[3].peer_id in outcome["failed"]
+        assert outcome["fraction"] < 1
+        assert len(outcome["members"]) == 4
+    for peer in peers[:3]:
+        peer.submit(np.full(40_000, 1.0), attempt=1, expected=3, quorum=3, avoid=[peers[3].peer_id])
+    outcomes = [peer.outcome() for peer in peers[:3]]
+    assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+    assert all_equal(outcomes)
+
+
+def test_a_killed_parent_leaves_nothing_and_a_killed_averager_is_noticed(swarm):
+    first, second = swarm.start(2)
+    assert first.averager_pid in {pid for pid, _ in first.processes}
+    first.submit(np.zeros(1000), expected=2)
+    os.kill(first.pid, signal.SIGKILL)
+    until(lambda: not living(first.processes), 5, "all of a killed peer's processes are gone")
+
+    second.submit(np.zeros(1000), expected=2)
+    os.kill(second.averager_pid, signal.SIGKILL)
+    assert second.next("error", 5)[0] == "RoundFailed"
+    second.submit(np.zeros(1000), expected=2)
+    assert second.next("error", 5)[0] == "RoundFailed"

@@ -1,0 +1,174 @@
+"""The directory fed by gossip: how views resolve, who is noticed, and what a stalled DHT process costs."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from directory_nodes import RUN, Node, leases, peer_record, vote
+from shoal.protocol.dht import start_dht
+from shoal.protocol.directory import Directory
+from shoal.protocol.errors import DirectoryError
+from shoal.protocol.identity import Identity
+from shoal.protocol.records import (
+    seal_record,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def offline(nodes: list[Node], clock: Callable[[], float], identity: Identity | None = None) -> Directory:
+    """A directory that is only fed by gossip."""
+    return Directory(nodes[0].dht, identity or Identity.generate(), RUN, clock=clock)
+
+
+def test_gossip_is_as_good_and_the_newest_wins(nodes: list[Node]) -> None:
+    clock = Clock()
+    directory = offline(nodes, clock)
+    peer = Identity.generate()
+    old = seal_record(peer, RUN, leases(peer, (1, 1), (2, 1), issued=clock.now))
+    new = seal_record(peer, RUN, leases(peer, (2, 1), issued=clock.now + 1))
+    assert directory.receive(old)
+    assert set(directory.view().leases) == {1, 2}
+    assert directory.receive(new)
+    assert set(directory.view().leases) == {2}  # 1 was given up
+    assert not directory.receive(new)
+    assert not directory.refusals  # gossip repeats itself; that is no offence
+    assert not directory.receive(old)
+    assert directory.refusals == {"replayed": 1}
+    assert set(directory.view().leases) == {2}
+    assert not directory.receive(b"junk")
+    assert directory.refusals["malformed"] == 1
+
+
+def test_view_resolution(nodes: list[Node]) -> None:
+    clock = Clock()
+    directory = offline(nodes, clock)
+    low, high = sorted((Identity.generate() for _ in range(2)), key=lambda identity: identity.peer_id)
+    start = clock.now
+    directory.receive(seal_record(low, RUN, leases(low, (0, 5), (1, 7), (2, 1), issued=start, lasts=30)))
+    directory.receive(seal_record(high, RUN, leases(high, (0, 6), (1, 7), (3, 2), issued=start, lasts=20)))
+    view = directory.view()
+    assert {slot: claim.owner for slot, claim in view.leases.items()} == {
+        0: high.peer_id,  # higher epoch
+        1: low.peer_id,  # equal epochs: smaller peer id
+        2: low.peer_id,
+        3: high.peer_id,
+    }
+    assert view.known_epochs == {0: 6, 1: 7, 2: 1, 3: 2}
+    assert view.last_holders == {}
+
+    clock.now = start + 20  # high's have expired, at this very instant
+    view = directory.view()
+    assert {slot: claim.owner for slot, claim in view.leases.items()} == {1: low.peer_id, 2: low.peer_id}
+    assert {slot: (claim.owner, claim.epoch) for slot, claim in view.last_holders.items()} == {
+        0: (high.peer_id, 6),  # low still claims it with epoch 5: deposed, and stays so
+        3: (high.peer_id, 2),
+    }
+    assert view.known_epochs[0] == 6
+
+    clock.now = start + 5000  # long forgotten, but not the epochs
+    view = directory.view()
+    assert not view.leases
+    assert not view.peers
+    assert view.known_epochs == {0: 6, 1: 7, 2: 1, 3: 2}
+    directory.receive(seal_record(low, RUN, leases(low, (0, 7), issued=clock.now)))
+    assert directory.view().leases[0].epoch == 7
+
+
+def test_expired_peers_and_votes_drop_out(nodes: list[Node]) -> None:
+    clock = Clock()
+    directory = offline(nodes, clock)
+    peer = Identity.generate()
+    directory.receive(seal_record(peer, RUN, peer_record(peer, issued_at=clock.now, expires_at=clock.now + 10)))
+    directory.receive(seal_record(peer, RUN, vote(2, clock.now)))
+    assert peer.peer_id in directory.view().peers
+    assert peer.peer_id in directory.view().votes[2]
+    clock.now += 10
+    assert peer.peer_id not in directory.view().peers
+    clock.now += 50
+    assert not directory.view().votes
+
+
+def test_clock_offset(nodes: list[Node]) -> None:
+    clock = Clock()
+    directory = offline(nodes, clock)
+    assert directory.clock_offset() is None
+    for offset in (3.0, 3.5, -100.0):  # one of them is late, or wrong
+        peer = Identity.generate()
+        directory.receive(
+            seal_record(peer, RUN, peer_record(peer, issued_at=clock.now + offset, expires_at=clock.now + offset + 200))
+        )
+    assert directory.clock_offset() == pytest.approx(3.0)
+
+
+def test_a_copy_of_our_key_is_noticed(nodes: list[Node]) -> None:
+    clock = Clock()
+    me = Identity.generate()
+    before = seal_record(me, RUN, peer_record(me, issued_at=clock.now - 5))
+    directory = offline(nodes, clock, me)
+    assert directory.receive(before)  # our own, from before a restart
+    assert not directory.receive(seal_record(me, RUN, peer_record(me, issued_at=clock.now + 1)))
+    assert directory.refusals == {"identity-in-use": 1}
+
+
+def test_reads_overlap_and_do_not_block_the_loop(nodes: list[Node]) -> None:
+    async def scenario() -> None:
+        directory = nodes[1].directory()
+        turns = 0
+
+        async def spin() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        spinner = asyncio.create_task(spin())
+        try:
+            await asyncio.gather(*(directory.read() for _ in range(8)))
+        finally:
+            spinner.cancel()
+        assert turns > 100
+
+    asyncio.run(scenario())
+
+
+def test_a_stopped_dht_process_is_an_error_with_a_deadline(tmp_path: Path) -> None:
+    dht = start_dht(tmp_path / "key", initial_peers=[], host="127.0.0.1", port=0, announce=[], run_id=RUN)
+    try:
+        identity = Identity.load(tmp_path / "key")
+
+        async def scenario() -> None:
+            directory = Directory(dht, identity, RUN, timeout_seconds=0.5)
+            assert dht.pid is not None
+            os.kill(dht.pid, signal.SIGSTOP)
+            try:
+                with pytest.raises(DirectoryError, match="did not answer"):
+                    await directory.read()
+                # The pipe holds what a stalled process does not take: sending never blocks.
+                large = leases(identity, *((slot, 1 << 53) for slot in range(4096)), issued=time.time())
+                started = time.monotonic()
+                for result in await asyncio.gather(
+                    *(directory.put_lease(large) for _ in range(6)), return_exceptions=True
+                ):
+                    assert isinstance(result, DirectoryError)
+                assert time.monotonic() - started < 5
+                assert directory.failures["timeout"] >= 6
+            finally:
+                os.kill(dht.pid, signal.SIGKILL)
+            dht.join(10)
+            with pytest.raises(DirectoryError, match="has ended"):
+                await directory.read()
+
+        asyncio.run(scenario())
+    finally:
+        dht.shutdown()

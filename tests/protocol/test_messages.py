@@ -1,0 +1,169 @@
+"""Messages: their bytes are fixed, and what is malformed, too large or not finite is refused."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shoal.protocol import messages, resources
+from shoal.protocol.errors import Refused
+from shoal.protocol.messages import (
+    DeltaBatch,
+    ExpertCounts,
+    FragmentState,
+    Message,
+    News,
+    RoundOpen,
+    SlotState,
+    StandInSnapshot,
+    SurrogateDelta,
+    batches,
+    decode,
+    decode_kind,
+    encode,
+)
+from shoal.protocol.resources import Resource, ResourceKind, parse_resource
+
+DELTA = SurrogateDelta(3, 2, 17, 136, (b"ab", b"c"), bytes(range(16)), (0.5, 0.25))
+SNAPSHOT = StandInSnapshot(3, 2, 17, (b"one", b"two"), bytes(range(16)))
+
+GOLDEN: list[tuple[Message, str]] = [
+    (
+        DELTA,
+        "97030211cc8892c4026162c40163c410000102030405060708090a0b0c0d0e0f92cb3fe0000000000000cb3fd0000000000000",
+    ),
+    (
+        DeltaBatch((DELTA.announcement(),)),
+        "919197030211cc8890c410000102030405060708090a0b0c0d0e0f92cb3fe0000000000000cb3fd0000000000000",
+    ),
+    (RoundOpen(9, 1, 0, 72), "9409010048"),
+    (ExpertCounts(72, ((1, 300), (0, 70000))), "92489292 01cd012c 9200ce00011170".replace(" ", "")),
+    (News(b"sealed"), "91c4067365616c6564"),
+    (SNAPSHOT, "9503021192c4036f6e65c40374776fc410000102030405060708090a0b0c0d0e0f"),
+    (
+        SlotState(3, 2, 130, b"8 bytes!", SNAPSHOT),
+        "950302cc82c40838206279746573219503021192c4036f6e65c40374776fc410000102030405060708090a0b0c0d0e0f",
+    ),
+    (
+        FragmentState(9, 1, bytes(range(32))),
+        "930901c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=[message.kind for message, _ in GOLDEN])
+def test_golden_bytes(message: Message, golden: str) -> None:
+    assert encode(message).hex() == golden
+    assert decode(bytes.fromhex(golden), type(message)) == message
+
+
+def test_every_kind_has_golden_bytes() -> None:
+    assert set(messages.KINDS) == {message.kind for message, _ in GOLDEN} - {"surrogate-delta"}
+    assert all(decode_kind(m.kind, encode(m)) == m for m, _ in GOLDEN if m.kind in messages.KINDS)
+
+
+def packed(*fields: object) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
+@pytest.mark.parametrize(
+    ("message", "payload"),
+    [
+        (RoundOpen, b""),
+        (RoundOpen, b"\xc1"),
+        (RoundOpen, packed(9, 1, 0)),
+        (RoundOpen, packed(9, 1, 0, 72, 5)),
+        (RoundOpen, packed(-1, 1, 0, 72)),
+        (RoundOpen, packed(9, 1, 0, 1 << 60)),
+        (RoundOpen, packed(9, 1, 0, 72.0)),
+        (RoundOpen, packed(9, 1, 0, 72) + b"\x00"),
+        (SurrogateDelta, packed(3, 2, 17, 136, (b"ab", b"c"), bytes(16), (0.5,))),
+        (SurrogateDelta, packed(3, 2, 17, 136, (b"ab",), bytes(15), (0.5,))),
+        (SurrogateDelta, packed(3, 2, 17, 136, (b"ab",), bytes(16), (math.nan,))),
+        (SurrogateDelta, packed(3, 2, 17, 136, (b"ab",), bytes(16), (-math.inf,))),
+        (SurrogateDelta, packed(3, 2, 17, 136, (b"ab",), bytes(16), (1.5,))),
+        (SurrogateDelta, packed(1 << 16, 2, 17, 136, (b"ab",), bytes(16), ())),
+        (SurrogateDelta, packed(3, 2, 17, 136, (b"",) * 513, bytes(16), ())),
+        (SurrogateDelta, packed(3, 2, 17, 136, ("text",), bytes(16), ())),
+        (DeltaBatch, packed(())),
+        (ExpertCounts, packed(1, ((1, 2), (3,)))),
+        (ExpertCounts, packed(1, ())),
+        (ExpertCounts, packed(1, ((-1,),))),
+        (StandInSnapshot, packed(3, 2, 17, (), bytes(16))),
+        (FragmentState, packed(9, 1, bytes(16))),
+    ],
+)
+def test_malformed_payloads_are_refused(message: type[Message], payload: bytes) -> None:
+    with pytest.raises(Refused) as refused:
+        decode(payload, message)
+    assert refused.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("message", [*messages.KINDS.values(), SurrogateDelta])
+@given(data=st.binary(max_size=60))
+def test_any_bytes_decode_or_are_refused(message: type[Message], data: bytes) -> None:
+    try:
+        decoded = decode(data, message)
+    except Refused:
+        return
+    assert isinstance(decoded, message)
+
+
+def test_size_limits_and_unknown_kinds() -> None:
+    with pytest.raises(Refused) as refused:
+        decode(bytes(2000), FragmentState)
+    assert refused.value.reason == "oversized"
+    with pytest.raises(ValueError, match="over its limit"):
+        encode(DeltaBatch((SurrogateDelta(0, 0, 0, 0, (bytes(1 << 20),), bytes(16)),)))
+    with pytest.raises(Refused) as refused:
+        decode_kind("gossip", b"")
+    assert refused.value.reason == "unknown-kind"
+
+
+@given(st.lists(st.integers(0, 900), max_size=40))
+def test_batches_keep_order_and_fit(sizes: list[int]) -> None:
+    deltas = [SurrogateDelta(i, 1, i, i, (random.randbytes(size),), bytes(16), (0.9,)) for i, size in enumerate(sizes)]
+    made = list(batches(deltas, max_bytes=700))
+    assert all(len(encode(batch)) <= 700 for batch in made)
+    sent = [delta for batch in made for delta in batch.deltas]
+    assert [(d.slot, d.seq, d.digest) for d in sent] == [(d.slot, d.seq, d.digest) for d in deltas]
+    for delta, got in zip(deltas, sent, strict=True):
+        assert got == delta or (got == delta.announcement() and len(encode(delta)) > 690)
+
+
+def test_a_delta_too_long_for_gossip_is_announced() -> None:
+    long = SurrogateDelta(1, 1, 5, 8, (bytes(800_000), bytes(200_000)), bytes(16), (0.9, 0.8))
+    (batch,) = batches([DELTA, long])
+    assert batch.deltas == (DELTA, long.announcement())
+    assert batch.deltas[1].is_announcement
+
+
+# Names of resources ---------------------------------------------------------------------------------------------------
+
+
+def test_resource_names() -> None:
+    names = [
+        resources.manifest(),
+        resources.backbone(0),
+        resources.standin(17),
+        resources.snapshot(65535),
+        resources.handover(3),
+    ]
+    assert names == ["manifest", "backbone/0", "standin/17", "snapshot/65535", "handover/3"]
+    assert [parse_resource(name).name for name in names] == names
+    assert parse_resource("standin/17") == Resource(ResourceKind.STANDIN, 17)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "manifest/0", "standin", "standin/", "standin/-1", "standin/017", "standin/65536", "standin/1/2", "secret/1",
+     "standin/1\n", "standin/٣", "../identity", "STANDIN/1"],
+)  # fmt: skip
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(Refused) as refused:
+        parse_resource(name)
+    assert refused.value.reason == "unknown-resource"

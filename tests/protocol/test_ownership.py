@@ -1,0 +1,217 @@
+"""Ownership: the desired assignment, and a whole swarm of deciding peers on a virtual clock."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shoal.protocol.ownership import (
+    ClaimFree,
+    Copy,
+    DropStandby,
+    KeepStandby,
+    RequestHandover,
+    Rules,
+    Situation,
+    TakeOver,
+    Watch,
+    Yield,
+    decide,
+    desired_owners,
+    grants_handover,
+)
+from shoal.protocol.view import LeaseClaim
+
+RULES = Rules(lease=16.0)
+capacities = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=6), st.integers(0, 40), max_size=8)
+
+
+def peers_of(count: int, capacity: int) -> dict[str, int]:
+    return {f"12D3KooW{random.getrandbits(64):016x}": capacity for _ in range(count)}
+
+
+# The desired assignment -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 64), capacities, st.integers(1, 4))
+def test_every_slot_has_an_owner_and_nobody_is_above_its_bound(
+    num_slots: int, capacity: dict[str, int], replication: int
+) -> None:
+    lists = desired_owners(num_slots, capacity, replication)
+    weights = {p: min(c, num_slots) for p, c in capacity.items() if c > 0}
+    owned = Counter(peers[0] for peers in lists if peers)
+    assert owned.total() == min(num_slots, sum(weights.values()))
+    for peer, count in owned.items():
+        fair = num_slots * weights[peer] / sum(weights.values())
+        assert count <= capacity[peer]
+        if fair < weights[peer]:
+            assert count <= max(math.ceil(fair), 1.25 * fair)
+    for peers in lists:
+        assert len(set(peers)) == len(peers)
+        assert len(peers) == (min(replication, len(weights)) if peers else 0)
+
+
+def test_few_slots_split_evenly() -> None:
+    for _ in range(50):
+        owned = Counter(peers[0] for peers in desired_owners(16, peers_of(3, 16), 2))
+        assert max(owned.values()) <= 6
+        assert min(owned.values()) >= 4
+
+
+def test_capacity_is_weight() -> None:
+    strong, weak = peers_of(5, 60), peers_of(5, 20)
+    owned = Counter(peers[0] for peers in desired_owners(120, strong | weak, 1))
+    assert sum(owned[p] for p in strong) > 2 * sum(owned[p] for p in weak)
+
+
+def test_assignment_ignores_the_order_of_the_peers() -> None:
+    peers = list(peers_of(9, 8).items())
+    assert desired_owners(40, dict(peers), 3) == desired_owners(40, dict(random.sample(peers, 9)), 3)
+
+
+@pytest.mark.parametrize(("num_slots", "num_peers"), [(16, 3), (64, 5), (256, 24)])
+def test_joining_and_leaving_move_about_a_share(num_slots: int, num_peers: int) -> None:
+    moved, shares = 0, 0  # the same pair read backwards is a leaving
+    for _ in range(40):
+        peers = peers_of(num_peers + 1, num_slots)
+        joiner = next(iter(peers))
+        before = desired_owners(num_slots, {p: c for p, c in peers.items() if p != joiner}, 2)
+        after = desired_owners(num_slots, peers, 2)
+        moved += sum(a[0] != b[0] for a, b in zip(before, after, strict=True))
+        shares += sum(peers[0] == joiner for peers in after)
+    assert shares <= moved < 2 * shares
+
+
+def test_a_standby_usually_becomes_the_owner() -> None:
+    hits, total = 0, 0
+    for _ in range(30):
+        peers = peers_of(6, 32)
+        before = desired_owners(32, peers, 2)
+        gone = random.choice(list(peers))
+        after = desired_owners(32, {p: c for p, c in peers.items() if p != gone}, 2)
+        for old, new in zip(before, after, strict=True):
+            if old[0] == gone:
+                hits += old[1] == new[0]
+                total += 1
+    assert hits / total > 0.5
+
+
+# Single decisions -----------------------------------------------------------------------------------------------------
+
+
+def situation(now: float, desired: list[list[str]], **changes: object) -> Situation:
+    values = {"capacity": 4, "live": ["a", "b", "c"], "leaving": [], "held": {}, "copies": {}, **changes}
+    return Situation(now, desired=desired, **values)  # type: ignore[arg-type]
+
+
+Claims = dict[int, LeaseClaim]
+
+
+def claimed(owner: str, epoch: int, version: int, expires_at: float) -> LeaseClaim:
+    return LeaseClaim(owner=owner, epoch=epoch, version=version, expires_at=expires_at)
+
+
+def watching(me: str, now: float, claims: Claims, desired: list[list[str]]) -> Watch:
+    watch = Watch(me)
+    watch.observe(now, claims, desired)
+    return watch
+
+
+def test_a_free_slot_is_claimed_once_the_directory_has_settled() -> None:
+    desired = [["a", "b"]]
+    watch = watching("a", 100.0, {}, desired)
+    assert decide(watch, situation(101.9, desired), RULES) == []
+    assert decide(watch, situation(102.0, desired), RULES) == [ClaimFree(0, 1)]
+    assert decide(watch, situation(102.0, desired, capacity=0), RULES) == []
+    assert decide(watch, situation(102.0, desired, busy=[0]), RULES) == []
+    other = watching("b", 100.0, {}, desired)
+    assert decide(other, situation(110.0, desired), RULES) == []
+    assert decide(other, situation(118.0, desired), RULES) == [ClaimFree(0, 1)]
+
+
+def test_a_flapping_directory_restarts_the_wait() -> None:
+    watch = watching("a", 100.0, {0: claimed("b", 3, 9, 200.0)}, [["a"]])
+    watch.observe(101.5, {}, [["b"]])
+    watch.observe(101.8, {}, [["a"]])
+    assert decide(watch, situation(103.0, [["a"]]), RULES) == []
+    assert decide(watch, situation(103.8, [["a"]]), RULES) == [RequestHandover(0, "b", 4)]
+
+
+def test_a_leaving_owner_is_relieved_at_once() -> None:
+    watch = watching("a", 100.0, {0: claimed("b", 3, 9, 200.0)}, [["a"]])
+    assert decide(watch, situation(100.0, [["a"]], live=["a"], leaving=["b"]), RULES) == [RequestHandover(0, "b", 4)]
+    assert decide(watch, situation(100.0, [["a"]], live=["a"]), RULES) == []  # gone: the lease must run out
+
+
+def test_the_deposed_owner_yields() -> None:
+    desired = [["a"]] * 3
+    claims = {0: claimed("b", 4, 0, 1.0), 1: claimed("b", 3, 0, 200.0), 2: claimed("A", 3, 0, 200.0)}
+    watch = watching("a", 100.0, claims, desired)
+    held = {0: 3, 1: 3, 2: 3}
+    assert decide(watch, situation(100.0, desired, held=held), RULES) == [Yield(0, "b", 4), Yield(2, "A", 3)]
+
+
+def test_orphans_go_to_copies_in_order_and_are_lost_only_then() -> None:
+    desired = [["c", "a", "b"]]
+    claim = claimed("dead", 5, 40, 100.0)
+
+    def first(me: str, copies: dict[int, Copy]) -> tuple[float, TakeOver]:
+        watch = watching(me, 90.0, {0: claim}, desired)
+        for now in range(90, 300):
+            actions = decide(watch, situation(float(now), desired, copies=copies), RULES)
+            for action in actions:
+                if isinstance(action, TakeOver):
+                    return float(now), action
+        raise AssertionError("never")
+
+    copy = Copy(5, 40)
+    assert first("c", {0: copy}) == (100.0, TakeOver(0, 6, copy, ("a", "b")))
+    assert first("a", {0: copy}) == (108.0, TakeOver(0, 6, copy, ("c", "b")))
+    assert first("b", {0: copy})[0] == 116.0
+    assert first("b", {0: Copy(4, 90)})[0] == 124.0  # from before the last change of owner
+    assert first("z", {0: copy})[0] == 124.0  # not listed any more
+    at, takeover = first("c", {})
+    assert at == 132.0
+    assert takeover.lost
+    assert first("a", {})[0] == 140.0
+
+
+def test_a_restarted_owner_takes_its_own_slot_back_at_once() -> None:
+    watch = watching("a", 100.0, {0: claimed("a", 5, 40, 110.0)}, [["a"]])
+    assert decide(watch, situation(100.0, [["a"]]), RULES) == []
+    copy = Copy(5, 38)
+    assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 6, copy, ())]
+
+
+def test_standbys_follow_and_forget() -> None:
+    claim = claimed("a", 2, 50, 1e9)
+    watch = watching("b", 100.0, {0: claim}, [["a", "b"]])
+    assert decide(watch, situation(100.0, [["a", "b"]]), RULES) == [KeepStandby(0, "a", 2, 50)]
+    assert decide(watch, situation(100.0, [["a", "b"]], copies={0: Copy(2, 50)}), RULES) == []
+    assert decide(watch, situation(100.0, [["a", "b"]], copies={0: Copy(1, 90)}), RULES) == [KeepStandby(0, "a", 2, 50)]
+    watch.observe(100.0, {}, [["a", "c"]])
+    held = {0: Copy(2, 50)}
+    assert decide(watch, situation(140.0, [["a", "c"]], copies=held), RULES) == []
+    assert decide(watch, situation(148.0, [["a", "c"]], copies=held), RULES) == [DropStandby(0)]
+
+
+def test_room_goes_to_orphans_first() -> None:
+    desired = [["a"]] * 3
+    claims = {0: claimed("b", 1, 0, 1e9), 1: claimed("dead", 1, 0, 50.0)}
+    watch = watching("a", 50.0, claims, desired)
+    actions = decide(watch, situation(200.0, desired, capacity=2), RULES)
+    assert [type(a) for a in actions] == [TakeOver, ClaimFree]
+
+
+def test_handover_is_granted_to_the_desired_owner_only() -> None:
+    watch = watching("b", 100.0, {}, [["a"]])
+    now = situation(100.0, [["a"], ["b"]], held={0: 3, 1: 7})
+    assert grants_handover(watch, now, 0, "a", 4)
+    assert not grants_handover(watch, now, 0, "c", 4)
+    assert not grants_handover(watch, now, 0, "a", 5)
+    assert not grants_handover(watch, now, 1, "a", 8)
+    assert not grants_handover(watch, now, 1, "b", 8)
