@@ -367,11 +367,11 @@ class SlotKeeper:
         for task in list(self._tasks):  # what is not acquired by now stays with its owner
             task.cancel()
         deadline = self._links.clock() + seconds
-        while self.held and self._links.clock() < deadline:
+        while True:
             changed = self._links.news.next_change()
-            await self.tick()
-            situation = self._situation()
-            if not self.held or not any(peer != self._links.peer_id for peer in situation.live):
+            await self.tick()  # after one that is under way: a slot that it took from `held` is let go by then
+            alone = not any(peer != self._links.peer_id for peer in self._situation().live)
+            if not self.held or alone or self._links.clock() >= deadline:
                 return
             if not await self._links.news.wait(changed, min(1.0, self._rules.lease / 10)):
                 await self._links.read_directory()
