@@ -95,7 +95,7 @@ class _EmptyTap:
     def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
         pass
 
-    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor) -> None:
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         pass
 
 

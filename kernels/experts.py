@@ -62,7 +62,11 @@ class DenseExpert:
     down: Tensor
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        return self.gate_up, self.down
+        return self.effective(self.gate_up, self.down)
+
+    def effective(self, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """What the forward computes with, given the masters. Gradients pass straight through to the masters."""
+        return gate_up, down
 
 
 class RowTap(Protocol):
@@ -76,8 +80,9 @@ class RowTap(Protocol):
         """The inputs routed to `expert` and their gate weights."""
         ...
 
-    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor) -> None:
-        """The same inputs with dy = gate * dL/dy, the gradient at the expert's own output."""
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
+        """The same inputs with dy = gate * dL/dy, the gradient at the expert's own output; the activations a before
+        `down`, and dh (N, 2F) at the outputs of `gate_up`: d down = dyᵀ a, d gate_up = dhᵀ x."""
         ...
 
 
@@ -228,7 +233,8 @@ class _Experts(torch.autograd.Function):
             rows = slice(start, start + count)
             start += count
             if slot >= 0:
-                gate_up, down = trained[slot].to(dtype), trained[slot + 1].to(dtype)
+                effective = weights.effective(trained[slot], trained[slot + 1])
+                gate_up, down = effective[0].to(dtype), effective[1].to(dtype)
                 needs_gate_up, needs_down = needs_trained[slot], needs_trained[slot + 1]
             else:
                 gate_up, down = _weights(weights, dtype)
@@ -239,7 +245,7 @@ class _Experts(torch.autograd.Function):
             g_ND = grad_TD.index_select(0, tokens[rows])
             u_NF = g_ND @ down
             act_NF = activate(hg)
-            if dgates is not None or needs_down:
+            if dgates is not None or needs_down or tap is not None:
                 a_NF = act_NF * hu
                 if dgates is not None:
                     dgates[rows] = torch.linalg.vecdot(u_NF, a_NF).to(dgates.dtype)
@@ -249,12 +255,12 @@ class _Experts(torch.autograd.Function):
                     dtrained[slot + 1] = (dy_ND.t() @ a_NF).to(trained[slot + 1].dtype)
             if tap is not None or needs_gate_up:
                 x_ND = x_TD.index_select(0, tokens[rows])
-            if tap is not None:
-                tap.backward_rows(expert, x_ND, dy_ND)
-            if dx_PD is None and not needs_gate_up:
+            if dx_PD is None and not needs_gate_up and tap is None:
                 continue
             da_NF = u_NF.mul_(gate_N1)
             dh = torch.cat((activate_backward(da_NF * hu, hg), da_NF * act_NF), dim=-1)
+            if tap is not None:
+                tap.backward_rows(expert, x_ND, dy_ND, a_NF, dh)
             if dx_PD is not None:
                 torch.mm(dh, gate_up, out=dx_PD[rows])
             if needs_gate_up:

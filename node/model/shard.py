@@ -135,7 +135,7 @@ class _OwnedRows:
         if expert in self._owned:
             self._tap(self._layer, expert, x_ND, gate_N)
 
-    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor) -> None:
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         pass
 
 

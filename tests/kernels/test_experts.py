@@ -211,7 +211,7 @@ class Recorder:
     def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
         self.forward[expert] = x_ND, gate_N
 
-    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor) -> None:
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         self.backward[expert] = x_ND, dy_ND
 
 
