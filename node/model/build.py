@@ -23,7 +23,7 @@ from ..manifest import ModelSpec, StandInSpec
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, skeleton
 from .init import expert_shape, expert_weights, materialise
-from .shard import ExpertShard, OwnedRowsTap
+from .shard import ExpertShard, OwnedRowsTap, SketchTap
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,11 @@ class MoEModel(nn.Module):
         for shard in self.shards:
             shard.tap = tap
 
+    def set_sketch_tap(self, tap: SketchTap | None) -> None:
+        """From the next forward on, call the tap in backward with the rows of experts that are not owned."""
+        for shard in self.shards:
+            shard.sketch_tap = tap
+
     def _keep_logits(self, _router: nn.Module, _inputs: object, output: object) -> None:
         self._router_logits.append(router_logits(output))
 
@@ -135,12 +140,15 @@ class MoEModel(nn.Module):
         return self._scoring
 
 
-def build_model(spec: ModelSpec, *, owned: Collection[int], standin: StandInSpec) -> MoEModel:
+def build_model(
+    spec: ModelSpec, *, owned: Collection[int], standin: StandInSpec, expert: type[DenseExpert] = DenseExpert
+) -> MoEModel:
     """The model of a run as one composer holds it, with seeded initial weights.
 
     Args:
         owned: slots held in full, in every MoE layer; may be empty or all.
         standin: what runs in place of the others, made from their seeded weights one expert at a time.
+        expert: what an owned one computes with.
 
     Raises:
         ValueError: the config cannot be built, its family is not supported, or a slot does not exist.
@@ -160,6 +168,7 @@ def build_model(spec: ModelSpec, *, owned: Collection[int], standin: StandInSpec
             width=block.width,
             act=block.act,
             capacity_factor=spec.capacity_factor,
+            expert=expert,
         )
         block.block.experts = shard
         shards.append(shard)

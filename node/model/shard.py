@@ -17,6 +17,10 @@ from ...kernels.standin import StandIn
 # Called as tap(layer, slot, x_ND, gate_N) with the rows routed to an owned expert, detached.
 OwnedRowsTap = Callable[[int, int, Tensor, Tensor], None]
 
+# Called as tap(layer, slot, x_ND, dy_ND, a_NF, dh_NH) in backward with the rows of an expert that is not owned; see
+# `kernels.experts.RowTap.backward_rows`.
+SketchTap = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], None]
+
 
 class ExpertShard(nn.Module):
     """One MoE layer's experts as one composer has them. Every slot must be filled before the first forward.
@@ -25,7 +29,15 @@ class ExpertShard(nn.Module):
     """
 
     def __init__(
-        self, *, layer: int, num_experts: int, hidden: int, width: int, act: str, capacity_factor: float
+        self,
+        *,
+        layer: int,
+        num_experts: int,
+        hidden: int,
+        width: int,
+        act: str,
+        capacity_factor: float,
+        expert: type[DenseExpert] = DenseExpert,
     ) -> None:
         """
         Args:
@@ -33,6 +45,7 @@ class ExpertShard(nn.Module):
             act: transformers' name of the gate's activation.
             capacity_factor: pairs an expert takes, over the even share T * K / E; pairs beyond are dropped, those with
                 the lowest gate first. 0 never drops.
+            expert: what an owned one computes with.
         """
         super().__init__()
         self.layer = layer
@@ -40,9 +53,11 @@ class ExpertShard(nn.Module):
         self.hidden = hidden
         self.width = width
         self.tap: OwnedRowsTap | None = None
+        self.sketch_tap: SketchTap | None = None
         self.counts = torch.zeros(num_experts, dtype=torch.int64)  # (E) pairs routed in the last forward, before drops
         self._act = act
         self._capacity_factor = capacity_factor
+        self._expert = expert
         self._owned: dict[int, DenseExpert] = {}
         self._standins: dict[int, StandIn] = {}
 
@@ -52,7 +67,7 @@ class ExpertShard(nn.Module):
         if self._capacity_factor > 0:
             capacity = math.ceil(self._capacity_factor * top_k_index.numel() / self.num_experts)
             top_k_index = drop_over_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
-        tap = None if self.tap is None else _OwnedRows(self.layer, self._owned, self.tap)
+        tap = _Rows(self.layer, self._owned, self.tap, self.sketch_tap) if self.tap or self.sketch_tap else None
         return apply_experts(hidden_states, top_k_index, top_k_weights, self._weights(), tap=tap, act=self._act)
 
     def _weights(self) -> list[ExpertWeights]:
@@ -66,7 +81,7 @@ class ExpertShard(nn.Module):
             elif count:
                 weights.append(expert)
             else:
-                weights.append(DenseExpert(expert.gate_up.detach(), expert.down.detach()))
+                weights.append(self._expert(expert.gate_up.detach(), expert.down.detach()))
         return weights
 
     @property
@@ -106,7 +121,7 @@ class ExpertShard(nn.Module):
         parameters = _parameter(gate_up), _parameter(down)
         self.register_parameter(f"gate_up_{slot}", parameters[0])
         self.register_parameter(f"down_{slot}", parameters[1])
-        expert = self._owned[slot] = DenseExpert(*parameters)
+        expert = self._owned[slot] = self._expert(*parameters)
         self._standins.pop(slot, None)
         return expert
 
@@ -123,20 +138,24 @@ class ExpertShard(nn.Module):
             raise ValueError(f"no slot {slot}: this layer has {self.num_experts}")
 
 
-class _OwnedRows:
-    """Passes on the rows of owned experts only: nobody fits a stand-in for what somebody else owns."""
+class _Rows:
+    """Inputs of owned experts, to fit their stand-ins to; gradients at experts of others, to tell them."""
 
-    def __init__(self, layer: int, owned: dict[int, DenseExpert], tap: OwnedRowsTap) -> None:
+    def __init__(
+        self, layer: int, owned: dict[int, DenseExpert], tap: OwnedRowsTap | None, sketch_tap: SketchTap | None
+    ) -> None:
         self._layer = layer
         self._owned = owned
         self._tap = tap
+        self._sketch_tap = sketch_tap
 
     def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
-        if expert in self._owned:
+        if self._tap is not None and expert in self._owned:
             self._tap(self._layer, expert, x_ND, gate_N)
 
     def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
-        pass
+        if self._sketch_tap is not None and expert not in self._owned:
+            self._sketch_tap(self._layer, expert, x_ND, dy_ND, a_NF, dh_NH)
 
 
 def _parameter(weights: Tensor) -> nn.Parameter:
