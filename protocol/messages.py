@@ -9,7 +9,7 @@ unbounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated, ClassVar, TypeVar
 
 import msgspec
@@ -19,8 +19,11 @@ from .envelope import decode_payload
 from .errors import Refused
 
 MAX_GOSSIP_BYTES = 900_000  # gossipsub refuses RPCs over 1 MiB; the rest is for the envelope and for framing
+MAX_SKETCH_BYTES = 64 * 1024 * 1024 - 4096  # a call's body of 64 MiB; the rest is for the envelope
 MAX_SLOTS = 1 << 16
 MAX_LAYERS = 512
+HANDLE_BYTES = 8
+MAX_REFUSALS = 1024  # listed in one reply
 
 Slot = Annotated[int, Meta(ge=0, lt=MAX_SLOTS)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 48)]
@@ -32,6 +35,9 @@ Digest16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Digest32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Fidelity = Annotated[float, Meta(ge=-1e6, le=1.0)]  # 1 is exact, 0 as bad as nothing, below 0 worse
 Count = Annotated[int, Meta(ge=0, lt=1 << 48)]
+Positive = Annotated[int, Meta(ge=1, lt=1 << 48)]
+Handle = Annotated[bytes, Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES)]  # an expert's name, see handles.py
+Reason = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}\Z")]  # of a refusal, as in `errors.Refused`
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -153,10 +159,77 @@ class FragmentState(Message, frozen=True):
     digest: Digest32  # of the fragment and its momentum, as voted
 
 
+class ExpertSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the sender's tokens teach one expert."""
+
+    handle: Handle
+    rows: bytes  # RowSketch.to_bytes(); one of no rows says that none were routed here, which the mean has to know
+
+
+class SlotSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Sketches for experts of one slot, all or some."""
+
+    slot: Slot
+    epoch: Epoch  # of the lease that the handles are of
+    seq: Sequence  # of the stand-ins that ran when the rows were made
+    experts: Annotated[tuple[ExpertSketch, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
+
+    def __post_init__(self) -> None:
+        _check_distinct("handle", [expert.handle for expert in self.experts])
+
+
+class SketchBatch(Message, frozen=True):
+    """A composer's sketches for slots of one owner, over the same tokens. Answered by a SketchReply."""
+
+    kind: ClassVar[str] = "sketch-batch"
+    max_bytes: ClassVar[int] = MAX_SKETCH_BYTES
+
+    step: Step  # of the composer, the last that the sketches cover
+    tokens: Positive  # that they stand for, whether routed to these experts or not
+    steps: Positive  # inner steps that they cover
+    slots: Annotated[tuple[SlotSketch, ...], Meta(min_length=1, max_length=MAX_SLOTS)]
+
+    def __post_init__(self) -> None:
+        _check_distinct("slot", [sketch.slot for sketch in self.slots])
+
+
+class SketchReply(Message, frozen=True):
+    """What an owner made of a SketchBatch, and how much it can take from now on."""
+
+    kind: ClassVar[str] = "sketch-reply"
+    max_bytes: ClassVar[int] = 60_000
+
+    rate: Annotated[float, Meta(ge=0.0, le=1.0)]  # share of its rows that a composer should send
+    accepted: Annotated[int, Meta(ge=0, le=MAX_SLOTS)]  # slots of the batch
+    refused: Annotated[tuple[tuple[Slot, Reason], ...], Meta(max_length=MAX_REFUSALS)] = ()  # the first ones
+
+
+class HandleTable(Message, frozen=True):
+    """How a slot's experts are called under a new lease: answer to `handles/<slot>/<from_epoch>/<to_epoch>`."""
+
+    kind: ClassVar[str] = "handle-table"
+
+    slot: Slot
+    epoch: Epoch  # of the new lease
+    entries: Annotated[  # new handles, ascending, each with the expert's position in the former handle order
+        tuple[tuple[Handle, Annotated[int, Meta(ge=0, lt=MAX_LAYERS)]], ...],
+        Meta(min_length=1, max_length=MAX_LAYERS),
+    ]
+
+    def __post_init__(self) -> None:
+        handles = [handle for handle, _ in self.entries]
+        _check_distinct("handle", handles)
+        if handles != sorted(handles):
+            raise ValueError("handles are not in order")
+        if sorted(position for _, position in self.entries) != list(range(len(handles))):
+            raise ValueError("positions are not a permutation")
+
+
 M = TypeVar("M", bound=Message)
 
 _TYPES: tuple[type[Message], ...] = (
     DeltaBatch, RoundOpen, ExpertCounts, News, StandInSnapshot, SlotState, FragmentState,
+    SketchBatch, SketchReply, HandleTable,
 )  # fmt: skip
 KINDS = {message.kind: message for message in _TYPES}
 
@@ -205,6 +278,11 @@ def batches(deltas: Iterable[SurrogateDelta], max_bytes: int = MAX_GOSSIP_BYTES)
         size += length
     if taken:
         yield DeltaBatch(tuple(taken))
+
+
+def _check_distinct(what: str, values: Collection[int] | Collection[bytes]) -> None:
+    if len(set(values)) < len(values):
+        raise ValueError(f"a {what} is listed twice")
 
 
 def _check_finite(values: Iterable[float]) -> None:

@@ -6,6 +6,11 @@ local/<fragment>        the same fragment as one composer has it now, unmerged: 
 standin/<slot>          the published stand-ins of a slot, from its owner (StandInSnapshot)
 snapshot/<slot>         a slot in full as of its last snapshot, from its owner or a standby (SlotState)
 handover/<slot>         a slot in full, frozen: asking the owner for it ends its ownership (SlotState)
+rebuilt/<slot>          a slot of which no copy is left, made from the stand-in that runs there (SlotState)
+handle-key              the run's handle key (handles.py): for composers only
+handles/<slot>/<from_epoch>/<to_epoch>
+                        how the experts of a copy in the handle order of `from_epoch` are called under the lease of
+                        `to_epoch`, not earlier: for the owner (HandleTable)
 """
 
 from __future__ import annotations
@@ -25,21 +30,29 @@ class ResourceKind(enum.Enum):
     STANDIN = "standin"
     SNAPSHOT = "snapshot"
     HANDOVER = "handover"
+    REBUILT = "rebuilt"
+    HANDLE_KEY = "handle-key"
+    HANDLES = "handles"
+
+
+_RUN_WIDE = frozenset({ResourceKind.MANIFEST, ResourceKind.HANDLE_KEY})
+_MAX_EPOCH = (1 << 48) - 1  # that messages carry
 
 
 @dataclass(frozen=True)
 class Resource:
-    """Something to fetch. `index` is the fragment or the slot; None for the manifest."""
+    """Something to fetch. `index` is the fragment or the slot; None for what there is once in a run."""
 
     kind: ResourceKind
     index: int | None = None
+    epochs: tuple[int, int] | None = None  # of `handles`: from, to
 
     @property
     def name(self) -> str:
-        return self.kind.value if self.index is None else f"{self.kind.value}/{self.index}"
+        return "/".join([self.kind.value, *(str(n) for n in (self.index, *(self.epochs or ())) if n is not None)])
 
 
-_NAME = re.compile(r"([a-z]{1,16})(?:/(0|[1-9][0-9]{0,7}))?")
+_NAME = re.compile(r"([a-z][a-z-]{0,15})(?:/(0|[1-9][0-9]{0,7})(?:/(0|[1-9][0-9]{0,14})/(0|[1-9][0-9]{0,14}))?)?")
 
 
 def manifest() -> str:
@@ -66,6 +79,18 @@ def handover(slot: int) -> str:
     return Resource(ResourceKind.HANDOVER, slot).name
 
 
+def rebuilt(slot: int) -> str:
+    return Resource(ResourceKind.REBUILT, slot).name
+
+
+def handle_key() -> str:
+    return ResourceKind.HANDLE_KEY.value
+
+
+def handles(slot: int, from_epoch: int, to_epoch: int) -> str:
+    return Resource(ResourceKind.HANDLES, slot, (from_epoch, to_epoch)).name
+
+
 def parse_resource(name: str) -> Resource:
     """What a peer asks for. Raises Refused with reason "unknown-resource"; each resource has exactly one name."""
     match = _NAME.fullmatch(name)
@@ -74,6 +99,12 @@ def parse_resource(name: str) -> Resource:
         raise Refused("unknown-resource", f"there is no {name[:40]!r}")
     kind = kinds[match[1]]
     index = None if match[2] is None else int(match[2])
-    if (index is None) != (kind is ResourceKind.MANIFEST) or (index is not None and index >= MAX_SLOTS):
+    epochs = None if match[3] is None else (int(match[3]), int(match[4]))
+    if (
+        (index is None) != (kind in _RUN_WIDE)
+        or (epochs is None) != (kind is not ResourceKind.HANDLES)
+        or (index is not None and index >= MAX_SLOTS)
+        or (epochs is not None and not epochs[0] <= epochs[1] <= _MAX_EPOCH)
+    ):
         raise Refused("unknown-resource", f"there is no {name[:40]!r}")
-    return Resource(kind, index)
+    return Resource(kind, index, epochs)

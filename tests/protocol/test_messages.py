@@ -14,10 +14,15 @@ from shoal.protocol.errors import Refused
 from shoal.protocol.messages import (
     DeltaBatch,
     ExpertCounts,
+    ExpertSketch,
     FragmentState,
+    HandleTable,
     Message,
     News,
     RoundOpen,
+    SketchBatch,
+    SketchReply,
+    SlotSketch,
     SlotState,
     StandInSnapshot,
     SurrogateDelta,
@@ -30,6 +35,7 @@ from shoal.protocol.resources import Resource, ResourceKind, parse_resource
 
 DELTA = SurrogateDelta(3, 2, 17, 136, (b"ab", b"c"), bytes(range(16)), (0.5, 0.25))
 SNAPSHOT = StandInSnapshot(3, 2, 17, (b"one", b"two"), bytes(range(16)))
+SKETCH = SlotSketch(3, 2, 17, (ExpertSketch(b"handle-a", b"rows"), ExpertSketch(b"handle-b", b"")))
 
 GOLDEN: list[tuple[Message, str]] = [
     (
@@ -51,6 +57,15 @@ GOLDEN: list[tuple[Message, str]] = [
     (
         FragmentState(9, 1, bytes(range(32))),
         "930901c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f",
+    ),
+    (
+        SketchBatch(136, 512, 4, (SKETCH,)),
+        "94cc88cd02000491940302119292c40868616e646c652d61c404726f777392c40868616e646c652d62c400",
+    ),
+    (SketchReply(0.5, 1, ((4, "stale-epoch"),)), "93cb3fe000000000000001919204ab7374616c652d65706f6368"),
+    (
+        HandleTable(3, 2, ((b"handle-a", 1), (b"handle-b", 0))),
+        "9303029292c40868616e646c652d610192c40868616e646c652d6200",
     ),
 ]
 
@@ -95,6 +110,25 @@ def packed(*fields: object) -> bytes:
         (ExpertCounts, packed(1, ((-1,),))),
         (StandInSnapshot, packed(3, 2, 17, (), bytes(16))),
         (FragmentState, packed(9, 1, bytes(16))),
+        (SketchBatch, packed(136, 0, 4, (SKETCH,))),
+        (SketchBatch, packed(136, 512, 0, (SKETCH,))),
+        (SketchBatch, packed(136, 1 << 48, 4, (SKETCH,))),
+        (SketchBatch, packed(136, 512, 4, ())),
+        (SketchBatch, packed(136, 512, 4, (SKETCH, SKETCH))),
+        (SketchBatch, packed(136, 512, 4, ((3, 2, 17, ()),))),
+        (SketchBatch, packed(136, 512, 4, ((3, 2, 17, ((b"handle-a", b""), (b"handle-a", b""))),))),
+        (SketchBatch, packed(136, 512, 4, ((3, 2, 17, ((b"handle", b""),)),))),
+        (SketchBatch, packed(136, 512, 4, ((3, 2, 17, ((b"handle-a", b""),), 1),))),
+        (SketchReply, packed(math.nan, 1, ())),
+        (SketchReply, packed(1.5, 1, ())),
+        (SketchReply, packed(-0.1, 1, ())),
+        (SketchReply, packed(0.5, 1, ((4, "Stale Epoch"),))),
+        (SketchReply, packed(0.5, 1, ((4, "stale-epoch"),) * (messages.MAX_REFUSALS + 1))),
+        (HandleTable, packed(3, 2, ())),
+        (HandleTable, packed(3, 2, ((b"handle-b", 0), (b"handle-a", 1)))),
+        (HandleTable, packed(3, 2, ((b"handle-a", 0), (b"handle-a", 1)))),
+        (HandleTable, packed(3, 2, ((b"handle-a", 0), (b"handle-b", 0)))),
+        (HandleTable, packed(3, 2, ((b"handle-a", 1), (b"handle-b", 2)))),
     ],
 )
 def test_malformed_payloads_are_refused(message: type[Message], payload: bytes) -> None:
@@ -119,6 +153,9 @@ def test_size_limits_and_unknown_kinds() -> None:
     assert refused.value.reason == "oversized"
     with pytest.raises(ValueError, match="over its limit"):
         encode(DeltaBatch((SurrogateDelta(0, 0, 0, 0, (bytes(1 << 20),), bytes(16)),)))
+    sketch = ExpertSketch(b"handle-a", bytes(64 << 20))
+    with pytest.raises(ValueError, match="over its limit"):
+        encode(SketchBatch(1, 1, 1, (SlotSketch(0, 0, 0, (sketch,)),)))
     with pytest.raises(Refused) as refused:
         decode_kind("gossip", b"")
     assert refused.value.reason == "unknown-kind"
@@ -133,6 +170,11 @@ def test_batches_keep_order_and_fit(sizes: list[int]) -> None:
     assert [(d.slot, d.seq, d.digest) for d in sent] == [(d.slot, d.seq, d.digest) for d in deltas]
     for delta, got in zip(deltas, sent, strict=True):
         assert got == delta or (got == delta.announcement() and len(encode(delta)) > 690)
+
+
+def test_a_reply_that_lists_as_much_as_it_may_can_be_sent() -> None:
+    reply = SketchReply(1 / 3, 65536, ((65535, "r" * 32),) * messages.MAX_REFUSALS)
+    assert decode(encode(reply), SketchReply) == reply
 
 
 def test_a_delta_too_long_for_gossip_is_announced() -> None:
@@ -152,16 +194,23 @@ def test_resource_names() -> None:
         resources.standin(17),
         resources.snapshot(65535),
         resources.handover(3),
+        resources.rebuilt(3),
+        resources.handle_key(),
+        resources.handles(3, 0, (1 << 48) - 1),
     ]
-    assert names == ["manifest", "backbone/0", "standin/17", "snapshot/65535", "handover/3"]
+    assert names == ["manifest", "backbone/0", "standin/17", "snapshot/65535", "handover/3",
+                     "rebuilt/3", "handle-key", "handles/3/0/281474976710655"]  # fmt: skip
     assert [parse_resource(name).name for name in names] == names
     assert parse_resource("standin/17") == Resource(ResourceKind.STANDIN, 17)
+    assert parse_resource("handles/3/1/2") == Resource(ResourceKind.HANDLES, 3, (1, 2))
 
 
 @pytest.mark.parametrize(
     "name",
     ["", "manifest/0", "standin", "standin/", "standin/-1", "standin/017", "standin/65536", "standin/1/2", "secret/1",
-     "standin/1\n", "standin/٣", "../identity", "STANDIN/1"],
+     "standin/1\n", "standin/٣", "../identity", "STANDIN/1", "handle-key/0", "handle_key", "rebuilt", "rebuilt/65536",
+     "handles", "handles/3", "handles/3/1", "handles/3/2/1", "handles/3/01/2", "handles/3/1/2/3", "handles/65536/1/2",
+     "handles/3/0/281474976710656", "rebuilt/3/1/2", "handles/3//2", "handles//1/2"],
 )  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(Refused) as refused:
