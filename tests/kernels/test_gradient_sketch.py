@@ -1,0 +1,267 @@
+"""Gradient sketches: linear, the same everywhere, exact at full rank, near the best of their rank otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from shoal.kernels.experts import DenseExpert, apply_experts
+from shoal.kernels.gradient_sketch import LARGEST_VALUE, GradientSketcher, Projections
+from torch import Tensor
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[int]:
+    value = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {value}")
+    with torch.random.fork_rng():
+        torch.manual_seed(value)
+        random.seed(value)
+        yield value
+
+
+def random_rows(num: int, hidden: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:
+    return (
+        torch.randn(num, hidden, dtype=dtype),
+        torch.randn(num, hidden, dtype=dtype),
+        torch.randn(num, width, dtype=dtype),
+        torch.randn(num, 2 * width, dtype=dtype),
+    )
+
+
+def sizes() -> tuple[int, int, int]:
+    """D, F and a rank that fits; wide and tall, one included."""
+    hidden, width = random.randint(1, 40), random.randint(1, 40)
+    return hidden, width, random.randint(1, min(2 * width, hidden))
+
+
+def sketched(projections: Projections, *parts: Rows) -> Tensor:
+    sketcher = GradientSketcher(projections)
+    for rows in parts:
+        sketcher.add(*rows)
+    return sketcher.take()
+
+
+def gradient(rows: Rows) -> tuple[Tensor, Tensor]:
+    """d gate_up and d down in float64."""
+    x, dy, a, dh = (t.double() for t in rows)
+    return dh.t() @ x, dy.t() @ a
+
+
+@pytest.mark.parametrize("_", range(8))
+def test_the_sketch_is_the_projected_gradient(_: int) -> None:
+    hidden, width, rank = sizes()
+    projections = Projections(hidden, width, rank, random.getrandbits(128))
+    rows = random_rows(random.randint(1, 20), hidden, width)
+    flat = sketched(projections, rows)
+    assert flat.shape == (projections.numel,)
+    assert flat.dtype == torch.float32
+    want = []
+    for plan, matrix in zip((projections.gate_up, projections.down), gradient(rows), strict=True):
+        g = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
+        want += [(g @ plan.omega.double()).reshape(-1), (plan.psi.double() @ g).reshape(-1)]
+    torch.testing.assert_close(flat.double(), torch.cat(want), rtol=1e-4, atol=1e-4 * float(flat.abs().max()))
+
+
+@pytest.mark.parametrize("_", range(8))
+def test_sketches_of_parts_add_up_to_the_sketch_of_the_whole(_: int) -> None:
+    hidden, width, rank = sizes()
+    seed = random.getrandbits(64)
+    parts = [random_rows(random.randint(0, 9), hidden, width) for _ in range(3)]
+    joint: Rows = tuple(torch.cat(same) for same in zip(*parts, strict=True))  # type: ignore[assignment]
+    want = sketched(Projections(hidden, width, rank, seed), joint)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 * float(want.abs().max()) + 1e-12}
+    # Every composer makes its projections for itself.
+    merged = torch.stack([sketched(Projections(hidden, width, rank, seed), rows) for rows in parts]).sum(0)
+    torch.testing.assert_close(merged, want, **tolerance)
+    torch.testing.assert_close(sketched(Projections(hidden, width, rank, seed), *parts), want, **tolerance)
+    scaled = tuple(t * (-2.5 if i in (1, 3) else 1.0) for i, t in enumerate(joint))
+    torch.testing.assert_close(
+        sketched(Projections(hidden, width, rank, seed), scaled),  # type: ignore[arg-type]
+        -2.5 * want,
+        rtol=1e-4,
+        atol=3 * tolerance["atol"],
+    )
+
+
+def test_projections_have_the_same_bits_on_every_machine() -> None:
+    projections = Projections(7, 5, 3, 2**127 + 12345)
+    data = b"".join(
+        t.numpy().astype("<f4").tobytes()
+        for plan in (projections.gate_up, projections.down)
+        for t in (plan.omega, plan.psi)
+    )
+    assert hashlib.sha256(data).hexdigest() == "990113ce34a7dcfeecf8a7333831d3818d6c94db62d716d0d1d5a175b842f737"
+    again = Projections(7, 5, 3, 2**127 + 12345)
+    assert torch.equal(again.gate_up.psi, projections.gate_up.psi)
+    other = Projections(7, 5, 3, 2**127 + 12346)
+    assert not torch.equal(other.gate_up.psi, projections.gate_up.psi)
+
+
+def test_projections_are_centred_with_unit_variance_and_uncorrelated() -> None:
+    projections = Projections(300, 200, 100, random.getrandbits(64))
+    values = torch.cat([t.reshape(-1).double() for t in (projections.gate_up.omega, projections.gate_up.psi)])
+    count = len(values)
+    # Six standard errors: about one failure in 10⁸ runs each.
+    assert abs(float(values.mean())) < 6 * count**-0.5
+    assert abs(float((values**2).mean()) - 1) < 6 * (0.8 / count) ** 0.5  # var of x² is 9/5 - 1
+    assert abs(float((values[1:] * values[:-1]).mean())) < 6 * count**-0.5
+    assert float(values.abs().max()) < 3**0.5
+    # Streams differ: the first values of each are not shared.
+    assert not torch.equal(projections.gate_up.omega[0, :50], projections.gate_up.psi[0, :50])
+    assert not torch.equal(projections.gate_up.omega[0, :50], projections.down.omega[0, :50])
+
+
+@pytest.mark.parametrize("_", range(8))
+def test_full_rank_gives_the_gradient_itself(_: int) -> None:
+    hidden, width, _rank = sizes()
+    rows = random_rows(random.randint(1, 60), hidden, width)
+    projections = Projections(hidden, width, min(2 * width, hidden), random.getrandbits(64))
+    for got, want in zip(projections.rebuild(sketched(projections, rows)), gradient(rows), strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("_", range(8))
+def test_no_more_rows_than_the_rank_come_back_exactly(_: int) -> None:
+    hidden, width, rank = sizes()
+    rows = random_rows(random.randint(1, rank), hidden, width)
+    projections = Projections(hidden, width, rank, random.getrandbits(64))
+    for got, want in zip(projections.rebuild(sketched(projections, rows)), gradient(rows), strict=True):
+        assert (got - want).norm() < 1e-3 * want.norm()
+
+
+def test_nothing_added_is_a_gradient_of_zero() -> None:
+    projections = Projections(6, 4, 2, 1)
+    sketcher = GradientSketcher(projections)
+    sketcher.add(*random_rows(0, 6, 4))
+    d_gate_up, d_down = projections.rebuild(sketcher.flat())
+    assert d_gate_up.shape == (8, 6)
+    assert d_down.shape == (6, 4)
+    assert not d_gate_up.any()
+    assert not d_down.any()
+
+
+def test_taking_starts_again() -> None:
+    projections = Projections(6, 4, 2, 1)
+    sketcher = GradientSketcher(projections)
+    rows = random_rows(5, 6, 4)
+    sketcher.add(*rows)
+    kept = sketcher.flat()
+    first = sketcher.take()
+    assert torch.equal(kept, first)
+    assert not sketcher.flat().any()
+    sketcher.add(*rows)
+    assert torch.equal(sketcher.take(), first)
+    assert torch.equal(kept, first)  # copies, not views
+
+
+def test_faulty_rows_are_left_out_and_counted() -> None:
+    projections = Projections(6, 4, 3, random.getrandbits(64))
+    clean = random_rows(12, 6, 4)
+    spoilt: Rows = tuple(t.clone() for t in clean)  # type: ignore[assignment]
+    values = (torch.nan, torch.inf, -torch.inf, 2 * LARGEST_VALUE)
+    bad = random.sample(range(12), 4)
+    for which, (row, value) in enumerate(zip(bad, values, strict=True)):
+        spoilt[which][row, random.randrange(spoilt[which].shape[1])] = value
+    keep = [i for i in range(12) if i not in bad]
+    sketcher = GradientSketcher(projections)
+    sketcher.add(*spoilt)
+    assert sketcher.refused == 4
+    want = sketched(projections, tuple(t[keep] for t in clean))  # type: ignore[arg-type]
+    torch.testing.assert_close(sketcher.take(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_largest_rows_stay_finite() -> None:
+    projections = Projections(6, 4, 3, random.getrandbits(64))
+    flat = sketched(projections, tuple(t.sign() * LARGEST_VALUE for t in random_rows(100, 6, 4)))  # type: ignore[arg-type]
+    for matrix in projections.rebuild(flat):
+        assert bool(matrix.isfinite().all())
+
+
+def test_faulty_sketches_are_refused() -> None:
+    projections = Projections(6, 4, 2, 1)
+    good = sketched(projections, random_rows(5, 6, 4))
+    for value in (torch.nan, torch.inf):
+        bad = good.clone()
+        bad[random.randrange(len(bad))] = value
+        with pytest.raises(ValueError, match="not finite"):
+            projections.rebuild(bad)
+    for wrong in (good[:-1], torch.cat([good, good[:1]]), good.view(1, -1), good.long(), good[:0]):
+        with pytest.raises(ValueError, match="is not a sketch"):
+            projections.rebuild(wrong)
+    with pytest.raises(ValueError, match="too large"):
+        projections.rebuild(torch.randn(len(good)).sign() * torch.finfo(torch.float32).max)
+
+
+def test_rows_of_another_expert_are_refused() -> None:
+    sketcher = GradientSketcher(Projections(6, 4, 2, 1))
+    x, dy, a, dh = random_rows(5, 6, 4)
+    for rows in ((x[:4], dy, a, dh), (a, dy, a, dh), (x, dy, a, a), (x, dy, dh, dh), (x, dy[0], a, dh)):
+        with pytest.raises(ValueError, match="not those of an expert"):
+            sketcher.add(*rows)
+    assert not sketcher.flat().any()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "rank", "seed", "message"),
+    [
+        (0, 4, 1, 0, "no gradient"),
+        (4, 0, 1, 0, "no gradient"),
+        (4, 4, 0, 0, "rank"),
+        (4, 4, 5, 0, "rank"),
+        (8, 2, 5, 0, "rank"),
+        (4, 4, 1, -1, "seed"),
+        (4, 4, 1, 1 << 128, "seed"),
+    ],
+)
+def test_impossible_projections_are_refused(hidden: int, width: int, rank: int, seed: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Projections(hidden, width, rank, seed)
+
+
+class SketchingTap:
+    """Sketches expert 0 and keeps its rows."""
+
+    def __init__(self, projections: Projections) -> None:
+        self.sketcher = GradientSketcher(projections)
+
+    def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
+        pass
+
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
+        if expert == 0:
+            self.sketcher.add(x_ND, dy_ND, a_NF, dh_NH)
+
+
+def test_real_gradients_of_two_composers_merge_to_that_of_the_joint_batch() -> None:
+    hidden, width, tokens = 24, 10, 60
+    projections = Projections(hidden, width, min(2 * width, hidden), random.getrandbits(64))
+    experts = [
+        DenseExpert(
+            (torch.randn(2 * width, hidden) / hidden**0.5).requires_grad_(),
+            (torch.randn(hidden, width) / width**0.5).requires_grad_(),
+        )
+        for _ in range(3)
+    ]
+    x, target = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
+    gates, index = torch.randn(tokens, 3).softmax(-1).topk(2)
+
+    def backward(part: slice) -> Tensor:
+        tap = SketchingTap(projections)
+        y = apply_experts(x[part], index[part], gates[part], experts, tap=tap)
+        ((y - target[part]) ** 2).sum().backward()  # type: ignore[no-untyped-call]
+        return tap.sketcher.take()
+
+    merged = backward(slice(0, 25)) + backward(slice(25, tokens))
+    wanted = [w.grad.clone() for w in experts[0].dense() if w.grad is not None]  # both parts summed
+    assert len(wanted) == 2
+    joint = backward(slice(0, tokens))
+    torch.testing.assert_close(merged, joint, rtol=1e-4, atol=1e-5 * float(joint.abs().max()))
+    for got, want in zip(projections.rebuild(merged / tokens), wanted, strict=True):
+        assert (got * tokens - want).norm() < 1e-3 * want.norm()
