@@ -195,8 +195,18 @@ def test_faulty_sketches_are_refused() -> None:
     for wrong in (good[:-1], torch.cat([good, good[:1]]), good.view(1, -1), good.long(), good[:0]):
         with pytest.raises(ValueError, match="is not a sketch"):
             projections.rebuild(wrong)
+
+
+def test_a_sketch_whose_gradient_overflows_is_refused() -> None:
+    # With Ψ's column within (-1, 1), the least-squares fit of Z = largest * sign(Ψ) is above the largest.
+    candidates = (Projections(1, 1, 1, random.getrandbits(64)) for _ in range(10_000))
+    projections = next(p for p in candidates if float(p.gate_up.psi[:, 0].abs().max()) < 0.9)
+    flat = torch.zeros(projections.numel)
+    y, z = projections.gate_up.parts(flat)
+    y[0] = 1.0
+    z.copy_(projections.gate_up.psi[:, :1].sign() * torch.finfo(torch.float32).max)
     with pytest.raises(ValueError, match="too large"):
-        projections.rebuild(torch.randn(len(good)).sign() * torch.finfo(torch.float32).max)
+        projections.rebuild(flat)
 
 
 def test_rows_of_another_expert_are_refused() -> None:
