@@ -1,0 +1,381 @@
+"""Row sketches: what an owner must know of other peers' tokens to train its expert on them.
+
+A row is (x, dy): an input that was routed to the expert, and the gradient of that token's *own* loss, in nats, at the
+expert's own output, gate included. With E(x) = down (act(gate x) ⊙ up x) an expert's gradient over any set of tokens is
+
+    Σ_rows  w · dyᵀ dE/dweights   /   number of tokens         (tokens, not rows: those routed elsewhere have zero)
+
+`expert_gradient` gives the sum; whoever steps divides. Rows are quantised as they come (int8 and a scale each, about 1%
+error in the sum) and sampled last (`sampling.py`): x and dy as the owner will see them, w = 1 / p.
+
+Correction. dy was taken at the output S(x) of the expert's stand-in. To first order the gradient at E(x) is
+dy + H (E(x) - S(x)), H the Hessian of the token's loss in the expert's output. H is unknown; its empirical Fisher
+estimate is the mean of dy dyᵀ, of which the diagonal's mean ("isotropic") or the diagonal is kept:
+
+    dy_E = dy + kappa · mean(dy²) · (E(x) - S(x))
+
+(In units of a mean loss over N tokens dy' = dy / N, so kappa · N · mean(dy'²) there.) `docs/sketches.md` derives it.
+
+Sampling by ||x|| ||dy|| alone would never take a row without dy, and the correction of that row would be lost: a tenth
+of the mean size is added to each (defensive mixing, Hesterberg 1995). It also keeps every weight within 11 times what
+even sampling would give.
+
+Shapes: N rows, D hidden, F width of the expert.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .codecs import LARGEST_CODE, LARGEST_SCALE, Int8Rows, quantise_rows, tensor_bytes
+from .experts import _ACTIVATIONS
+from .sampling import inclusion_probabilities, systematic
+
+RowCodec = Literal["int8", "float16"]
+Curvature = Literal["isotropic", "diagonal"]
+
+# kappa falls from KAPPA_ROUGH at a fidelity of ROUGH to 0 at NEAR_EXACT.
+KAPPA_ROUGH = 20.0
+ROUGH = 0.75
+NEAR_EXACT = 0.92
+
+_EVEN_SHARE = 0.1  # of the mean size, added to each row's before sampling
+# Weights sum to `pairs` on average; no sampling that this module does gets near this many times that.
+_MAX_WEIGHT_SUM = 64
+_HEADER = struct.Struct("<BBBxIQd")  # version, codec, weighted, rows, pairs, effective
+_VERSION = 1
+_CODECS: tuple[RowCodec, ...] = get_args(RowCodec)
+# The largest value that can be encoded; for int8 a hair below what `quantise_rows` refuses.
+_LARGEST = {"int8": LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6), "float16": 65504.0}
+
+
+@dataclass(frozen=True)
+class Float16Rows:
+    """values (N, D) float16, finite."""
+
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """float32 (N, D)."""
+        return self.values.float()
+
+    def to_bytes(self) -> bytes:
+        """2 D bytes a row, little-endian."""
+        return tensor_bytes(self.values)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, num_rows: int, row_size: int) -> Float16Rows:
+        """Reads what `to_bytes` wrote. Raises ValueError: wrong length, or a value that is not finite."""
+        if len(data) != 2 * num_rows * row_size:
+            raise ValueError(f"{len(data)} bytes are not {num_rows} float16 rows of {row_size}")
+        if not data:
+            return cls(torch.empty(num_rows, row_size, dtype=torch.float16))
+        values = torch.frombuffer(bytearray(data), dtype=torch.float16).view(num_rows, row_size)
+        if not bool(values.isfinite().all()):
+            raise ValueError("a float16 row is not finite")
+        return cls(values)
+
+
+Rows = Int8Rows | Float16Rows
+
+
+@dataclass(frozen=True)
+class RowSketch:
+    """Rows of one expert, and what they stand for.
+
+    Attributes:
+        x, dy: N rows of D each, on the CPU.
+        weights_N: float32, 1 / p of each row; None if each stands for itself.
+        effective: the share of all rows that these are worth (`sampling.py`): 1 for all rows or where there were none,
+            0 only where there were some and none was taken. What the sender says; the owner weighs the sketch by it.
+        pairs: how many routed rows these stand for.
+        codec: of x and dy.
+    """
+
+    x: Rows
+    dy: Rows
+    weights_N: Tensor | None
+    effective: float
+    pairs: int
+    codec: RowCodec
+
+    @property
+    def num_rows(self) -> int:
+        return len(_parts(self.x)[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Length of `to_bytes`."""
+        hidden = _parts(self.x)[0].shape[1]
+        return _HEADER.size + self.num_rows * row_bytes(hidden, self.codec, weighted=self.weights_N is not None)
+
+    def to_bytes(self) -> bytes:
+        """A header of 24 bytes, then x, dy and the weights, if there are any."""
+        weighted = self.weights_N is not None
+        codec = _CODECS.index(self.codec)
+        header = _HEADER.pack(_VERSION, codec, weighted, self.num_rows, self.pairs, self.effective)
+        weights = b"" if self.weights_N is None else tensor_bytes(self.weights_N)
+        return header + self.x.to_bytes() + self.dy.to_bytes() + weights
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, *, hidden: int, max_rows: int) -> RowSketch:
+        """Reads what `to_bytes` wrote.
+
+        Raises:
+            ValueError: not a sketch of rows of `hidden`; more than `max_rows`; anything in it that is not finite or out
+                of bounds; or counts and weights that no sampling gives.
+        """
+        view = memoryview(data)
+        if len(view) < _HEADER.size:
+            raise ValueError(f"{len(view)} bytes are too few for a row sketch")
+        version, code, weighted, num_rows, pairs, effective = _HEADER.unpack_from(view)
+        if view[3] or version != _VERSION or code >= len(_CODECS) or weighted > (num_rows > 0):
+            raise ValueError("not a row sketch of a known version and codec")
+        codec = _CODECS[code]
+        if num_rows > max_rows:
+            raise ValueError(f"a sketch of {num_rows} rows, more than {max_rows}")
+        size = num_rows * (row_bytes(hidden, codec, weighted=False) // 2)
+        body = view[_HEADER.size :]
+        if len(body) != 2 * size + 4 * num_rows * weighted:
+            raise ValueError(f"{len(body)} bytes are not {num_rows} {codec} rows of {hidden}")
+        kind = Int8Rows if codec == "int8" else Float16Rows
+        x = kind.from_bytes(body[:size], num_rows, hidden)
+        dy = kind.from_bytes(body[size : 2 * size], num_rows, hidden)
+        weights = None
+        if weighted:
+            weights = torch.frombuffer(bytearray(body[2 * size :]), dtype=torch.float32)
+        sketch = cls(x, dy, weights, effective, pairs, codec)
+        sketch._check()
+        return sketch
+
+    def _check(self) -> None:
+        if not 0.0 <= self.effective <= 1.0:  # also true for NaN
+            raise ValueError("a sketch's effective share is not within 0 and 1")
+        if self.num_rows and not self.effective:
+            raise ValueError("a sketch has rows, but says that they are worth nothing")
+        if self.weights_N is not None:
+            weights = self.weights_N.double()
+            if not bool((weights.isfinite() & (weights >= 1)).all()):
+                raise ValueError("a weight is not finite or below 1")
+            if self.pairs < self.num_rows or float(weights.sum()) > _MAX_WEIGHT_SUM * self.pairs:
+                raise ValueError(f"weights that sum to {float(weights.sum()):.3g} cannot be those of {self.pairs} rows")
+        elif self.num_rows and (self.pairs != self.num_rows or self.effective != 1.0):
+            raise ValueError(f"{self.num_rows} rows without weights do not stand for {self.pairs}")
+        elif not self.num_rows and self.effective != float(not self.pairs):
+            raise ValueError(f"no rows, of {self.pairs}, cannot be worth {self.effective}")
+
+
+class RowBuffer:
+    """Rows of one expert since the last `take`, quantised, at most `max_rows`: beyond that they thin themselves out.
+
+    Thinning again and again comes close to sampling once from everything: a row's size is multiplied by the weight
+    that it has, so all rows that were not certain are alike in the next round (as in VarOpt, Cohen et al. 2011).
+
+    Args:
+        hidden: D.
+        codec: of the rows.
+        max_rows: kept, on the CPU.
+        generator: of thinning; torch's default one if None.
+    """
+
+    def __init__(
+        self, hidden: int, codec: RowCodec = "int8", *, max_rows: int = 65536, generator: torch.Generator | None = None
+    ) -> None:
+        if hidden < 1 or max_rows < 1:
+            raise ValueError(f"a buffer of {max_rows} rows of {hidden}")
+        if codec not in _CODECS:
+            raise ValueError(f"row codec {codec!r} is not one of {', '.join(_CODECS)}")
+        self.hidden, self.codec, self.max_rows = hidden, codec, max_rows
+        self.refused = 0  # rows left out, ever: not finite, or too large for the codec
+        self._generator = generator
+        self._clear()
+
+    def _clear(self) -> None:
+        empty = torch.empty(0, self.hidden)
+        ones = torch.empty(0, dtype=torch.float64)
+        # Parts of x, parts of dy, weight, size: everything that moves when a row moves.
+        self._columns = [*_parts(_encode(empty, self.codec)), *_parts(_encode(empty, self.codec)), ones, ones]
+        self._pairs = 0
+        self._sizes = self._squares = 0.0  # Σ s and Σ s² over all rows since the last take
+
+    def __len__(self) -> int:
+        return len(self._columns[-1])
+
+    @torch.no_grad()
+    def add(self, x_ND: Tensor, dy_ND: Tensor) -> None:
+        """Keeps rows that are finite and within the codec's range; counts the others in `refused`.
+
+        Raises:
+            ValueError: shapes are not (N, D) both.
+        """
+        if x_ND.dim() != 2 or x_ND.shape != dy_ND.shape or x_ND.shape[1] != self.hidden:
+            raise ValueError(f"x {tuple(x_ND.shape)} and dy {tuple(dy_ND.shape)} are not rows of {self.hidden}")
+        x_ND, dy_ND = x_ND.detach().float(), dy_ND.detach().float()
+        limit = (
+            LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6) if self.codec == "int8" else torch.finfo(torch.float16).max
+        )
+        usable = (x_ND.abs().amax(1) <= limit) & (dy_ND.abs().amax(1) <= limit)  # also false for NaN
+        if not bool(usable.all()):
+            self.refused += int((~usable).sum())
+            x_ND, dy_ND = x_ND[usable], dy_ND[usable]
+        if not len(x_ND):
+            return
+        norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (x_ND, dy_ND)]
+        sizes = (norms[0] * norms[1]).cpu()
+        new = [
+            *(part.cpu() for rows in (x_ND, dy_ND) for part in _parts(_encode(rows, self.codec))),
+            torch.ones_like(sizes),
+            sizes,
+        ]
+        self._pairs += len(sizes)
+        self._sizes += float(sizes.sum())
+        self._squares += float(sizes.square().sum())
+        room = self.max_rows - len(self)
+        if room:
+            pairs = zip(self._columns, new, strict=True)
+            self._columns = [torch.cat((held, column[:room])) for held, column in pairs]
+        if len(sizes) > room:
+            self._replace([column[room:] for column in new])
+
+    def _replace(self, new: list[Tensor]) -> None:
+        """Sample from a full buffer and `new` together; new rows that stay take the places of old ones that do not."""
+        weights, sizes = (torch.cat(pair) for pair in zip(self._columns[-2:], new[-2:], strict=True))
+        index, kept_weights, _ = self._draw(weights, sizes, self.max_rows, self._generator)
+        weights[index] = kept_weights
+        old = index[index < self.max_rows]
+        stay = index[len(old) :]
+        free = torch.ones(self.max_rows, dtype=torch.bool)
+        free[old] = False
+        self._columns[-2] = weights[: self.max_rows]
+        new[-2] = weights[self.max_rows :]
+        for held, column in zip(self._columns, new, strict=True):
+            held[free] = column[stay - self.max_rows]
+
+    def _draw(
+        self, weights: Tensor, sizes: Tensor, num: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, float]:
+        """Indices of `num` rows, their weights now, and Σ w² s² to be expected."""
+        p = inclusion_probabilities(weights * (sizes + _EVEN_SHARE * self._sizes / self._pairs), num)
+        index = systematic(p, num, generator)
+        return index, weights[index] / p[index], float(((weights * sizes).square() / p).sum())
+
+    @torch.no_grad()
+    def take(self, max_rows: int | None, generator: torch.Generator | None = None) -> RowSketch:
+        """All rows held, or a sample of `max_rows` of them; the buffer is empty then."""
+        if max_rows is not None and max_rows < 0:
+            raise ValueError(f"cannot take {max_rows} rows")
+        weights, sizes = self._columns[-2:]
+        parts = self._columns[:-2]
+        num = len(self) if max_rows is None else min(max_rows, len(self))
+        spread = float((weights * sizes).square().sum())
+        if 0 < num < len(self):
+            index, weights, spread = self._draw(weights, sizes, num, generator)
+            parts = [part[index] for part in parts]
+        elif not num:
+            parts = [part[:0] for part in parts]
+        pairs, squares = self._pairs, self._squares
+        self._clear()
+        worth = squares / spread if spread else num / max(1, pairs)  # rows without any size: by their number
+        effective = 1.0 if num == pairs else min(1.0, worth) if num else 0.0
+        half = len(parts) // 2
+        return RowSketch(
+            _rows(parts[:half], self.codec),
+            _rows(parts[half:], self.codec),
+            weights.float() if 0 < num < pairs else None,
+            effective,
+            pairs,
+            self.codec,
+        )
+
+
+def _encode(x_ND: Tensor, codec: RowCodec) -> Rows:
+    return quantise_rows(x_ND) if codec == "int8" else Float16Rows(x_ND.to(torch.float16))
+
+
+def _parts(rows: Rows) -> tuple[Tensor, ...]:
+    return (rows.codes, rows.scales) if isinstance(rows, Int8Rows) else (rows.values,)
+
+
+def _rows(parts: list[Tensor], codec: RowCodec) -> Rows:
+    return Int8Rows(*parts) if codec == "int8" else Float16Rows(*parts)
+
+
+def row_bytes(hidden: int, codec: RowCodec, *, weighted: bool = True) -> int:
+    """Bytes of one row (x, dy), with the weight that sampled ones have."""
+    return 2 * (hidden + 2 if codec == "int8" else 2 * hidden) + 4 * weighted
+
+
+def bytes_per_token(hidden: int, codec: RowCodec, *, top_k: int, num_moe_layers: int, owned_share: float) -> float:
+    """Bytes of all rows of one token, unsampled, for experts that its composer does not own (even routing)."""
+    return top_k * num_moe_layers * (1.0 - owned_share) * row_bytes(hidden, codec, weighted=False)
+
+
+def kappa_for(fidelity: float) -> float:
+    """How much of the estimated curvature to correct with: much for rough stand-ins, nothing for near-exact ones.
+
+    0 also where the fidelity is not known (NaN).
+    """
+    if math.isnan(fidelity):
+        return 0.0
+    return KAPPA_ROUGH * min(1.0, max(0.0, (NEAR_EXACT - fidelity) / (NEAR_EXACT - ROUGH)))
+
+
+@torch.no_grad()
+def expert_gradient(
+    gate_up: Tensor,
+    down: Tensor,
+    sketch: RowSketch,
+    act: str = "silu",
+    *,
+    kappa: float = 0.0,
+    standin: tuple[Tensor, Tensor] | None = None,
+    curvature: Curvature = "isotropic",
+) -> tuple[Tensor, Tensor]:
+    """Sum over a sketch's rows, each as often as it counts, of the gradients of its token's loss.
+
+    Args:
+        gate_up, down: (2F, D) and (D, F), what the forward computes with; their dtype and device are used throughout.
+        kappa: of the correction (above), for which `standin`, gate_up and down of any width, is needed.
+
+    Returns:
+        Gradients of gate_up and down. Divide by tokens for the gradient of a mean loss.
+
+    Raises:
+        ValueError: shapes disagree, an unknown activation, a kappa that is negative, not finite or without a
+            stand-in, or a result that is not finite.
+    """
+    hidden = _parts(sketch.x)[0].shape[1]
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"activation {act!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if gate_up.shape != (2 * down.shape[1], hidden) or down.shape[0] != hidden:
+        raise ValueError(f"rows of {hidden} for an expert of {tuple(gate_up.shape)} and {tuple(down.shape)}")
+    if not 0.0 <= kappa < math.inf or (kappa and standin is None):
+        raise ValueError(f"cannot correct with kappa {kappa} and {'no' if standin is None else 'a'} stand-in")
+    if curvature not in get_args(Curvature):
+        raise ValueError(f"curvature {curvature!r} is not one of {', '.join(get_args(Curvature))}")
+    activate, activate_backward = _ACTIVATIONS[act]
+    x_ND = sketch.x.dense().to(gate_up)
+    dy_ND = sketch.dy.dense().to(gate_up)
+    weights_N1 = torch.ones_like(x_ND[:, :1]) if sketch.weights_N is None else sketch.weights_N[:, None].to(gate_up)
+
+    hg, hu = linear(x_ND, gate_up).chunk(2, dim=-1)
+    a_NF = activate(hg) * hu
+    if kappa and standin is not None and sketch.num_rows:
+        sg, su = linear(x_ND, standin[0].to(gate_up)).chunk(2, dim=-1)
+        error_ND = linear(a_NF, down) - linear(activate(sg) * su, standin[1].to(gate_up))
+        second_D = (weights_N1 * dy_ND.square()).sum(0) / weights_N1.sum()
+        dy_ND = dy_ND + kappa * (second_D if curvature == "diagonal" else second_D.mean()) * error_ND
+    dy_ND = dy_ND * weights_N1
+    u_NF = dy_ND @ down
+    dh = torch.cat((activate_backward(u_NF * hu, hg), u_NF * activate(hg)), dim=-1)
+    d_gate_up, d_down = dh.t() @ x_ND, dy_ND.t() @ a_NF
+    if not bool(d_gate_up.isfinite().all() and d_down.isfinite().all()):
+        raise ValueError("the gradient of a sketch is not finite")
+    return d_gate_up, d_down
