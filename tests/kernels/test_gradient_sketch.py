@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from shoal.kernels.codecs import quantise_rows
 from shoal.kernels.experts import DenseExpert, apply_experts
 from shoal.kernels.gradient_sketch import LARGEST_VALUE, GradientSketcher, Projections
 from torch import Tensor
@@ -198,13 +199,14 @@ def test_faulty_sketches_are_refused() -> None:
 
 
 def test_a_sketch_whose_gradient_overflows_is_refused() -> None:
-    # With Ψ's column within (-1, 1), the least-squares fit of Z = largest * sign(Ψ) is above the largest.
+    # With Ψ's column ψ within (-1, 1), the fit of Z = largest ψ / max|ψ| is exact, and above the largest.
     candidates = (Projections(1, 1, 1, random.getrandbits(64)) for _ in range(10_000))
     projections = next(p for p in candidates if float(p.gate_up.psi[:, 0].abs().max()) < 0.9)
     flat = torch.zeros(projections.numel)
     y, z = projections.gate_up.parts(flat)
     y[0] = 1.0
-    z.copy_(projections.gate_up.psi[:, :1].sign() * torch.finfo(torch.float32).max)
+    psi = projections.gate_up.psi[:, :1]
+    z.copy_(psi / psi.abs().max() * torch.finfo(torch.float32).max)
     with pytest.raises(ValueError, match="too large"):
         projections.rebuild(flat)
 
@@ -235,30 +237,137 @@ def test_impossible_projections_are_refused(hidden: int, width: int, rank: int, 
         Projections(hidden, width, rank, seed)
 
 
-class SketchingTap:
-    """Sketches expert 0 and keeps its rows."""
+def powers(rows: int, columns: int, decay: float) -> Tensor:
+    """A matrix with singular values i ** -decay."""
+    count = min(rows, columns)
+    u, v = (torch.linalg.qr(torch.randn(n, count)).Q for n in (rows, columns))
+    return (u * torch.arange(1, count + 1).float() ** -decay) @ v.t()
 
-    def __init__(self, projections: Projections) -> None:
-        self.sketcher = GradientSketcher(projections)
+
+def rows_of(d_gate_up: Tensor, d_down: Tensor) -> tuple[Rows, Rows]:
+    """Rows whose gradient is (d_gate_up, 0), and others for (0, d_down)."""
+    hidden, width = d_down.shape
+    no_x, no_dh = torch.zeros(hidden, hidden), torch.zeros(hidden, 2 * width)
+    first = (torch.eye(hidden), no_x, torch.zeros(hidden, width), d_gate_up.t())
+    return first, (no_x, torch.eye(hidden), d_down, no_dh)
+
+
+def squared_errors(wanted: tuple[Tensor, Tensor], rank: int, repeats: int) -> list[float]:
+    """Mean squared error over seeds of d gate_up and of d down."""
+    sums = [0.0, 0.0]
+    for _ in range(repeats):
+        projections = Projections(wanted[1].shape[0], wanted[1].shape[1], rank, random.getrandbits(64))
+        rebuilt = projections.rebuild(sketched(projections, *rows_of(*wanted)))
+        for i, (got, want) in enumerate(zip(rebuilt, wanted, strict=True)):
+            sums[i] += float((got - want).square().sum()) / repeats
+    return sums
+
+
+def bound(matrix: Tensor, k: int) -> float:
+    """Theorem 4.3 of the source for l = 2k."""
+    tails = torch.linalg.svdvals(matrix.double()).square().flip(0).cumsum(0).flip(0)
+    return (1 + k / (k - 1)) * min((1 + p / (k - p - 1)) * float(tails[p]) for p in range(k - 1))
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+@pytest.mark.parametrize("decay", [0.5, 1.0, 1.5])
+def test_error_is_within_the_bound_of_the_source(rank: int, decay: float) -> None:
+    hidden, width = random.randint(30, 60), random.randint(30, 60)
+    wanted = powers(2 * width, hidden, decay), powers(hidden, width, decay)
+    for error, matrix in zip(squared_errors(wanted, rank, 12), wanted, strict=True):
+        assert error < bound(matrix, rank)
+
+
+def test_a_flat_spectrum_costs_hardly_more_than_no_gradient() -> None:
+    wanted = powers(120, 60, 0.0), powers(60, 60, 0.0)
+    for error, matrix in zip(squared_errors(wanted, 8, 12), wanted, strict=True):
+        assert error < 1.2 * float(matrix.square().sum())
+
+
+def test_damping_leaves_the_length_that_has_least_error() -> None:
+    wanted = powers(160, 80, 0.5), powers(80, 80, 0.5)
+    along = lengths = 0.0
+    for _ in range(12):
+        projections = Projections(80, 80, 16, random.getrandbits(64))
+        rebuilt = projections.rebuild(sketched(projections, *rows_of(*wanted)))
+        along += sum(float((got * want).sum()) for got, want in zip(rebuilt, wanted, strict=True))
+        lengths += sum(float(got.square().sum()) for got in rebuilt)
+    assert 0.8 < along / lengths < 1.25  # exactly 1 at the best length; about 0.4 without damping
+
+
+def test_errors_of_intervals_average_out_under_new_seeds() -> None:
+    wanted = powers(80, 40, 0.5)
+    rows = rows_of(wanted, torch.zeros(40, 40))[0]
+    estimates = []
+    for _ in range(40):
+        projections = Projections(40, 40, 4, random.getrandbits(64))
+        estimates.append(projections.rebuild(sketched(projections, rows))[0])
+    mean = torch.stack(estimates).mean(0)
+    cosine = float((mean * wanted).sum() / (mean.norm() * wanted.norm()))
+    single = [float((e * wanted).sum() / (e.norm() * wanted.norm()).clamp(min=1e-12)) for e in estimates]
+    assert cosine > 1.5 * sum(single) / len(single)
+
+
+def test_a_sketch_in_int8_rows_rebuilds_nearly_as_well() -> None:
+    wanted = powers(120, 60, 1.0), powers(60, 60, 1.0)
+    projections = Projections(60, 60, 8, random.getrandbits(64))
+    flat = sketched(projections, *rows_of(*wanted))
+    parts = [part for plan in (projections.gate_up, projections.down) for part in plan.parts(flat)]
+    rounded = torch.cat([quantise_rows(part).dense().reshape(-1) for part in parts])
+    for a, b, want in zip(projections.rebuild(flat), projections.rebuild(rounded), wanted, strict=True):
+        assert (a - b).norm() < 0.03 * want.norm()
+
+
+class SketchingTap:
+    """Sketches expert 0 under all projections at once."""
+
+    def __init__(self, *projections: Projections) -> None:
+        self.sketchers = [GradientSketcher(p) for p in projections]
 
     def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
         pass
 
     def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         if expert == 0:
-            self.sketcher.add(x_ND, dy_ND, a_NF, dh_NH)
+            for sketcher in self.sketchers:
+                sketcher.add(x_ND, dy_ND, a_NF, dh_NH)
 
 
-def test_real_gradients_of_two_composers_merge_to_that_of_the_joint_batch() -> None:
-    hidden, width, tokens = 24, 10, 60
-    projections = Projections(hidden, width, min(2 * width, hidden), random.getrandbits(64))
-    experts = [
+def random_experts(hidden: int, width: int) -> list[DenseExpert]:
+    return [
         DenseExpert(
             (torch.randn(2 * width, hidden) / hidden**0.5).requires_grad_(),
             (torch.randn(hidden, width) / width**0.5).requires_grad_(),
         )
         for _ in range(3)
     ]
+
+
+def gradients(expert: DenseExpert) -> tuple[Tensor, Tensor]:
+    assert expert.gate_up.grad is not None
+    assert expert.down.grad is not None
+    return expert.gate_up.grad.clone(), expert.down.grad.clone()
+
+
+def test_real_gradients_come_back_within_the_bound() -> None:
+    hidden, width, tokens = 48, 32, 300
+    projections = [Projections(hidden, width, 8, random.getrandbits(64)) for _ in range(12)]
+    experts, tap = random_experts(hidden, width), SketchingTap(*projections)
+    # Inputs of a network fill few of their dimensions.
+    x = torch.randn(tokens, hidden) @ powers(hidden, hidden, 1.0) * 4
+    gates, index = torch.randn(tokens, 3).softmax(-1).topk(2)
+    y = apply_experts(x, index, gates, experts, tap=tap)
+    ((y - torch.randn(tokens, hidden)) ** 2).sum().backward()  # type: ignore[no-untyped-call]
+    rebuilt = [p.rebuild(s.take()) for p, s in zip(projections, tap.sketchers, strict=True)]
+    for i, want in enumerate(gradients(experts[0])):
+        error = sum(float((pair[i] - want).square().sum()) for pair in rebuilt) / len(rebuilt)
+        assert error < bound(want, 8)
+
+
+def test_real_gradients_of_two_composers_merge_to_that_of_the_joint_batch() -> None:
+    hidden, width, tokens = 24, 10, 60
+    projections = Projections(hidden, width, min(2 * width, hidden), random.getrandbits(64))
+    experts = random_experts(hidden, width)
     x, target = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
     gates, index = torch.randn(tokens, 3).softmax(-1).topk(2)
 
@@ -266,11 +375,10 @@ def test_real_gradients_of_two_composers_merge_to_that_of_the_joint_batch() -> N
         tap = SketchingTap(projections)
         y = apply_experts(x[part], index[part], gates[part], experts, tap=tap)
         ((y - target[part]) ** 2).sum().backward()  # type: ignore[no-untyped-call]
-        return tap.sketcher.take()
+        return tap.sketchers[0].take()
 
     merged = backward(slice(0, 25)) + backward(slice(25, tokens))
-    wanted = [w.grad.clone() for w in experts[0].dense() if w.grad is not None]  # both parts summed
-    assert len(wanted) == 2
+    wanted = gradients(experts[0])  # both parts summed
     joint = backward(slice(0, tokens))
     torch.testing.assert_close(merged, joint, rtol=1e-4, atol=1e-5 * float(joint.abs().max()))
     for got, want in zip(projections.rebuild(merged / tokens), wanted, strict=True):
