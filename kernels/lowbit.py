@@ -18,7 +18,6 @@ is no longer the nearest level's.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
@@ -27,19 +26,17 @@ import torch
 from torch import Tensor
 
 from .codecs import tensor_bytes
-from .experts import DenseExpert
-from .interface import Publisher, StandIn, check_tensor, output_fidelity, prefixed, take
-from .replay import ReplayBuffer
+from .copies import CopyPublisher, CopyStandIn, deflated, inflated
+from .interface import check_tensor
 
 BLOCK = 64
 STICKY = 0.05
-_JUDGED_ROWS = 256  # nothing is fitted: rows serve only to measure fidelity
 
 _LEVELS: Tensor = bnb.get_4bit_type("nf4", device="cpu", blocksize=BLOCK)
 _BOUNDS: Tensor = (_LEVELS[1:] + _LEVELS[:-1]) / 2
 
 
-class LowbitStandIn(StandIn):
+class LowbitStandIn(CopyStandIn):
     """NF4 copy. State: codes uint8 (blocks * 32), absmax float32 (blocks), size int64 [D, F]."""
 
     kind: ClassVar[str] = "lowbit"
@@ -96,8 +93,7 @@ class LowbitStandIn(StandIn):
         codes = _subtract(_codes(flat, absmax), self._tensors["codes"].cpu())
         bits = absmax.view(torch.int32) ^ old.view(torch.int32)
         planes = bits.view(torch.uint8).view(-1, 4).t()
-        deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-        return deflate.compress(tensor_bytes(codes) + tensor_bytes(planes)) + deflate.flush()
+        return deflated(tensor_bytes(codes) + tensor_bytes(planes))
 
     @classmethod
     def _check(cls, tensors: Mapping[str, Tensor]) -> None:
@@ -115,7 +111,7 @@ class LowbitStandIn(StandIn):
 
     def _advanced(self, payload: bytes) -> dict[str, Tensor]:
         codes, absmax = self._tensors["codes"].cpu(), self._tensors["absmax"].cpu()
-        raw = torch.frombuffer(_inflated(payload, codes.nbytes + absmax.nbytes), dtype=torch.uint8)
+        raw = torch.frombuffer(inflated(payload, codes.nbytes + absmax.nbytes), dtype=torch.uint8)
         planes = raw[codes.nbytes :].view(4, -1)
         bits = planes.t().reshape(-1).view(torch.int32) ^ absmax.view(torch.int32)
         return {
@@ -125,49 +121,10 @@ class LowbitStandIn(StandIn):
         }
 
 
-class LowbitPublisher(Publisher):
-    """Publishes an expert's NF4 copy; nothing is fitted, so `refit` does nothing.
+class LowbitPublisher(CopyPublisher):
+    """Publishes an expert's NF4 copy."""
 
-    Args:
-        expert: as it is now; its copy is published unless `published` is given.
-        published: what composers already hold, where ownership was taken over.
-    """
-
-    def __init__(
-        self, expert: DenseExpert, *, replay_rows: int, published: LowbitStandIn | None = None, act: str = "silu"
-    ) -> None:
-        self.published: LowbitStandIn = published or LowbitStandIn.of(*expert.dense())
-        self._replay = ReplayBuffer(min(replay_rows, _JUDGED_ROWS), self.published.hidden)
-        self._act = act
-
-    def observe(self, x_ND: Tensor, gate_N: Tensor) -> None:
-        self._replay.add(x_ND, gate_N)
-
-    def refit(self, expert: DenseExpert) -> None:
-        """A copy follows its expert by `delta` alone."""
-
-    def delta(self, expert: DenseExpert) -> bytes:
-        return self.published.delta(self.published.payload_to(*expert.dense()))
-
-    def fidelity(self, expert: DenseExpert) -> float:
-        return output_fidelity(expert, self.published, *self._replay.all_rows(), self._act)
-
-    def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:
-        state = prefixed("published", {name: t.cpu().clone() for name, t in self.published.tensors.items()})
-        if replay:
-            state |= prefixed("replay", self._replay.state_dict())
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        published = LowbitStandIn({name: t.cpu().clone() for name, t in take(state, "published").items()})
-        if (published.hidden, published.width) != (self.published.hidden, self.published.width):
-            raise ValueError(f"the state is of a {published.hidden} x {published.width} expert")
-        replay = take(state, "replay")
-        if len(replay) + len(published.tensors) != len(state):
-            raise ValueError("the state holds more than published and replay")
-        if replay:
-            self._replay.load_state_dict(replay)
-        self.published = published
+    copy_type = LowbitStandIn
 
 
 def _flat(gate_up: Tensor, down: Tensor) -> Tensor:
@@ -196,15 +153,3 @@ def _add(codes: Tensor, change: Tensor) -> Tensor:
 
 def _subtract(codes: Tensor, base: Tensor) -> Tensor:
     return ((codes & 0xF0) - (base & 0xF0)) | (((codes & 0x0F) - (base & 0x0F)) & 0x0F)
-
-
-def _inflated(payload: bytes, size: int) -> bytearray:
-    """Exactly `size` bytes out of a deflated payload, never allocating more for a hostile one."""
-    inflate = zlib.decompressobj()
-    try:
-        raw = inflate.decompress(payload, size + 1)
-    except zlib.error as error:
-        raise ValueError(f"a lowbit delta does not inflate: {error}") from error
-    if len(raw) != size or not inflate.eof or inflate.unused_data:
-        raise ValueError(f"a lowbit delta does not inflate to exactly {size} bytes")
-    return bytearray(raw)

@@ -143,7 +143,7 @@ class NarrowPublisher(Publisher):
     ) -> None:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"rank {rank} is not within 1 and {MAX_RANK}")
-        self.published: NarrowStandIn = published or NarrowStandIn.of(*expert.dense(), width)
+        self.published: NarrowStandIn = published or NarrowStandIn.of(expert.gate_up, expert.down, width)
         self._fitted = [matrix.cpu().clone().requires_grad_() for matrix in self.published.dense()]
         # Weight decay would pull towards a smaller expert than the one to be imitated.
         self._optimizer = torch.optim.AdamW(self._fitted, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)

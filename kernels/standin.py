@@ -2,6 +2,7 @@
 
 lowbit   the whole expert in 4 bits: nearly exact, no FLOPs saved             (lowbit.py)
 narrow   a fitted expert of a fraction of the width: saves FLOPs and bytes    (narrow.py)
+ternary  the whole expert in 1.6 bits: exact if it is trained ternary         (ternary_standin.py)
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .copies import CopyPublisher, CopyStandIn
 from .experts import DenseExpert
 from .interface import Publisher, StandIn, read_tensors
 from .lowbit import LowbitPublisher, LowbitStandIn
 from .narrow import NarrowPublisher, NarrowStandIn
+from .ternary_standin import TernaryPublisher, TernaryStandIn
 
 __all__ = ["KINDS", "Publisher", "StandIn", "initial_standin", "make_publisher", "standin_from_bytes"]
 
-KINDS = (LowbitStandIn.kind, NarrowStandIn.kind)
+KINDS = (LowbitStandIn.kind, NarrowStandIn.kind, TernaryStandIn.kind)
+_COPIES: dict[str, tuple[type[CopyStandIn], type[CopyPublisher]]] = {
+    LowbitStandIn.kind: (LowbitStandIn, LowbitPublisher),
+    TernaryStandIn.kind: (TernaryStandIn, TernaryPublisher),
+}
 
 
 def initial_standin(kind: str, gate_up: Tensor, down: Tensor, width: int) -> StandIn:
@@ -24,16 +31,16 @@ def initial_standin(kind: str, gate_up: Tensor, down: Tensor, width: int) -> Sta
 
     Args:
         kind: one of `KINDS`.
-        gate_up: (2F, D), the F gate rows first.
+        gate_up: (2F, D), the F gate rows first; masters, where experts are trained ternary.
         down: (D, F).
-        width: F of a narrow stand-in; a lowbit one has that of the expert.
+        width: F of a narrow stand-in; a copy has that of the expert.
 
     Raises:
         ValueError: unknown kind, impossible width, or weights that are not finite.
     """
     _check_kind(kind)
-    if kind == LowbitStandIn.kind:
-        return LowbitStandIn.of(gate_up, down)
+    if kind in _COPIES:
+        return _COPIES[kind][0].of(gate_up, down)
     return NarrowStandIn.of(gate_up, down, width)
 
 
@@ -45,10 +52,16 @@ def standin_from_bytes(data: bytes, *, like: StandIn | None = None) -> StandIn:
         like: what the result must equal in kind and size. Bytes of a peer are only known to be *some* valid stand-in.
 
     Raises:
-        ValueError: neither kind, malformed, not finite, too large, or not like `like`.
+        ValueError: no kind, malformed, not finite, too large, or not like `like`.
     """
     tensors = read_tensors(data)
-    standin = LowbitStandIn(tensors) if "codes" in tensors else NarrowStandIn(tensors)
+    standin: StandIn
+    if "codes" in tensors:
+        standin = LowbitStandIn(tensors)
+    elif "down_trits" in tensors:
+        standin = TernaryStandIn(tensors)
+    else:
+        standin = NarrowStandIn(tensors)
     if like is not None and _form(standin) != _form(like):
         raise ValueError(f"got a stand-in of {_form(standin)} where {_form(like)} is expected")
     return standin
@@ -72,9 +85,9 @@ def make_publisher(
     Args:
         kind: one of `KINDS`.
         expert: as it is now.
-        width: F of a narrow stand-in; ignored for lowbit.
+        width: F of a narrow stand-in; ignored for copies.
         rank: of a narrow one's deltas.
-        replay_rows: routed inputs kept (lowbit keeps a few, to measure fidelity).
+        replay_rows: routed inputs kept (copies keep a few, to measure fidelity).
         refit_steps: optimizer steps of a refit.
         refit_learning_rate: of that optimizer.
         generator: draws the rows of refits.
@@ -89,11 +102,11 @@ def make_publisher(
     if published is not None and (published.kind != kind or published.hidden != expert.down.shape[0]):
         raise ValueError(f"a {published.kind} stand-in of {published.hidden} is not one of kind {kind} for this expert")
     copy = None if published is None else standin_from_bytes(published.to_bytes())
-    if kind == LowbitStandIn.kind:
+    if kind in _COPIES:
         if copy is not None and copy.width != expert.down.shape[1]:
             raise ValueError(f"a copy of width {copy.width} for an expert of width {expert.down.shape[1]}")
-        assert copy is None or isinstance(copy, LowbitStandIn)
-        return LowbitPublisher(expert, replay_rows=replay_rows, published=copy, act=act)
+        assert copy is None or isinstance(copy, CopyStandIn)
+        return _COPIES[kind][1](expert, replay_rows=replay_rows, published=copy, act=act)
     if copy is not None and copy.width != width:
         raise ValueError(f"a stand-in of width {copy.width} where {width} is wanted")
     assert copy is None or isinstance(copy, NarrowStandIn)
