@@ -69,6 +69,7 @@ def found(
     steps: Annotated[int | None, Parameter(group=RUN)] = None,
     min_composers: Annotated[int, Parameter(group=RUN)] = 1,
     lease_seconds: Annotated[float, Parameter(group=RUN)] = 20.0,
+    private_layers: Annotated[int, Parameter(group=RUN)] = 0,
     role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
     peer: PeerOptions = None,
 ) -> int:
@@ -93,11 +94,14 @@ def found(
     lease_seconds:
         How long a peer is believed to be there after its last sign of life; then others take over its experts. Short
         leases lose less when a peer dies, and cost more messages and false alarms on slow links.
+    private_layers:
+        How many Mixture-of-Experts layers, counted from the input, are not shared out: every composer holds all their
+        experts in full, which takes memory, and no activations of these layers leave a composer.
     role:
         Whether the first peer trains too.
     """
     config = replace(peer or PeerConfig(), role=role)
-    return _start(config, _new_manifest(config, preset, name, steps, min_composers, lease_seconds))
+    return _start(config, _new_manifest(config, preset, name, steps, min_composers, lease_seconds, private_layers))
 
 
 @app.command
@@ -283,6 +287,7 @@ def _new_manifest(
     steps: int | None,
     min_composers: int,
     lease_seconds: float,
+    private_layers: int,
 ) -> Manifest:
     import msgspec
 
@@ -307,11 +312,19 @@ def _new_manifest(
             f"lease_seconds = {lease_seconds:g} is not possible",
             fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
         )
+    model = msgspec.structs.replace(parts.model, private_layers=private_layers)
+    if private_layers:
+        from .model.init import expert_shape
+
+        try:
+            expert_shape(model)
+        except ValueError as error:
+            raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
     return Manifest(
         name=name,
         founder=Identity.load_or_create(config.identity_path).peer_id,
         created_at=int(time.time()),
-        model=parts.model,
+        model=model,
         data=parts.data,
         train=train,
         outer=parts.outer,

@@ -55,7 +55,9 @@ class ExportFailed(ShoalError):
 
 @dataclass(frozen=True)
 class Gathered:
-    """A whole model: backbone by parameter name, and per slot the tensors `<layer>.gate_up` and `<layer>.down`."""
+    """A whole model: backbone by parameter name, and per slot the tensors `<layer>.gate_up` and `<layer>.down`.
+
+    Private layers are in the backbone; layers that have slots are counted from 0."""
 
     manifest: Manifest
     backbone: dict[str, Tensor]

@@ -45,6 +45,9 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     config: dict[str, Any]  # a transformers config by value, with its `model_type`
     seed: int = 0  # initial weights are a pure function of it
     capacity_factor: NonNegative = 0.0  # tokens per expert over the even share; 0 = never drop
+    # The experts of so many MoE layers, counted from the input, are backbone: every composer has them in full, and no
+    # slot, stand-in or sketch of them exists. Layers of slots are counted from 0 after them.
+    private_layers: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
 
 
 class DataSpec(Spec, frozen=True, kw_only=True):
@@ -105,6 +108,13 @@ class OwnershipSpec(Spec, frozen=True, kw_only=True):
     snapshot_every: Count = 50  # owner's steps between snapshots for standbys
 
 
+class PrivacySpec(Spec, frozen=True, kw_only=True):
+    """What keeps workers from reading composers' text; see also `ModelSpec.private_layers`."""
+
+    # Of the key that names experts towards workers, in hex (`protocol.handles.key_digest`); empty without such a key.
+    handle_key_digest: Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{64})?\Z")] = ""
+
+
 class Manifest(Spec, frozen=True, kw_only=True):
     """All of it. Canonical bytes are hashed into the run id and signed by `founder`."""
 
@@ -118,6 +128,7 @@ class Manifest(Spec, frozen=True, kw_only=True):
     outer: OuterSpec = OuterSpec()
     standin: StandInSpec = StandInSpec()
     ownership: OwnershipSpec = OwnershipSpec()
+    privacy: PrivacySpec = PrivacySpec()
 
 
 class ManifestError(ShoalError):

@@ -3,8 +3,13 @@
 The order matters. The network is laid out on the meta device, every `experts` module is replaced while it has no
 memory, and only then is anything materialised: so no peer ever holds all experts.
 
+The experts of private layers (`ModelSpec.private_layers`) are shards too, in which every expert is held in full, but
+their parameters belong to the backbone and nothing outside the forward ever meets these shards. Transformers' own fused
+experts would do for them as well, but would decay experts without tokens, cut the backbone into pieces as large as a
+layer, and know no capacity.
+
 Shapes: B sequences, S tokens a sequence, V vocabulary, D hidden, F expert width, E experts per layer (= slots), L MoE
-layers, N rows of one expert.
+layers, private ones included, N rows of one expert.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from ...kernels.standin import initial_standin
 from ..manifest import ModelSpec, StandInSpec
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, skeleton
-from .init import expert_shape, expert_weights, materialise
+from .init import expert_shape, expert_weights, materialise, private_weights, split_blocks
 from .shard import ExpertShard, OwnedRowsTap, SketchTap
 
 
@@ -46,12 +51,13 @@ class MoEModel(nn.Module):
     def __init__(
         self, spec: ModelSpec, network: PreTrainedModel, blocks: Sequence[MoEBlock], shards: Sequence[ExpertShard]
     ) -> None:
-        """Use `build_model`. `network` is materialised and has `shards` where `blocks` had their experts."""
+        """Use `build_model`. `network` is materialised and has `shards` where `blocks` had their experts, by depth."""
         super().__init__()
         self.spec = spec
         self.network = network
-        # The network registers the shards already; a plain tuple keeps them from being registered twice.
-        self.shards: tuple[ExpertShard, ...] = tuple(shards)
+        # The network registers the shards already; plain tuples keep them from being registered twice.
+        self._all_shards: tuple[ExpertShard, ...] = tuple(shards)
+        self.shards = self._all_shards[spec.private_layers :]  # those of layers that have slots
         self.num_slots = blocks[0].num_experts
         self.expert_shapes = ((2 * blocks[0].width, blocks[0].hidden), (blocks[0].hidden, blocks[0].width))
         self._router_logits: list[Tensor] = []  # of the forward that is running, by MoE layer
@@ -59,12 +65,12 @@ class MoEModel(nn.Module):
             block.router.register_forward_hook(self._keep_logits)
         self._scoring: Scoring | None = None  # found out in the first `loss`
         self._routing: tuple[Tensor, Tensor] | None = None  # until then: index and weights of the first MoE layer
-        self._watch = self.shards[0].register_forward_pre_hook(self._keep_routing)
+        self._watch = self._all_shards[0].register_forward_pre_hook(self._keep_routing)
         self.eval()
 
     @functools.cached_property
     def backbone(self) -> dict[str, nn.Parameter]:
-        """Every parameter that is not a routed expert's, by its name in the transformers model; tied weights once."""
+        """Every parameter but those of slots, by its name in the transformers model; tied weights once."""
         experts = {id(parameter) for shard in self.shards for parameter in shard.parameters()}
         return {name: p for name, p in self.network.named_parameters() if id(p) not in experts}
 
@@ -100,7 +106,7 @@ class MoEModel(nn.Module):
         self._router_logits.clear()
         logits_BSV: Tensor = self.network(input_ids=tokens, use_cache=False).logits
         lm = nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        counts_LE = torch.stack([shard.counts for shard in self.shards])
+        counts_LE = torch.stack([shard.counts for shard in self._all_shards])
         balance, z = router_losses(
             self._router_logits, counts_LE, scoring=self._find_scoring(), swarm_counts_LE=swarm_counts
         )
@@ -108,11 +114,11 @@ class MoEModel(nn.Module):
         return Losses(lm, balance, z, lm + balance_coef * balance + z_coef * z, counts_LE)
 
     def experts_of(self, slot: int) -> list[DenseExpert]:
-        """The owned experts of a slot, one per MoE layer. Raises ValueError if the slot is not owned."""
+        """The owned experts of a slot, one per layer that has slots. Raises ValueError if the slot is not owned."""
         return [shard.expert(slot) for shard in self.shards]
 
     def initial_expert(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Seeded initial weights gate_up (2F, D) and down (D, F) of any expert."""
+        """Seeded initial weights gate_up (2F, D) and down (D, F) of any slot's expert."""
         return expert_weights(self.spec, layer, slot)
 
     def set_tap(self, tap: OwnedRowsTap | None) -> None:
@@ -146,12 +152,13 @@ def build_model(
     """The model of a run as one composer holds it, with seeded initial weights.
 
     Args:
-        owned: slots held in full, in every MoE layer; may be empty or all.
+        owned: slots held in full, in every MoE layer that has slots; may be empty or all.
         standin: what runs in place of the others, made from their seeded weights one expert at a time.
-        expert: what an owned one computes with.
+        expert: what an owned one computes with. Private ones compute with their masters, like all of the backbone.
 
     Raises:
-        ValueError: the config cannot be built, its family is not supported, or a slot does not exist.
+        ValueError: the config cannot be built, its family is not supported, no layer would have slots, or a slot does
+            not exist.
     """
     shape = expert_shape(spec)
     strangers = [slot for slot in owned if not 0 <= slot < shape.num_experts]
@@ -159,23 +166,27 @@ def build_model(
         raise ValueError(f"no slots {strangers}: the model has {shape.num_experts}")
     network = skeleton(spec.config)
     blocks = moe_blocks(network)
+    private, _ = split_blocks(blocks, spec.private_layers)
     shards = []
-    for layer, block in enumerate(blocks):
+    for depth, block in enumerate(blocks):
         shard = ExpertShard(
-            layer=layer,
+            layer=depth - len(private),  # below 0 for private ones, which nobody asks by number
             num_experts=block.num_experts,
             hidden=block.hidden,
             width=block.width,
             act=block.act,
             capacity_factor=spec.capacity_factor,
-            expert=expert,
+            expert=expert if depth >= len(private) else DenseExpert,
         )
         block.block.experts = shard
         shards.append(shard)
     materialise(network, spec.seed)
     width = max(1, round(standin.width_fraction * shape.width))
     held = frozenset(owned)
-    for shard in shards:
+    for depth, shard in enumerate(shards[: len(private)]):
+        for number in range(shape.num_experts):
+            shard.adopt(number, *private_weights(spec, depth, number))
+    for shard in shards[len(private) :]:
         for slot in range(shape.num_experts):
             gate_up, down = expert_weights(spec, shard.layer, slot)
             if slot in held:

@@ -1,6 +1,7 @@
 """Export: a plain Hugging Face checkpoint of the run's model, which transformers loads without us.
 
-Routed experts go back to transformers' own layout, fused per layer: `gate_up_proj (E, 2F, D)`, `down_proj (E, D, F)`.
+Routed experts, private ones too, go back to transformers' own layout, fused per layer: `gate_up_proj (E, 2F, D)`,
+`down_proj (E, D, F)`.
 They are asked for one at a time and written shard by shard, so memory is bounded by one shard (or one layer's experts,
 if those are larger), not by the model.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from transformers import GenerationConfig
 
 from ..manifest import ModelSpec
 from .families import MoEBlock, moe_blocks, skeleton
-from .init import materialise
+from .init import materialise, private_names, split_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,15 +45,14 @@ def write_checkpoint(
 
     Args:
         folder: made if missing; files of these names in it are replaced.
-        backbone: every parameter that is not a routed expert's, by its name in the transformers model (see
-            `MoEModel.backbone`).
-        expert_of: (MoE layer, slot) -> gate_up (2F, D), down (D, F).
+        backbone: every parameter of `MoEModel.backbone`, by its name there.
+        expert_of: (layer, slot) -> gate_up (2F, D), down (D, F); layers that have slots are counted.
         card: README.md, in Markdown.
         max_shard_bytes: of one weights file; one file suffices below it.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than the config says or is not finite. The weights may be
-            written in part by then, but never their index or config.json.
+        ValueError: a tensor is missing, has another shape than the config says or is not finite, or no layer has slots.
+            The weights may be written in part by then, but never their index or config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network = skeleton(spec.config)
@@ -98,15 +99,32 @@ def _tensors(
     for name, _ in network.named_buffers():
         if name in persistent:
             yield name, _initial_buffer(spec, network, name)
-    for layer, block in enumerate(blocks):
-        gate_up = torch.empty(block.num_experts, 2 * block.width, block.hidden)
-        down = torch.empty(block.num_experts, block.hidden, block.width)
-        for slot in range(block.num_experts):
-            ours = expert_of(layer, slot)
-            for fused, value in zip((gate_up, down), ours, strict=True):
-                fused[slot] = _checked(f"expert {slot} of layer {layer}", value, fused.shape[1:])
-        yield f"{block.name}.experts.gate_up_proj", gate_up
-        yield f"{block.name}.experts.down_proj", down
+    private, shared = split_blocks(blocks, spec.private_layers)
+    for block in private:
+        yield from _fused(block, partial(_private_expert, block, backbone), block.name)
+    for layer, block in enumerate(shared):
+        yield from _fused(block, partial(expert_of, layer), f"layer {layer}")
+
+
+def _fused(
+    block: MoEBlock, expert_of: Callable[[int], tuple[Tensor, Tensor]], where: str
+) -> Iterator[tuple[str, Tensor]]:
+    gate_up = torch.empty(block.num_experts, 2 * block.width, block.hidden)
+    down = torch.empty(block.num_experts, block.hidden, block.width)
+    for expert in range(block.num_experts):
+        for fused, value in zip((gate_up, down), expert_of(expert), strict=True):
+            fused[expert] = _checked(f"expert {expert} of {where}", value, fused.shape[1:])
+    yield f"{block.name}.experts.gate_up_proj", gate_up
+    yield f"{block.name}.experts.down_proj", down
+
+
+def _private_expert(block: MoEBlock, backbone: Mapping[str, Tensor], expert: int) -> tuple[Tensor, Tensor]:
+    names = private_names(block)[expert]
+    for name in names:
+        if name not in backbone:
+            raise ValueError(f"{name} is missing from the backbone")
+    gate_up, down = names
+    return backbone[gate_up], backbone[down]
 
 
 def _checked(name: str, value: Tensor, shape: torch.Size) -> Tensor:

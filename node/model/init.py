@@ -9,7 +9,8 @@ table of float64 quantiles rounded to float32 has neither problem. Variates are 
 
 The backbone is initialised by the family's own `_init_weights`, whose random fills are intercepted and answered from
 the streams above: every family keeps its rules (norms at one, padding rows at zero, state-space biases) without a table
-of them here. Routed experts are drawn from N(0, initializer_range^2), as all families do.
+of them here. Routed experts are drawn from N(0, initializer_range^2), as all families do, each from a stream named by
+its place in the whole network: making layers private changes no initial weight.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..manifest import ModelSpec
-from .families import initializer_range, moe_blocks, skeleton
+from .families import MoEBlock, initializer_range, moe_blocks, skeleton
+from .shard import parameter_names
 
 _CHUNK = 1 << 18  # variates at a time: bounds the temporaries beside the tensor itself
 
@@ -38,7 +40,7 @@ _CHUNK = 1 << 18  # variates at a time: bounds the temporaries beside the tensor
 class ExpertShape:
     """What all routed experts of a model have in common."""
 
-    num_layers: int  # MoE layers
+    num_layers: int  # MoE layers that have slots: those that are not private
     num_experts: int  # per layer, i.e. slots
     hidden: int
     width: int
@@ -48,16 +50,16 @@ class ExpertShape:
 
 def expert_shape(spec: ModelSpec) -> ExpertShape:
     """Shape of the routed experts of `spec`. Raises ValueError for a config that cannot be built."""
-    return _expert_shape(msgspec.json.encode(spec.config))
+    return _expert_shape(msgspec.json.encode(spec.config), spec.private_layers)
 
 
 @functools.lru_cache(maxsize=16)
-def _expert_shape(config: bytes) -> ExpertShape:
+def _expert_shape(config: bytes, private_layers: int) -> ExpertShape:
     network = skeleton(msgspec.json.decode(config))
-    blocks = moe_blocks(network)
-    first = blocks[0]
+    _, shared = split_blocks(moe_blocks(network), private_layers)
+    first = shared[0]
     return ExpertShape(
-        num_layers=len(blocks),
+        num_layers=len(shared),
         num_experts=first.num_experts,
         hidden=first.hidden,
         width=first.width,
@@ -66,22 +68,57 @@ def _expert_shape(config: bytes) -> ExpertShape:
     )
 
 
+def split_blocks(blocks: list[MoEBlock], private_layers: int) -> tuple[list[MoEBlock], list[MoEBlock]]:
+    """The MoE layers whose experts are backbone, and those that have slots. ValueError if none would have."""
+    if not 0 <= private_layers < len(blocks):
+        raise ValueError(f"{private_layers} private layers of {len(blocks)} MoE layers: from 0 up, one must have slots")
+    return blocks[:private_layers], blocks[private_layers:]
+
+
+def private_names(block: MoEBlock) -> list[tuple[str, str]]:
+    """What gate_up and down of a private layer's experts are called in the backbone, by expert."""
+    named = [parameter_names(expert) for expert in range(block.num_experts)]
+    return [(f"{block.name}.experts.{gate_up}", f"{block.name}.experts.{down}") for gate_up, down in named]
+
+
 def backbone_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of every parameter that is not a routed expert's, by name, tied weights once; nothing is materialised."""
+    """Shapes of every parameter of `MoEModel.backbone`, by name, tied weights once; nothing is materialised."""
     network = skeleton(spec.config)
-    experts = {id(p) for block in moe_blocks(network) for p in block.block.get_submodule("experts").parameters()}
-    return {name: tuple(p.shape) for name, p in network.named_parameters() if id(p) not in experts}
+    blocks = moe_blocks(network)
+    private, _ = split_blocks(blocks, spec.private_layers)
+    experts = {id(p) for block in blocks for p in block.block.get_submodule("experts").parameters()}
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters() if id(p) not in experts}
+    for block in private:
+        for gate_up, down in private_names(block):
+            shapes |= {gate_up: (2 * block.width, block.hidden), down: (block.hidden, block.width)}
+    return shapes
 
 
 def expert_weights(spec: ModelSpec, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-    """Initial gate_up (2F, D), gate rows first, and down (D, F) of one expert, float32; `layer` counts MoE layers."""
+    """Initial gate_up (2F, D), gate rows first, and down (D, F) of one expert, float32.
+
+    `layer` counts the MoE layers that have slots. Raises ValueError for an expert that does not exist.
+    """
     shape = expert_shape(spec)
     if not (0 <= layer < shape.num_layers and 0 <= slot < shape.num_experts):
         raise ValueError(f"no expert {slot} in layer {layer}: {shape.num_experts} slots, {shape.num_layers} layers")
+    return _seeded(shape, spec.seed, spec.private_layers + layer, slot)
+
+
+def private_weights(spec: ModelSpec, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    """Like `expert_weights`, for the private layers, which `layer` counts from 0."""
+    shape = expert_shape(spec)
+    if not (0 <= layer < spec.private_layers and 0 <= expert < shape.num_experts):
+        raise ValueError(f"no expert {expert} in private layer {layer} of {spec.private_layers}")
+    return _seeded(shape, spec.seed, layer, expert)
+
+
+def _seeded(shape: ExpertShape, seed: int, moe_layer: int, expert: int) -> tuple[Tensor, Tensor]:
+    """`moe_layer` counts all MoE layers."""
     gate_up = torch.empty(2 * shape.width, shape.hidden)
     down = torch.empty(shape.hidden, shape.width)
-    fill_normal(gate_up, 0.0, shape.std, random_stream(spec.seed, f"expert/{layer}/{slot}/gate_up"))
-    fill_normal(down, 0.0, shape.std, random_stream(spec.seed, f"expert/{layer}/{slot}/down"))
+    fill_normal(gate_up, 0.0, shape.std, random_stream(seed, f"expert/{moe_layer}/{expert}/gate_up"))
+    fill_normal(down, 0.0, shape.std, random_stream(seed, f"expert/{moe_layer}/{expert}/down"))
     return gate_up, down
 
 

@@ -22,6 +22,11 @@ OwnedRowsTap = Callable[[int, int, Tensor, Tensor], None]
 SketchTap = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], None]
 
 
+def parameter_names(slot: int) -> tuple[str, str]:
+    """What an owned expert's gate_up and down are called in its shard."""
+    return f"gate_up_{slot}", f"down_{slot}"
+
+
 class ExpertShard(nn.Module):
     """One MoE layer's experts as one composer has them. Every slot must be filled before the first forward.
 
@@ -41,7 +46,7 @@ class ExpertShard(nn.Module):
     ) -> None:
         """
         Args:
-            layer: position among the MoE layers, from 0.
+            layer: position among the MoE layers that have slots, from 0, as taps are told it.
             act: transformers' name of the gate's activation.
             capacity_factor: pairs an expert takes, over the even share T * K / E; pairs beyond are dropped, those with
                 the lowest gate first. 0 never drops.
@@ -119,8 +124,8 @@ class ExpertShard(nn.Module):
         if gate_up.shape != (2 * self.width, self.hidden) or down.shape != (self.hidden, self.width):
             raise ValueError(f"expert of shapes {tuple(gate_up.shape)}, {tuple(down.shape)} does not fit slot {slot}")
         parameters = _parameter(gate_up), _parameter(down)
-        self.register_parameter(f"gate_up_{slot}", parameters[0])
-        self.register_parameter(f"down_{slot}", parameters[1])
+        for name, parameter in zip(parameter_names(slot), parameters, strict=True):
+            self.register_parameter(name, parameter)
         expert = self._owned[slot] = self._expert(*parameters)
         self._standins.pop(slot, None)
         return expert
@@ -129,8 +134,8 @@ class ExpertShard(nn.Module):
         """Give up a slot: `standin` runs in its place. Raises ValueError if it is not owned."""
         self.expert(slot)
         del self._owned[slot]
-        delattr(self, f"gate_up_{slot}")
-        delattr(self, f"down_{slot}")
+        for name in parameter_names(slot):
+            delattr(self, name)
         self._standins[slot] = standin
 
     def _check(self, slot: int) -> None:

@@ -90,6 +90,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["found", "--name", "My Run"], "My Run"),
         (["found", "--steps", "0"], "steps"),
         (["found", "--lease-seconds", "0.1"], "lease_seconds"),
+        (["found", "--private-layers", "3"], "--private-layers"),
+        (["found", "--private-layers", "-1"], "--private-layers"),
     ],
     ids=" ".join,
 )
@@ -137,6 +139,8 @@ def test_found_makes_a_manifest_of_the_preset(monkeypatch: pytest.MonkeyPatch, t
     assert cli.main(["found"]) == 0
     again = seen[1][1]
     assert (again.name, again.founder, seen[1][0].role) == ("tiny", manifest.founder, "bootstrap")
+    assert cli.main(["found", "--private-layers", "2"]) == 0
+    assert [each.model.private_layers for _, each in seen] == [0, 0, 2]
 
 
 def test_identity_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

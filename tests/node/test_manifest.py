@@ -14,6 +14,7 @@ from shoal.node.manifest import (
     ManifestTampered,
     ModelSpec,
     OuterSpec,
+    PrivacySpec,
     ProtocolMismatch,
     TrainSpec,
     UnknownFields,
@@ -51,7 +52,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-5947f2f9f39b"
+    assert run_id_of(manifest()) == "demo-5d5f527c9a8c"
 
 
 def test_round_trip() -> None:
@@ -62,6 +63,12 @@ def test_round_trip() -> None:
     assert verify(signed, run_id_of(original)) == original
     assert read_signed(signed).run_id == run_id_of(original)
     open_manifest(signed, run_id_of(original))  # what DHT nodes check
+
+
+def test_handle_keys_are_named_by_their_digest() -> None:
+    hidden = manifest(privacy=PrivacySpec(handle_key_digest=secrets.token_hex(32)))
+    assert verify(sign(FOUNDER, hidden)) == hidden
+    assert run_id_of(hidden) != run_id_of(manifest())
 
 
 def test_equal_content_gives_equal_bytes() -> None:
@@ -147,6 +154,10 @@ def test_unknown_fields(path: tuple[str, ...]) -> None:
         ({"train": {"steps": 0}}, "steps"),
         ({"data": {"tokenizer": "pickle"}}, "tokenizer"),
         ({"model": {}}, "config"),
+        ({"model": {"config": {}, "private_layers": -1}}, "private_layers"),
+        ({"privacy": {"handle_key_digest": "ab" * 31}}, "handle_key_digest"),
+        ({"privacy": {"handle_key_digest": "AB" * 32}}, "handle_key_digest"),
+        ({"privacy": {"handle_key_digest": "ab" * 32 + "\n"}}, "handle_key_digest"),
     ],
 )
 def test_out_of_bounds_fields_are_named(change: dict[str, Any], complaint: str) -> None:
