@@ -1,4 +1,4 @@
-"""The trainer's side of the data plane: gossip, and verified, resumable fetches.
+"""The trainer's side of the data plane: gossip, verified, resumable fetches, and calls with a body.
 
     transport = await Transport.start(identity_path=path, run_id=run)
     transport.serve(handler)                          # answer other peers' fetches
@@ -6,6 +6,8 @@
     await transport.subscribe("deltas", on_delta)
     await transport.publish("deltas", data)
     resource = await transport.fetch(addrs, "snapshot/3", deadline_seconds=60, max_bytes=10**8)
+    transport.answer_calls(on_call)                   # answer other peers' calls
+    reply = await transport.call(addrs, "sketches", body, deadline_seconds=60)
 
 Gossip is best effort: whoever publishes numbers its messages and repairs gaps by a fetch. A message may come twice
 across a restart of the host process. All methods belong to the event loop that `start` ran in.
@@ -29,26 +31,18 @@ from ..errors import PeerUnreachable, ShoalError
 from ..identity import Identity
 from . import ipc
 from .answering import Answerer, ServeHandler
-from .downloads import Download, FetchEnded, Resource
+from .calls import Calls
+from .downloads import Resource
+from .fetches import Fetches
+from .handling import CallAdmission, CallHandler, CallHandling
 from .limits import MAX_PUBLISH_BYTES, Limits
-from .process import HostProcess
+from .process import HostLost, HostProcess
 from .supervisor import Supervisor
-from .wire import MAX_RESOURCE_NAME, Reason
 
 logger = logging.getLogger(__name__)
 
 GossipHandler = Callable[[str, bytes], Awaitable[None] | None]
 _Messages = asyncio.Queue[tuple[HostProcess, ipc.Gossip]]
-
-_FIRST_PAUSE_SECONDS = 0.05
-_MAX_PAUSE_SECONDS = 1.0
-_FRUITLESS_ATTEMPTS = 5
-_RETRIED = {Reason.CUT, Reason.UNREACHABLE}
-_LOST = "host-lost"
-
-
-class _HostLost(Exception):
-    """The host process died before it answered."""
 
 
 class Transport:
@@ -61,11 +55,10 @@ class Transport:
 
     def __init__(self, peer_id: str, start: ipc.Start, clock: Callable[[], float]) -> None:
         self.peer_id = peer_id
-        self._limits = start.limits
         self._ids = count(1)
         self._replies: dict[int, asyncio.Future[str]] = {}
-        self._downloads: dict[int, Download] = {}
         self._answerer = Answerer(start.limits)
+        self._handling = CallHandling(start.limits)
         self._topics: dict[str, _Messages] = {}
         self._peers: dict[str, list[str]] = {}  # connect()'s, by peer id: a new host dials them again
         self._connected: set[str] = set()
@@ -73,8 +66,9 @@ class Transport:
         self._present = ipc.Counters()
         self._tasks: set[asyncio.Task[None]] = set()
         self._publishing = asyncio.Semaphore(start.limits.publish_window)
-        self._fetching = asyncio.Semaphore(start.limits.max_fetches)
         self._supervisor = Supervisor(start, renew=self._renew, handle=self._handle, lost=self._host_lost, clock=clock)
+        self._fetches = Fetches(self._supervisor, start.limits, self._ids)
+        self._calls = Calls(self._supervisor, start.limits, self._ids)
 
     @classmethod
     async def start(
@@ -257,61 +251,38 @@ class Transport:
             TransportError: there is no host process any more.
             ValueError: the resource's name is empty or too long.
         """
-        if not 0 < len(resource) <= MAX_RESOURCE_NAME:
-            raise ValueError(f"a resource name has 1 to {MAX_RESOURCE_NAME} characters")
-        download = Download(progress)
-        try:
-            async with asyncio.timeout(deadline_seconds), self._fetching:
-                return await self._fetch(download, list(addrs), resource, max_bytes)
-        except TimeoutError as error:
-            got = f"{len(download.data)} of {download.size} bytes" if download.started else "no answer"
-            raise FetchEnded(
-                Reason.DEADLINE, f"{resource!r}: {got} after {deadline_seconds:g} s", fix="allow more time"
-            ) from error
+        return await self._fetches.fetch(
+            addrs, resource, deadline_seconds=deadline_seconds, max_bytes=max_bytes, progress=progress
+        )
 
-    async def _fetch(self, download: Download, addrs: list[str], resource: str, max_bytes: int) -> Resource:
-        pause, fruitless = _FIRST_PAUSE_SECONDS, 0
-        while True:
-            before = len(download.data)
-            try:
-                reason, cause = await self._attempt(download, addrs, resource, max_bytes)
-            except _HostLost:
-                continue
-            if not reason:
-                found = await download.verified()
-                if found is not None:
-                    return found
-                if not download.resumed:
-                    raise FetchEnded(Reason.DIGEST, f"{resource!r} is not what its digest says")
-                download.restart()  # perhaps a prefix from a peer that lied; once more from the start
-                continue
-            if reason not in _RETRIED or (not download.started and reason == Reason.UNREACHABLE):
-                raise FetchEnded(Reason(reason), f"{resource!r}: {cause}")
-            if len(download.data) > before:
-                pause, fruitless = _FIRST_PAUSE_SECONDS, 0
-            elif reason == Reason.CUT:
-                fruitless += 1
-                if fruitless >= _FRUITLESS_ATTEMPTS:
-                    raise FetchEnded(Reason.CUT, f"{resource!r}: {cause}")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+    # --- calls ------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, download: Download, addrs: list[str], resource: str, max_bytes: int) -> tuple[str, str]:
-        host = await self._supervisor.host()
-        id = next(self._ids)
-        self._downloads[id] = download
-        ended = download.begin_attempt()
-        host.send(ipc.FetchStart(id, addrs, resource, len(download.data), download.digest, max_bytes))
-        try:
-            reason, cause = await ended
-        except asyncio.CancelledError:
-            host.send(ipc.FetchCancel(id))
-            raise
-        finally:
-            del self._downloads[id]
-        if reason == _LOST:
-            raise _HostLost
-        return reason, cause
+    def answer_calls(self, handler: CallHandler, *, admit: CallAdmission | None = None) -> None:
+        """Answer calls: `handler(peer id of the caller, name, body)` returns the reply's body.
+
+        To refuse, raise errors.Refused: the caller gets it with that reason. Bodies are bounded, and checked against
+        their sha256, before the handler sees them; a call holds its place (`Limits`) until the handler has returned.
+
+        Args:
+            admit: called with (peer id, name, size of the body) before a byte of the body is read; may raise Refused.
+        """
+        self._handling.handler, self._handling.admit = handler, admit
+
+    async def call(self, addrs: Sequence[str], name: str, body: bytes, *, deadline_seconds: float) -> bytes:
+        """Send one request with a body to one peer and return its reply. Nothing is repeated.
+
+        Args:
+            deadline_seconds: for everything, including waiting for a turn.
+
+        Raises:
+            Refused: the peer took no call by that name, or broke the protocol; `reason` is one of
+                call_wire.CallReason or its handler's own.
+            PeerUnreachable: no address answered, the call broke off or its time ran out. Unless it was the former, the
+                peer may have handled the call all the same.
+            TransportError: there is no host process any more.
+            ValueError: the name is empty or too long, or the body over `Limits.max_call_bytes`.
+        """
+        return await self._calls.call(addrs, name, body, deadline_seconds=deadline_seconds)
 
     # --- the host process -------------------------------------------------------------------------------------
 
@@ -326,7 +297,7 @@ class Transport:
                 host.send(make(id))
                 await host.flush()
                 return await reply
-            except _HostLost:
+            except HostLost:
                 continue
             finally:
                 del self._replies[id]
@@ -340,14 +311,25 @@ class Transport:
             case ipc.Gossip(topic=topic):
                 self._topics[topic].put_nowait((host, frame))
             case ipc.FetchHeader() | ipc.FetchData() | ipc.FetchEnd():
-                if frame.id in self._downloads:
-                    self._downloads[frame.id].on_frame(frame)
+                self._fetches.on_frame(frame)
             case ipc.ServeRequest():
                 self._spawn(self._answerer.begin(host, frame))
             case ipc.ServePull():
                 self._answerer.pull(host, frame)
             case ipc.ServeEnd():
                 self._answerer.end(frame)
+            case ipc.CallPull():
+                self._calls.pull(host, frame)
+            case ipc.CallEnd():
+                self._calls.end(frame)
+            case ipc.CallOpen():
+                self._handling.begin(host, frame)
+            case ipc.CallData():
+                self._handling.add(frame)
+            case ipc.CallWhole():
+                self._spawn(self._handling.answer(host, frame))
+            case ipc.CallCut():
+                self._handling.cut(frame)
             case ipc.PeerUp(peer_id=peer_id):
                 self._connected.add(peer_id)
             case ipc.PeerDown(peer_id=peer_id):
@@ -361,11 +343,12 @@ class Transport:
         self._past, self._present = self._past + self._present, ipc.Counters()
         self._connected.clear()
         self._answerer.clear()
+        self._handling.clear()
         for reply in self._replies.values():
             if not reply.done():
-                reply.set_exception(_HostLost())
-        for download in self._downloads.values():
-            download.end(_LOST, reason)
+                reply.set_exception(HostLost())
+        self._fetches.host_lost(reason)
+        self._calls.host_lost()
 
     def _renew(self, start: ipc.Start) -> ipc.Start:
         return msgspec.structs.replace(start, peers=list(self._peers.values()), topics=list(self._topics))

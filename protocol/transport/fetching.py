@@ -1,22 +1,18 @@
 """Asking side of `/shoal/fetch/1`, in the host process: one stream, from an offset to its end.
 
-Resuming, checking and giving up belong to the trainer's side (client.py), which outlives this process.
+Resuming, checking and giving up belong to the trainer's side (fetches.py), which outlives this process.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import trio
-from libp2p.custom_types import TProtocol
-from libp2p.exceptions import BaseLibp2pError
-from libp2p.peer.id import ID
 
 from . import ipc, wire
 from .channel import Channel
 from .limits import Limits
-from .links import Links, Unreachable, parse
+from .links import Links, Unreachable
 from .streams import PeerStream, StreamCut
 from .wire import Reason
 
@@ -36,10 +32,7 @@ class _Ended(Exception):
 class Fetcher:
     """Fetches under way."""
 
-    def __init__(
-        self, host: Any, links: Links, channel: Channel, run_id: str, limits: Limits, nursery: trio.Nursery
-    ) -> None:
-        self._host = host
+    def __init__(self, links: Links, channel: Channel, run_id: str, limits: Limits, nursery: trio.Nursery) -> None:
         self._links = links
         self._channel = channel
         self._run_id = run_id
@@ -77,7 +70,7 @@ class Fetcher:
         await self._channel.send(end)
 
     async def _fetch(self, order: ipc.FetchStart) -> None:
-        stream = await self._open(order.addrs)
+        stream = await self._links.open(order.addrs, wire.PROTOCOL)
         self._streams[order.id] = stream
         self._nursery.start_soon(stream.watch)
         whole = False
@@ -114,17 +107,3 @@ class Fetcher:
         if answer.offset != (order.offset if answer.digest == order.digest else 0):
             raise ValueError(f"the answer starts at {answer.offset}, asked for {order.offset}")
         return answer
-
-    async def _open(self, addrs: list[str]) -> PeerStream:
-        peer_id, bare = parse(addrs)
-        for attempt in (1, 2):
-            await self._links.dial(peer_id, bare)
-            try:
-                stream = await self._host.new_stream(ID.from_string(peer_id), [TProtocol(wire.PROTOCOL)])
-            except BaseLibp2pError as error:
-                if attempt == 2:
-                    raise Unreachable(f"{peer_id} opens no stream: {error}") from error
-                await self._links.hang_up(peer_id)  # an old connection may have died unnoticed: dial afresh, once
-            else:
-                return PeerStream(stream, progress_seconds=self._limits.read_deadline_seconds)
-        raise AssertionError("unreachable")

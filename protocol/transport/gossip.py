@@ -138,6 +138,12 @@ class Router(GossipSub):
         self.counts.dropped_out += len(rpc.publish)
         super()._handle_dropped_rpc(peer_id, rpc, reason)
 
+    def _prune_pending_messages(self, peer_id: ID) -> None:
+        queue = self._pending_messages.get(peer_id)
+        if queue is not None:  # without a warning each time: not every peer wants every topic
+            del queue[: -self._max_pending_messages_per_peer]
+        super()._prune_pending_messages(peer_id)
+
     async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Any) -> None:
         message = self.mcache.get(msg_id)
         if message is not None and len(message.data) >= _IDONTWANT_FROM_BYTES:

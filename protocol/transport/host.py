@@ -28,13 +28,15 @@ from multiaddr import Multiaddr
 
 from ..errors import ShoalError
 from ..identity import Identity
-from . import ipc, wire
+from . import call_wire, ipc, wire
+from .calling import Caller
 from .channel import Channel, TrainerGone
 from .fetching import Fetcher
 from .gossip import Gossip, Router
 from .inbox import GossipCounts
 from .limits import Limits
 from .links import Links, Unreachable, parse
+from .receiving import Receiver
 from .serving import Server
 from .sockets import WatchedTCP, port_is_free
 
@@ -62,9 +64,12 @@ class Host:
         self.gossip = Gossip(libp2p_host, self.router, start.run_id, limits)
         self._links = Links(libp2p_host, limits, nursery, channel.send)
         self._server = Server(channel, start.run_id, limits, nursery)
-        self._fetcher = Fetcher(libp2p_host, self._links, channel, start.run_id, limits, nursery)
+        self._fetcher = Fetcher(self._links, channel, start.run_id, limits, nursery)
+        self._receiver = Receiver(channel, start.run_id, limits, nursery)
+        self._caller = Caller(self._links, channel, start.run_id, limits, nursery)
         self._publish, self._to_publish = trio.open_memory_channel[ipc.Publish](limits.publish_window)
         libp2p_host.set_stream_handler(TProtocol(wire.PROTOCOL), self._server.handle)
+        libp2p_host.set_stream_handler(TProtocol(call_wire.PROTOCOL), self._receiver.handle)
         self._isolate_streams()
 
     async def run(self, start: ipc.Start) -> None:
@@ -104,6 +109,14 @@ class Host:
                 self._server.on_answer(command)
             case ipc.ServeChunk():
                 self._server.on_chunk(command)
+            case ipc.CallStart():
+                self._nursery.start_soon(self._caller.run, command)
+            case ipc.CallChunk():
+                self._caller.on_chunk(command)
+            case ipc.CallCancel(id=id):
+                self._nursery.start_soon(self._caller.cancel, id)
+            case ipc.CallAccept() | ipc.CallReply() | ipc.CallRefuse():
+                self._receiver.on_answer(command)
             case _:
                 raise AssertionError(f"unexpected {type(command).__name__}")
 
@@ -146,8 +159,11 @@ class Host:
                     fetch_bytes_received=self._fetcher.bytes_received,
                     gossip_dropped_in=counts.dropped_in,
                     gossip_dropped_out=counts.dropped_out,
-                    garbage=counts.garbage + self._server.garbage,
-                    refused_busy=self._server.refused_busy,
+                    garbage=counts.garbage + self._server.garbage + self._receiver.garbage,
+                    refused_busy=self._server.refused_busy + self._receiver.refused_busy,
+                    call_bytes_sent=self._caller.bytes_sent,
+                    call_bytes_received=self._receiver.bytes_received,
+                    calls_cut=self._receiver.cut,
                 )
             )
             await trio.sleep(_REPORT_SECONDS)

@@ -3,8 +3,9 @@
     4 bytes, big-endian length | msgpack of one frame (tagged by its type)
 
 Both ends come from one installation, so frames carry no version. Whatever grows with a peer's wishes is paced by a
-window (gossip by `GossipTaken`, served data by `ServePull`, publishes and fetches by `Limits`), the rest by the socket
-itself; neither side ever waits for the other while it reads, so the pair cannot deadlock.
+window (gossip by `GossipTaken`, served data by `ServePull`, bodies of calls by `CallPull`, publishes, fetches and calls
+by `Limits`), the rest by the socket itself; neither side ever waits for the other while it reads, so the pair cannot
+deadlock.
 """
 
 from __future__ import annotations
@@ -115,6 +116,49 @@ class ServeChunk(Frame, frozen=True):
     data: bytes
 
 
+class CallStart(Frame, frozen=True):
+    """Answered by CallPull and one CallEnd."""
+
+    id: int
+    addrs: list[str]
+    name: str
+    size: int  # bytes of the body
+    digest: bytes  # sha256 of the body
+
+
+class CallChunk(Frame, frozen=True):
+    """Answer to CallPull."""
+
+    id: int
+    data: bytes
+
+
+class CallCancel(Frame, frozen=True):
+    """The caller has left."""
+
+    id: int
+
+
+class CallAccept(Frame, frozen=True):
+    """Answer to CallOpen: send the body."""
+
+    id: int
+
+
+class CallReply(Frame, frozen=True):
+    """Answer to CallWhole; the body is let go."""
+
+    id: int
+    body: bytes
+
+
+class CallRefuse(Frame, frozen=True):
+    """Answer to CallOpen or CallWhole: `reason` is a call_wire.CallReason or the handler's own."""
+
+    id: int
+    reason: str
+
+
 class Stop(Frame, frozen=True):
     """Send what is queued, then exit."""
 
@@ -198,6 +242,50 @@ class ServeEnd(Frame, frozen=True):
     id: int
 
 
+class CallPull(Frame, frozen=True):
+    id: int
+    offset: int
+    length: int
+
+
+class CallEnd(Frame, frozen=True):
+    """How our own call ended: with `cause` empty by the reply, with `refused` set by a refusal, else without a word."""
+
+    id: int
+    reply: bytes = b""
+    refused: str = ""  # the reason
+    cause: str = ""
+
+
+class CallOpen(Frame, frozen=True):
+    """A peer calls; room for the body is reserved. Answered by CallAccept or CallRefuse."""
+
+    id: int
+    peer_id: str
+    name: str
+    size: int
+    digest: bytes
+
+
+class CallData(Frame, frozen=True):
+    """The next bytes of the body."""
+
+    id: int
+    data: bytes
+
+
+class CallWhole(Frame, frozen=True):
+    """All of the body has come. Answered by CallReply or CallRefuse."""
+
+    id: int
+
+
+class CallCut(Frame, frozen=True):
+    """The call is over before all of its body came."""
+
+    id: int
+
+
 class Counters(Frame, frozen=True):
     """Totals since this host process started; sent every second, so that silence means trouble."""
 
@@ -209,6 +297,9 @@ class Counters(Frame, frozen=True):
     gossip_dropped_out: int = 0  # messages times neighbours: a neighbour was too slow
     garbage: int = 0  # messages and streams that broke a rule
     refused_busy: int = 0  # streams we were too busy for
+    call_bytes_sent: int = 0  # of our calls
+    call_bytes_received: int = 0  # of peers' calls
+    calls_cut: int = 0  # peers' calls that broke off, or came too slowly
 
     def __add__(self, other: Counters) -> Counters:
         pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
@@ -227,6 +318,12 @@ Command = (
     | ServeOffer
     | ServeRefuse
     | ServeChunk
+    | CallStart
+    | CallChunk
+    | CallCancel
+    | CallAccept
+    | CallReply
+    | CallRefuse
     | Stop
 )
 Event = (
@@ -242,6 +339,12 @@ Event = (
     | ServeRequest
     | ServePull
     | ServeEnd
+    | CallPull
+    | CallEnd
+    | CallOpen
+    | CallData
+    | CallWhole
+    | CallCut
     | Counters
 )
 

@@ -17,7 +17,7 @@ class Limits:
     max_served_streams_per_peer: int = 4
     """Streams served at once to one peer; one more is answered `busy`."""
     max_request_bytes: int = 4096
-    """Largest fetch request."""
+    """Largest fetch request, and largest opening of a call."""
     max_meta_bytes: int = 65_536
     """Largest `Resource.meta`."""
     chunk_bytes: int = 262_144
@@ -28,6 +28,23 @@ class Limits:
     """Our own handler must answer within this time, else the peer is told `busy`."""
     max_fetches: int = 16
     """Fetches under way at once; further calls wait for a turn (inside their own deadline)."""
+    max_call_bytes: int = 64 * 1024 * 1024
+    """Largest body of a call, either way; a larger one is refused before a byte of it is read."""
+    max_reply_bytes: int = 65_536
+    """Largest reply to a call."""
+    max_calls: int = 16
+    """Our calls under way at once; further ones wait for a turn (inside their own deadline)."""
+    max_received_calls: int = 16
+    """Peers' calls under way at once in total; one more is answered `busy`."""
+    max_received_calls_per_peer: int = 2
+    """Calls of one peer under way at once; one more is answered `busy`."""
+    max_received_call_bytes: int = 128 * 1024 * 1024
+    """Bytes of peers' bodies held at once, those on their way included, at most `max_call_bytes` of them from one peer;
+    a call that finds no room is answered `busy`."""
+    min_call_bytes_per_second: int = 262_144
+    """A body that comes slower is cut off, as it holds its memory all the while."""
+    answer_deadline_seconds: float = 30.0
+    """Our own handler must answer a call within this time, else the peer is told `busy`."""
     gossip_queue_messages: int = 1024
     """Received messages kept per topic while the handler is slow; then the oldest is dropped and counted."""
     gossip_queue_bytes: int = 64 * 1024 * 1024
@@ -61,3 +78,5 @@ class Limits:
             raise ValueError("chunk_bytes must fit an IPC frame: at most 1,000,000")
         if self.max_meta_bytes > 1_000_000:
             raise ValueError("max_meta_bytes must fit an IPC frame: at most 1,000,000")
+        if self.max_reply_bytes > 1_000_000:
+            raise ValueError("max_reply_bytes must fit an IPC frame: at most 1,000,000")

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
+from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
@@ -19,15 +20,21 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from . import ipc
 from .limits import Limits
+from .streams import PeerStream
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_SECONDS = 0.1
 _MAX_ADDRS = 16
+_UNKNOWN_PROTOCOL = "protocols not supported"  # py-libp2p has a type for it, and raises another with this text
 
 
 class Unreachable(Exception):
     """No address of a peer answered."""
+
+
+class UnknownProtocol(Unreachable):
+    """The peer answered, and does not speak the protocol."""
 
 
 def parse(addrs: Sequence[str]) -> tuple[str, list[Multiaddr]]:
@@ -55,6 +62,7 @@ class Links:
     def __init__(
         self, host: Any, limits: Limits, nursery: trio.Nursery, send: Callable[[ipc.Frame], Awaitable[None]]
     ) -> None:
+        self._host = host
         self._swarm = host.get_network()
         self._limits = limits
         self._nursery = nursery
@@ -98,9 +106,29 @@ class Links:
                     causes.append(f"{addr}: {_root(error)}")
             raise Unreachable("; ".join(causes) or "no address")
 
-    async def hang_up(self, peer_id: str) -> None:
-        """Close a connection that turned out to be dead."""
-        await self._swarm.close_peer(ID.from_string(peer_id))
+    async def open(self, addrs: list[str], protocol: str) -> PeerStream:
+        """A new stream to the peer at these addresses, dialled if need be.
+
+        Raises:
+            ValueError: the addresses are not those of one peer.
+            UnknownProtocol: the peer does not speak the protocol. The connection stays.
+            Unreachable
+        """
+        peer_id, bare = parse(addrs)
+        for attempt in (1, 2):
+            await self.dial(peer_id, bare)
+            try:
+                stream = await self._host.new_stream(ID.from_string(peer_id), [TProtocol(protocol)])
+            except BaseLibp2pError as error:
+                if _UNKNOWN_PROTOCOL in _root(error):
+                    raise UnknownProtocol(f"{peer_id} does not speak {protocol}") from error
+                if attempt == 2:
+                    raise Unreachable(f"{peer_id} opens no stream: {error}") from error
+                # An old connection may have died unnoticed: dial afresh, once.
+                await self._swarm.close_peer(ID.from_string(peer_id))
+            else:
+                return PeerStream(stream, progress_seconds=self._limits.read_deadline_seconds)
+        raise AssertionError("unreachable")
 
     async def _stay_connected(self, peer_id: str) -> None:
         pause = _FIRST_PAUSE_SECONDS

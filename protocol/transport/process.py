@@ -22,6 +22,10 @@ _LINE_BYTES = 400
 _LAST_LINES = 5
 
 
+class HostLost(Exception):
+    """The host process died before it answered."""
+
+
 class HostProcess:
     """Spawned, never forked: py-libp2p must not meet what the trainer has imported."""
 

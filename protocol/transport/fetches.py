@@ -1,0 +1,104 @@
+"""Trainer's side of our fetches: starts one, and resumes it through cut streams and host processes that die."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from . import ipc
+from .downloads import Download, FetchEnded, Resource
+from .limits import Limits
+from .process import HostLost
+from .supervisor import Supervisor
+from .wire import MAX_RESOURCE_NAME, Reason
+
+_FIRST_PAUSE_SECONDS = 0.05
+_MAX_PAUSE_SECONDS = 1.0
+_FRUITLESS_ATTEMPTS = 5
+_RETRIED = {Reason.CUT, Reason.UNREACHABLE}
+_LOST = "host-lost"
+
+
+class Fetches:
+    """Fetches under way."""
+
+    def __init__(self, supervisor: Supervisor, limits: Limits, ids: count[int]) -> None:
+        self._supervisor = supervisor
+        self._ids = ids
+        self._downloads: dict[int, Download] = {}
+        self._turns = asyncio.Semaphore(limits.max_fetches)
+
+    def on_frame(self, frame: ipc.FetchHeader | ipc.FetchData | ipc.FetchEnd) -> None:
+        if frame.id in self._downloads:
+            self._downloads[frame.id].on_frame(frame)
+
+    def host_lost(self, reason: str) -> None:
+        for download in self._downloads.values():
+            download.end(_LOST, reason)
+
+    async def fetch(
+        self,
+        addrs: Sequence[str],
+        resource: str,
+        *,
+        deadline_seconds: float,
+        max_bytes: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Resource:
+        """`Transport.fetch`."""
+        if not 0 < len(resource) <= MAX_RESOURCE_NAME:
+            raise ValueError(f"a resource name has 1 to {MAX_RESOURCE_NAME} characters")
+        download = Download(progress)
+        try:
+            async with asyncio.timeout(deadline_seconds), self._turns:
+                return await self._fetch(download, list(addrs), resource, max_bytes)
+        except TimeoutError as error:
+            got = f"{len(download.data)} of {download.size} bytes" if download.started else "no answer"
+            raise FetchEnded(
+                Reason.DEADLINE, f"{resource!r}: {got} after {deadline_seconds:g} s", fix="allow more time"
+            ) from error
+
+    async def _fetch(self, download: Download, addrs: list[str], resource: str, max_bytes: int) -> Resource:
+        pause, fruitless = _FIRST_PAUSE_SECONDS, 0
+        while True:
+            before = len(download.data)
+            try:
+                reason, cause = await self._attempt(download, addrs, resource, max_bytes)
+            except HostLost:
+                continue
+            if not reason:
+                found = await download.verified()
+                if found is not None:
+                    return found
+                if not download.resumed:
+                    raise FetchEnded(Reason.DIGEST, f"{resource!r} is not what its digest says")
+                download.restart()  # perhaps a prefix from a peer that lied; once more from the start
+                continue
+            if reason not in _RETRIED or (not download.started and reason == Reason.UNREACHABLE):
+                raise FetchEnded(Reason(reason), f"{resource!r}: {cause}")
+            if len(download.data) > before:
+                pause, fruitless = _FIRST_PAUSE_SECONDS, 0
+            elif reason == Reason.CUT:
+                fruitless += 1
+                if fruitless >= _FRUITLESS_ATTEMPTS:
+                    raise FetchEnded(Reason.CUT, f"{resource!r}: {cause}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE_SECONDS)
+
+    async def _attempt(self, download: Download, addrs: list[str], resource: str, max_bytes: int) -> tuple[str, str]:
+        host = await self._supervisor.host()
+        id = next(self._ids)
+        self._downloads[id] = download
+        ended = download.begin_attempt()
+        host.send(ipc.FetchStart(id, addrs, resource, len(download.data), download.digest, max_bytes))
+        try:
+            reason, cause = await ended
+        except asyncio.CancelledError:
+            host.send(ipc.FetchCancel(id))
+            raise
+        finally:
+            del self._downloads[id]
+        if reason == _LOST:
+            raise HostLost
+        return reason, cause
