@@ -7,6 +7,7 @@ hivemind's runner cuts the vector into parts, gives each part to one member to r
     identical   a part's average is encoded once; all members, the reducer too, decode those bytes and *set* them
     partial     a reply says whose inputs the average holds (a bitmap) and their summed share; every member compares it
                 with the whole group's, so a missing input or reducer is seen by all whom it concerns
+    receivers   a member whose share is 0 sends empty parts, asks with them for the averages, and nobody needs it
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class ShareReducer(TensorPartReducer):  # type: ignore[misc]  # hivemind is unty
 
     def __init__(self, part_shapes: Sequence[torch.Size], share_by_sender: Sequence[int]) -> None:
         self._shares = tuple(share_by_sender)
+        self.denominator: float
         self.included: list[int] = [0] * len(part_shapes)  # bitmap of sender indices
         super().__init__(tuple(part_shapes), len(share_by_sender))
 
@@ -68,6 +70,11 @@ class ShareReducer(TensorPartReducer):  # type: ignore[misc]  # hivemind is unty
         share = self._shares[sender_index] / SHARE_TOTAL  # a power of two below: exact in float32
         average: Tensor = await super().accumulate_part(sender_index, part_index, tensor_part, weight=share)
         return average
+
+    def check_current_part_finished(self) -> None:
+        if self.current_part_accumulated_from == self.num_current_senders and not self.denominator:
+            self.denominator = 1.0  # only receivers are left: their part is zero and reported as partial, not NaN
+        super().check_current_part_finished()
 
 
 class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is untyped
@@ -145,15 +152,21 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
     ) -> AsyncIterator[Tensor]:
         """Decode a sender's parts in the background. Raises AllreduceException on one that is not right."""
 
+        receives_only = self._shares[self._names.index(sender)] == 0
+
         def decode(numbered: tuple[int, averaging_pb2.AveragingData]) -> Tensor:
             part_index, message = numbered
             if part_index >= len(sizes):
                 raise Refused("too_many_parts", f"sent more than {len(sizes)} parts")
+            if receives_only:
+                if message.tensor_part.buffer:
+                    raise Refused("part_shape", "sent a part though it has no tokens")
+                return torch.zeros(sizes[part_index])
             return self._codec.decode(message.tensor_part, sizes[part_index])
 
         try:
             async for part in amap_in_executor(decode, aenumerate(stream), max_prefetch=1):
-                self.account.bytes_received += self._codec.encoded_bytes(part.numel())
+                self.account.bytes_received += 0 if receives_only else self._codec.encoded_bytes(part.numel())
                 yield part
         except Refused as error:
             self.account.blame(sender, error.cause)
@@ -229,6 +242,11 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
             raise AllreduceException(f"returned {part_index} of {len(sizes)} parts")
 
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
+        if not self._shares[self._own_index]:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=self.group_id)
+            for _ in self._part_sizes[peer_index][1:]:
+                yield averaging_pb2.AveragingData()
+            return
         async for message in super()._generate_input_for_peer(peer_index):
             self.account.bytes_sent += len(message.tensor_part.buffer)
             yield message

@@ -1,7 +1,8 @@
 """The process that averages: hivemind's DecentralizedAverager with rounds, facts and honest outcomes.
 
 It serves every fragment. Orders come through hivemind's control pipe, reports go back through one of ours; vectors lie
-in anonymous shared memory made before the fork, so that no file names them and nothing is left behind.
+in anonymous shared memory made before the fork, so that no file names them and nothing is left behind. A fragment has
+one vector: the average takes the input's place once all of the input has been used.
 """
 
 from __future__ import annotations
@@ -30,17 +31,19 @@ from hivemind.dht import DHT
 from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
+from hivemind.utils.asyncio import achain, as_aiter
 from torch import Tensor
 
 from .allreduce import Account, TruthfulRunner
 from .errors import BadSignature, DirectoryError, Refused
 from .facts import RoundFacts, open_facts
 from .fragments import Fragment
-from .matchmaking import RoundMatchmaking, Search
-from .merging import shares, weights
+from .matchmaking import RoundMatchmaking, Search, round_of_bucket
+from .merging import Weighting, shares, weights
 from .outcome import Order, Report, Status
 from .parts import PartCodec
 from .process_death import end_with_parent
+from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +106,7 @@ class SharedVector:
 
 
 class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind is untyped
-    """Runs orders, one search at a time; all-reduces of different fragments may overlap."""
+    """Runs orders, one per fragment at a time; those of different fragments do not wait for each other."""
 
     runner_type: type[TruthfulRunner] = TruthfulRunner
 
@@ -117,39 +120,62 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
         times: RoundTimes,
         part_bytes: int,
         reports: Connection,
+        purpose: str = "outer",
+        weighting: Weighting = Weighting.PROGRESS,
     ) -> None:
         self._run_id, self._codec, self._times, self._part_bytes = run_id, codec, times, part_bytes
-        self._reports = reports
+        self._reports, self._weighting = reports, weighting
+        self._matchmakings: list[RoundMatchmaking] = []  # by fragment
+        self._forming: set[int] = set()  # tickets of orders whose group may be known to groupmates before it is here
+        self._formed = asyncio.Event()  # set, and replaced, when a ticket leaves the above
         self._searches: dict[int, asyncio.Task[GroupInfo | None]] = {}  # by ticket, while it looks for members
         self._serving = 0
         self._idle = asyncio.Event()  # set while no groupmate waits for our parts
         self._idle.set()
-        self.inputs = [SharedVector(fragment.numel) for fragment in fragments]
-        self.outputs = [SharedVector(fragment.numel) for fragment in fragments]
+        self.vectors = [SharedVector(fragment.numel) for fragment in fragments]
         super().__init__(
             averaged_tensors=(),
             dht=dht,
             start=False,
-            prefix=f"{run_id}-outer",
+            prefix=f"{run_id}-{purpose}",
             min_matchmaking_time=times.matchmaking,
             request_timeout=times.request,
             allow_state_sharing=False,
             shutdown_timeout=times.request + 3.0,
         )
         # Peers that would cut or encode the vector otherwise are turned away when they ask to join.
-        layout = repr((run_id, codec.name, part_bytes, [(f.names, f.sizes) for f in fragments]))
+        layout = repr((run_id, codec.name, part_bytes, weighting.value, [(f.names, f.sizes) for f in fragments]))
         self.schema_hash = hashlib.sha256(layout.encode()).digest()
 
-    # hivemind builds its Matchmaking inside `_run_internal`; this is where ours takes its place.
+    # hivemind builds its Matchmaking inside `_run_internal`; this is where ours take its place.
     @property
     def _matchmaking(self) -> RoundMatchmaking:
-        return self._round_matchmaking
+        return self._matchmakings[0]
 
     @_matchmaking.setter
     def _matchmaking(self, built: Matchmaking) -> None:
-        self._round_matchmaking = RoundMatchmaking(
-            self._p2p, self.schema_hash, dht=self.dht, client_mode=self.client_mode, **self.matchmaking_kwargs
-        )
+        self._matchmakings = [
+            RoundMatchmaking(
+                self._p2p,
+                self.schema_hash,
+                dht=self.dht,
+                client_mode=self.client_mode,
+                searches=lambda: len(self._searches),
+                **self.matchmaking_kwargs,
+            )
+            for _ in self.vectors
+        ]
+
+    async def rpc_join_group(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        round_ = round_of_bucket(self.prefix, request.group_key)
+        if round_ is None:
+            yield averaging_pb2.MessageFromLeader(code=averaging_pb2.BAD_GROUP_KEY)
+            return
+        matchmaking = self._matchmakings[fragment_of(round_, len(self._matchmakings))]
+        async for message in matchmaking.rpc_join_group(request, context):
+            yield message
 
     def run(self) -> None:
         signal.set_wakeup_fd(-1)  # inherited: a signal to this process would wake the parent's event loop
@@ -179,12 +205,29 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
         self._serving += 1
         self._idle.clear()
         try:
-            async for message in super().rpc_aggregate_part(stream, context):
+            opening = await anext(stream)
+            await self._until_formed(opening.group_id)
+            async for message in super().rpc_aggregate_part(achain(as_aiter(opening), stream), context):
                 yield message
         finally:
             self._serving -= 1
             if not self._serving:
                 self._idle.set()
+
+    async def _until_formed(self, group_id: bytes) -> None:
+        """Wait while a group may be one that this peer is just about to hear of from its leader. Then hivemind refuses.
+
+        hivemind has one flag for this, which only works with one search at a time.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._times.sender):
+                while group_id not in self._running_groups and self._forming:
+                    await self._formed.wait()
+
+    def _note_formed(self, ticket: int) -> None:
+        self._forming.discard(ticket)
+        self._formed.set()
+        self._formed = asyncio.Event()
 
     # -- one order ---------------------------------------------------------------------------------------------------
 
@@ -205,7 +248,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
 
     async def _find_group(self, order: Order) -> GroupInfo | None:
         search = self._searches[order.ticket] = asyncio.ensure_future(
-            self._matchmaking.find_group(self._search_for(order))
+            self._matchmakings[order.own.fragment].find_group(self._search_for(order))
         )
         try:
             return await search
@@ -214,7 +257,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
 
     async def _run_order(self, order: Order) -> Report:
         started = time.monotonic()
-        self._pending_groups_registered.clear()
+        self._forming.add(order.ticket)
         try:
             group = await self._find_group(order)
             if group is None:
@@ -222,7 +265,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                     order.ticket,
                     Status.NO_GROUP,
                     f"fewer than {order.quorum} members met within {self._times.matchmaking} s",
-                    failed=self._matchmaking.refusals,
+                    failed=self._matchmakings[order.own.fragment].refusals,
                 )
             members = tuple(peer.to_base58() for peer in group.peer_ids)
             facts, failed = self._check_group(group, members, order)
@@ -230,7 +273,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 detail = "the group's facts were refused: " + "; ".join(failed.values())
                 return Report(order.ticket, Status.REFUSED, detail, members, failed=failed)
             matched = time.monotonic() - started
-            status, detail, account = await self._average(group, order.own.fragment, facts)
+            status, detail, account = await self._average(group, order, facts)
             return Report(
                 order.ticket,
                 status,
@@ -249,7 +292,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             log.warning("search failed round=%d", order.own.round, exc_info=True)
             return Report(order.ticket, Status.NO_GROUP, f"the search failed: {error!r}")
         finally:
-            self._pending_groups_registered.set()  # groupmates that came early get an answer, if only a refusal
+            self._note_formed(order.ticket)  # groupmates that came early get an answer, if only a refusal
 
     def _search_for(self, order: Order) -> Search:
         now = float(get_dht_time())
@@ -257,7 +300,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             scheduled_time=now + self._times.matchmaking,
             deadline=now + self._times.search,
             data_for_gather=order.signed_facts,
-            admit=partial(self._open_facts, order.own),
+            admit=partial(self._open_facts, order),
             round=order.own.round,
             attempt=order.own.attempt,
             expected=max(order.expected, order.quorum),
@@ -265,8 +308,12 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             avoid=order.avoid,
         )
 
-    def _open_facts(self, own: RoundFacts, peer_id: str, data: bytes) -> RoundFacts:
-        return open_facts(data, self._run_id, peer_id, like=own, now=time.time())
+    def _open_facts(self, order: Order, peer_id: str, data: bytes) -> RoundFacts:
+        receivers = self._weighting.receivers
+        facts = open_facts(data, self._run_id, peer_id, like=order.own, now=time.time(), receivers=receivers)
+        if (facts.tokens == 0) != (peer_id == order.receiver):
+            raise Refused("not_the_receiver", f"{peer_id} brings {facts.tokens} tokens")
+        return facts
 
     def _check_group(
         self, group: GroupInfo, members: tuple[str, ...], order: Order
@@ -279,18 +326,23 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             try:
                 if member in order.avoid:
                     raise Refused("avoided", f"{member} failed an earlier attempt")
-                facts.append(self._open_facts(order.own, member, data))
+                facts.append(self._open_facts(order, member, data))
             except (BadSignature, Refused) as error:
                 failed[member] = error.cause
         if not failed and not any(fact.reduces for fact in facts):
             failed[""] = "no member can be dialled"
+        elif not failed and order.receiver and order.receiver not in members:
+            failed[""] = f"{order.receiver}, who is to receive the average, did not come"
+        elif not failed and not any(fact.tokens for fact in facts):
+            failed[""] = "no member brings tokens"
         return tuple(facts), failed
 
     async def _average(
-        self, group: GroupInfo, fragment: int, facts: tuple[RoundFacts, ...]
+        self, group: GroupInfo, order: Order, facts: tuple[RoundFacts, ...]
     ) -> tuple[Status, str, Account]:
-        vector = self.inputs[fragment].tensor
+        vector = self.vectors[order.own.fragment].tensor
         with self._register_allreduce_group(group):
+            self._note_formed(order.ticket)
             runner = self.runner_type(
                 p2p=self._p2p,
                 servicer_type=type(self),
@@ -298,7 +350,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 group_id=group.group_id,
                 tensors=[vector],
                 ordered_peer_ids=group.peer_ids,
-                share_by_peer=shares(weights(facts)),
+                share_by_peer=shares(weights(facts, weighting=self._weighting)),
                 reducers={fact.peer_id for fact in facts if fact.reduces},
                 codec=self._codec,
                 part_size_bytes=self._part_bytes,
@@ -307,7 +359,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             )
             self._running_groups[group.group_id].set_result(runner)
             try:
-                await asyncio.wait_for(self._collect(runner, fragment), self._times.allreduce)
+                await asyncio.wait_for(self._collect(runner, vector), self._times.allreduce)
             except TimeoutError:
                 return Status.TIMED_OUT, f"no result within {self._times.allreduce:.1f} s", runner.account
             except _HIVEMIND_ERRORS as error:
@@ -317,6 +369,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
         share = runner.account.whole / vector.numel()
         return Status.PARTIAL, f"{share:.1%} of the fragment averages every member", runner.account
 
-    async def _collect(self, runner: TruthfulRunner, fragment: int) -> None:
-        async for average in runner:
-            self.outputs[fragment].tensor.copy_(average)
+    @staticmethod
+    async def _collect(runner: TruthfulRunner, vector: Tensor) -> None:
+        async for average in runner:  # one, when all parts are back
+            vector.copy_(average)

@@ -1,6 +1,8 @@
-"""Averaging pseudo-gradients with peers: the trainer's side. It starts the averager process and talks to it.
+"""Averaging with peers: the trainer's side. It starts the averager process and talks to it.
 
     submit(round r, ...)  ->  fragment r mod P, signed facts  ->  averager process  ->  Future[Outcome]
+
+`Averager` is what all kinds of averaging have in common, `OuterAverager` averages pseudo-gradients of the backbone.
 
 See `averager_process` for the other side, `allreduce` for what an Outcome can be trusted with.
 """
@@ -26,13 +28,14 @@ from .errors import RoundFailed
 from .facts import RoundFacts, sign_facts
 from .fragments import Fragment
 from .identity import Identity
+from .merging import Weighting
 from .outcome import Order, Outcome, Report, Status
 from .parts import CodecName, PartCodec
 from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Outcome", "OuterAverager", "Status"]
+__all__ = ["Averager", "Outcome", "OuterAverager", "Status"]
 
 START_SECONDS = 30.0
 GRACE_SECONDS = 5.0  # past a round's own timeout, before the process counts as stuck
@@ -46,17 +49,17 @@ class _Pending:
     submitted: float  # monotonic seconds
 
 
-class OuterAverager:
-    """One averager process for all fragments of the backbone.
+class Averager:
+    """One averager process for all fragments of one kind.
 
     Construct it on the main thread, after the DHT and before any other thread or CUDA context: it forks, and the child
     is tied to the life of the thread that forked it. The process dies with this one, even on SIGKILL.
 
     Args:
         dht: a running DHT whose peer id is `identity`'s. Matchmaking stores unsigned entries under keys that start with
-            `<run_id>-outer.0b`.
-        fragments: `fragments.partition` of the backbone, the same on all peers.
-        codec: of pseudo-gradients on the wire, both ways.
+            `<run_id>-<purpose>.0b`.
+        fragments: vectors, numbered from 0, the same on all peers. Their names bind whatever else must be the same.
+        codec: of vectors on the wire, both ways.
         matchmaking_seconds: how long a round waits for missing members.
         timeout_seconds: after which a round has failed, matchmaking included.
         part_bytes: encoded bytes in one message; the same on all peers.
@@ -67,6 +70,8 @@ class OuterAverager:
     """
 
     process_type: type[AveragerProcess] = AveragerProcess
+    purpose = "outer"  # part of the DHT keys and of the names of remote calls
+    weighting = Weighting.PROGRESS
 
     def __init__(
         self,
@@ -99,6 +104,8 @@ class OuterAverager:
             times=self._times,
             part_bytes=part_bytes,
             reports=writer,
+            purpose=self.purpose,
+            weighting=self.weighting,
         )
         self._lock = threading.Lock()  # guards the four below, and the control pipe against interleaved writes
         self._pending: dict[int, _Pending] = {}
@@ -112,7 +119,7 @@ class OuterAverager:
         except TimeoutError as error:
             self._process.kill()
             raise RoundFailed(f"the averager process did not start within {START_SECONDS} s") from error
-        self._collector = threading.Thread(target=self._collect, name="outer-averager", daemon=True)
+        self._collector = threading.Thread(target=self._collect, name=f"{self.purpose}-averager", daemon=True)
         self._collector.start()
 
     @property
@@ -126,39 +133,28 @@ class OuterAverager:
             if self._dead is not None:
                 raise RoundFailed(self._dead, fix="restart this peer")
 
-    def submit(
+    def _submit(
         self,
         round_: int,
         attempt: int,
-        pseudo_gradient: Tensor,
+        value: Tensor | None,
         *,
         tokens: int,
         steps: int,
         expected: int,
         quorum: int,
-        base: bytes = bytes(32),
-        avoid: Collection[str] = (),
+        base: bytes,
+        avoid: Collection[str],
+        receiver: str = "",
     ) -> Future[Outcome]:
-        """Average fragment `round_ mod P` with whoever submits the same round, attempt and base. Does not block.
-
-        Args:
-            pseudo_gradient: shape (numel,) of the fragment, any float dtype and device; copied before this returns.
-            tokens, steps: trained since the fragment's last common state, both at least 1; they set the weight.
-            expected: members after which the round starts at once (this one included).
-            quorum: members without which it does not start.
-            base: digest of the common state that the pseudo-gradient was measured from; others' must be equal.
-            avoid: peer ids not to meet, e.g. an earlier attempt's `failed`.
-
-        Returns a future that always resolves: to an Outcome within `timeout_seconds`, or to RoundFailed if the averager
-        process has died. Raises ValueError on bad arguments and RoundFailed if the fragment's last round still runs.
-        """
+        """As `OuterAverager.submit`. With `value` None and no tokens, this peer is the `receiver`."""
         fragment = self._fragments[fragment_of(round_, len(self._fragments))]
-        if pseudo_gradient.shape != (fragment.numel,):
-            raise ValueError(
-                f"fragment {fragment.index} has {fragment.numel} elements, got {tuple(pseudo_gradient.shape)}"
-            )
-        if quorum < 2 or expected < 1 or tokens < 1 or steps < 1:
-            raise ValueError(f"quorum {quorum} < 2, or one of expected, tokens, steps below 1")
+        if value is not None and value.shape != (fragment.numel,):
+            raise ValueError(f"fragment {fragment.index} has {fragment.numel} elements, got {tuple(value.shape)}")
+        if (value is None) != (tokens == 0) or (value is None) != (receiver == self._identity.peer_id):
+            raise ValueError(f"{tokens} tokens, and the vector or the receiver {receiver!r} says otherwise")
+        if quorum < 2 or expected < 1 or tokens < 0 or steps < 1:
+            raise ValueError(f"quorum {quorum} < 2, negative tokens, or expected or steps below 1")
         own = RoundFacts(
             peer_id=self._identity.peer_id,
             round=round_,
@@ -178,12 +174,13 @@ class OuterAverager:
                 return future
             if fragment.index in self._busy.values():
                 raise RoundFailed(f"fragment {fragment.index} is still being averaged")
-            vector = self._process.inputs[fragment.index].tensor
-            vector.copy_(pseudo_gradient.detach())
+            vector = self._process.vectors[fragment.index].tensor
+            if value is None:
+                vector.zero_()
+            else:
+                vector.copy_(value.detach())
             if not self._may_send(vector):
-                future.set_result(
-                    Outcome(Status.REFUSED, round_, attempt, detail="the own pseudo-gradient is not finite")
-                )
+                future.set_result(Outcome(Status.REFUSED, round_, attempt, detail="the own vector is not finite"))
                 return future
             ticket = self._next_ticket
             self._next_ticket += 1
@@ -194,6 +191,7 @@ class OuterAverager:
                 expected=expected,
                 quorum=quorum,
                 avoid=frozenset(avoid),
+                receiver=receiver,
             )
             self._pending[ticket] = _Pending(future, order, time.monotonic())
             self._busy[ticket] = fragment.index
@@ -266,7 +264,7 @@ class OuterAverager:
             own = pending.order.own
             numel = self._fragments[own.fragment].numel
             complete = report.status is Status.COMPLETE
-            average = self._process.outputs[own.fragment].tensor.clone() if complete else None
+            average = self._process.vectors[own.fragment].tensor.clone() if complete else None
         outcome = Outcome(
             status=report.status,
             round=own.round,
@@ -283,7 +281,8 @@ class OuterAverager:
             detail=report.detail,
         )
         log.debug(
-            "outer round=%d.%d %s members=%d %.2fs %s",
+            "%s round=%d.%d %s members=%d %.2fs %s",
+            self.purpose,
             own.round,
             own.attempt,
             report.status.value,
@@ -305,3 +304,45 @@ class OuterAverager:
             pending.future.set_result(
                 Outcome(Status.TIMED_OUT, own.round, own.attempt, seconds=limit, detail="the averager does not answer")
             )
+
+
+class OuterAverager(Averager):
+    """Averages pseudo-gradients: the fragments are `fragments.partition` of the backbone."""
+
+    def submit(
+        self,
+        round_: int,
+        attempt: int,
+        pseudo_gradient: Tensor,
+        *,
+        tokens: int,
+        steps: int,
+        expected: int,
+        quorum: int,
+        base: bytes = bytes(32),
+        avoid: Collection[str] = (),
+    ) -> Future[Outcome]:
+        """Average fragment `round_ mod P` with whoever submits the same round, attempt and base. Does not block.
+
+        Args:
+            pseudo_gradient: shape (numel,) of the fragment, any float dtype and device; copied before this returns.
+            tokens, steps: trained since the fragment's last common state, both at least 1; they set the weight.
+            expected: members after which the round starts at once (this one included).
+            quorum: members without which it does not start.
+            base: digest of the common state that the pseudo-gradient was measured from; others' must be equal.
+            avoid: peer ids not to meet, e.g. an earlier attempt's `failed`.
+
+        Returns a future that always resolves: to an Outcome within `timeout_seconds`, or to RoundFailed if the averager
+        process has died. Raises ValueError on bad arguments and RoundFailed if the fragment's last round still runs.
+        """
+        return self._submit(
+            round_,
+            attempt,
+            pseudo_gradient,
+            tokens=tokens,
+            steps=steps,
+            expected=expected,
+            quorum=quorum,
+            base=base,
+            avoid=avoid,
+        )

@@ -1,8 +1,8 @@
-"""What a member of an outer round says about itself, signed: the only input to averaging weights.
+"""What a member of an averaging round says about itself, signed: the only input to averaging weights.
 
 A member signs over its run, round and attempt, so its facts can neither be invented by the group's leader (who passes
 them on) nor reused in another round. `base` is the digest of the state that the pseudo-gradient was measured from:
-pseudo-gradients from different bases have no common average.
+pseudo-gradients from different bases have no common average. For sketches it names the slot and its lease's epoch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class RoundFacts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     round: Annotated[int, Meta(ge=0, le=MAX_ROUND)]
     attempt: Annotated[int, Meta(ge=0, le=MAX_ATTEMPT)]
     fragment: Annotated[int, Meta(ge=0, le=1 << 20)]
-    tokens: Annotated[int, Meta(ge=1, le=1 << 53)]  # trained on since the base
+    tokens: Annotated[int, Meta(ge=0, le=1 << 53)]  # trained on since the base; 0: brings nothing, only receives
     steps: Annotated[int, Meta(ge=1, le=1 << 32)]  # inner steps since the base
-    base: Annotated[bytes, Meta(min_length=32, max_length=32)]  # merging.digest of the state before the round
+    base: Annotated[bytes, Meta(min_length=32, max_length=32)]  # e.g. merging.digest of the state before the round
     reduces: bool  # others can dial it, so it averages a share of the parts
     issued_at: float  # unix seconds
 
@@ -47,8 +47,12 @@ def sign_facts(identity: Identity, run_id: str, facts: RoundFacts) -> bytes:
     return identity.sign(_signed_bytes(run_id, payload)) + payload
 
 
-def open_facts(data: bytes, run_id: str, peer_id: str, *, like: RoundFacts, now: float) -> RoundFacts:
+def open_facts(
+    data: bytes, run_id: str, peer_id: str, *, like: RoundFacts, now: float, receivers: bool = False
+) -> RoundFacts:
     """Verify and decode facts that `peer_id` sent for the same attempt, fragment and base as `like`.
+
+    `receivers`: whether facts without tokens are in order.
 
     Raises:
         BadSignature: `peer_id` did not sign these bytes for this run.
@@ -62,6 +66,8 @@ def open_facts(data: bytes, run_id: str, peer_id: str, *, like: RoundFacts, now:
         facts = msgspec.msgpack.decode(payload, type=RoundFacts)
     except msgspec.DecodeError as error:
         raise Refused("facts_malformed", f"{peer_id}'s facts: {error}") from error
+    if not facts.tokens and not receivers:
+        raise Refused("facts_malformed", f"{peer_id} has trained on no tokens")
     if facts.peer_id != peer_id:
         raise Refused("facts_of_another", f"{peer_id} sent facts about {facts.peer_id}")
     if (facts.round, facts.attempt, facts.fragment) != (like.round, like.attempt, like.fragment):

@@ -1,4 +1,4 @@
-"""Finding the members of one outer round: hivemind's matchmaking, told which round, how many, and whom not.
+"""Finding the members of one round: hivemind's matchmaking, told which round, how many, and whom not.
 
     bucket = prefix.0b<48 bits of round><16 bits of attempt>      peers of different rounds never meet
     the earliest declared expiration leads; others ask to join    hivemind's protocol, unchanged
@@ -29,6 +29,8 @@ from .facts import MAX_ATTEMPT, MAX_ROUND
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05  # hivemind's search asks the DHT again as soon as it has answered
+LONGEST_POLL_SECONDS = 1.0
+BUCKET_BITS = 48 + 16
 JOIN_RETRIES = 3  # requests to one leader that got no answer, before the search gives up on it
 
 
@@ -57,12 +59,21 @@ class Search:
         return max(0.0, self.deadline - float(get_dht_time()))
 
 
+def round_of_bucket(prefix: str, group_key: str) -> int | None:
+    """The round that a bucket is named after; None if that is no bucket of ours."""
+    start, bits = group_key[: -BUCKET_BITS or None], group_key[-BUCKET_BITS:]
+    if start != f"{prefix}.0b" or set(bits) - {"0", "1"}:
+        return None
+    return int(bits[:48], 2)
+
+
 class RoundKeyManager(GroupKeyManager):  # type: ignore[misc]  # hivemind is untyped
     """Names the bucket after the round; hivemind would move to a random bucket after each group."""
 
-    def __init__(self, dht: DHT, prefix: str) -> None:
+    def __init__(self, dht: DHT, prefix: str, searches: Callable[[], int]) -> None:
         super().__init__(dht, prefix, "", None)
         self.avoid: frozenset[str] = frozenset()
+        self._searches = searches
 
     def enter(self, round_: int, attempt: int) -> None:
         """Look in this round's bucket from now on."""
@@ -71,7 +82,7 @@ class RoundKeyManager(GroupKeyManager):  # type: ignore[misc]  # hivemind is unt
         self.group_bits = f"{round_:048b}{attempt:016b}"
 
     async def get_averagers(self, group_key: str, only_active: bool) -> list[tuple[PeerID, float]]:
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(min(LONGEST_POLL_SECONDS, POLL_SECONDS * self._searches()))
         found = await super().get_averagers(group_key, only_active)
         return [(peer, expiration) for peer, expiration in found if peer.to_base58() not in self.avoid]
 
@@ -87,11 +98,16 @@ class RoundKeyManager(GroupKeyManager):  # type: ignore[misc]  # hivemind is unt
 
 
 class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind is untyped
-    """Matchmaking of one `Search` at a time."""
+    """Matchmaking of one `Search` at a time.
 
-    def __init__(self, *args: object, prefix: str, dht: DHT, **kwargs: object) -> None:
+    `searches`: how many run in this process now; together they ask the DHT as often as one would.
+    """
+
+    def __init__(
+        self, *args: object, prefix: str, dht: DHT, searches: Callable[[], int] = lambda: 1, **kwargs: object
+    ) -> None:
         super().__init__(*args, prefix=prefix, dht=dht, **kwargs)
-        self.group_key_manager: RoundKeyManager = RoundKeyManager(dht, prefix)
+        self.group_key_manager: RoundKeyManager = RoundKeyManager(dht, prefix, searches)
         self.refusals: dict[str, str] = {}  # peer id: why it was not let in, in the current search
         self._one_search = asyncio.Lock()
         self._unanswered: dict[PeerID, int] = {}

@@ -5,7 +5,7 @@
     m'   = mu m + v                         momentum
     common' = common - lr (v + mu m')       Nesterov's form of SGD;  mu = 0, lr = 1 gives sum_i w_i local_i / sum_i w_i
 
-    w_i  = min(tokens_i^2 / steps_i, 3 * median)
+    w_i  = min(tokens_i^2 / steps_i, 3 * median)        of sketches of gradients, per token: min(tokens_i, 3 * median)
 
 Every member runs the step on the same bytes and must end with the same bytes, on whatever CPU. So each operation rounds
 on its own: a product, then a sum, never `add(alpha=)`, which a compiler may fuse into one rounding on some machines.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -23,6 +24,18 @@ from torch import Tensor
 
 SHARE_TOTAL = 1 << 20  # shares are integers, so their sums are exact in any order and in float64
 WEIGHT_CAP = 3.0
+
+
+class Weighting(Enum):
+    """What a member's claims are worth, before the cap."""
+
+    PROGRESS = "progress"  # tokens^2 / steps (tokens, times tokens a step): of pseudo-gradients
+    TOKENS = "tokens"  # of means over tokens; a member without tokens weighs nothing and only receives
+
+    @property
+    def receivers(self) -> bool:
+        """Whether members without tokens may take part."""
+        return self is Weighting.TOKENS
 
 
 class Claims(Protocol):
@@ -45,31 +58,39 @@ class Facts:
     steps: int
 
 
-def weights(facts: Sequence[Claims], cap: float = WEIGHT_CAP) -> dict[str, float]:
-    """Weight by peer id: tokens^2 / steps (tokens, times tokens a step), at most `cap` times the lower median.
+def weights(
+    facts: Sequence[Claims], cap: float = WEIGHT_CAP, weighting: Weighting = Weighting.PROGRESS
+) -> dict[str, float]:
+    """Weight by peer id, at most `cap` times the lower median of the members that have tokens.
 
     The lower median is one member's own number. With two members it is the smaller one, so that neither can outweigh
     the other by more than `cap`; a mean of the two would follow a liar anywhere. Raises ValueError on no members,
-    duplicates, or counts below 1.
+    duplicates, counts below 1 (tokens: below 0 if the weighting has receivers), or if nobody has tokens.
     """
+    fewest = 0 if weighting.receivers else 1
     raw: dict[str, float] = {}
     for fact in facts:
         if fact.peer_id in raw:
             raise ValueError(f"{fact.peer_id} appears twice")
-        if fact.tokens < 1 or fact.steps < 1:
+        if fact.tokens < fewest or fact.steps < 1:
             raise ValueError(f"{fact.peer_id} claims {fact.tokens} tokens in {fact.steps} steps")
-        raw[fact.peer_id] = fact.tokens * fact.tokens / fact.steps
-    if not raw:
-        raise ValueError("no members")
-    limit = cap * sorted(raw.values())[(len(raw) - 1) // 2]
+        progress = fact.tokens * fact.tokens / fact.steps
+        raw[fact.peer_id] = progress if weighting is Weighting.PROGRESS else float(fact.tokens)
+    counted = sorted(value for value in raw.values() if value)
+    if not counted:
+        raise ValueError("no members with tokens")
+    limit = cap * counted[(len(counted) - 1) // 2]
     return {peer_id: min(value, limit) for peer_id, value in raw.items()}
 
 
 def shares(weight_by_peer: Mapping[str, float]) -> dict[str, int]:
-    """Weights as integers that sum to about SHARE_TOTAL; nobody's is 0. A subset's sum equals the whole's only if it is
-    the whole, which is how a partial average shows."""
+    """Weights as integers that sum to about SHARE_TOTAL; 0 only for a weight of 0. A subset's sum equals the whole's
+    only if nobody is missing but members without a weight, which is how a partial average shows."""
     total = sum(weight_by_peer[peer_id] for peer_id in sorted(weight_by_peer))
-    return {peer_id: max(1, round(weight / total * SHARE_TOTAL)) for peer_id, weight in weight_by_peer.items()}
+    return {
+        peer_id: max(1, round(weight / total * SHARE_TOTAL)) if weight else 0
+        for peer_id, weight in weight_by_peer.items()
+    }
 
 
 def outer_step(common: Tensor, average: Tensor, momentum: Tensor, lr: float, mu: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What an outer round's all-reduce came to, and the records that carry it out of the averager's process."""
+"""What a round's all-reduce came to, and the records that carry it out of the averager's process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class Outcome:
 
 
 class Order(msgspec.Struct, frozen=True):
-    """Parent to averager process: run one attempt. The input lies in the fragment's shared buffer."""
+    """Parent to averager process: run one attempt. The input lies in the fragment's shared buffer.
+
+    `receiver`: peer id of the one member that may, and must, be in the group without tokens; empty if there is none.
+    """
 
     ticket: int
     own: RoundFacts
@@ -61,6 +64,7 @@ class Order(msgspec.Struct, frozen=True):
     expected: int
     quorum: int
     avoid: frozenset[str]
+    receiver: str = ""
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
-"""Runs as a script: a warm template that forks peers for test_averaging.py; importing torch and hivemind takes seconds.
+"""Runs as a script: a warm template that forks peers for averaging_swarm.py; importing torch and hivemind is slow.
 
 argv[1]  address of the test's Unix socket. The template connects first and then receives one dict per peer to fork;
-         each peer connects to the same address, says who it is, and obeys ("submit", kwargs), ("stop",).
+         each peer connects to the same address, says who it is, and obeys ("submit", vector, kwargs),
+         ("sketch", vector or None, kwargs) and ("stop",).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from shoal.protocol.dht import start_dht, visible_addresses
 from shoal.protocol.fragments import Fragment
 from shoal.protocol.identity import Identity
 from shoal.protocol.process_death import end_with_parent
+from shoal.protocol.sketch_averaging import SketchAverager, credited_tokens
 
 
 class WeightLiar(TruthfulRunner):
@@ -45,12 +47,26 @@ class FrozenProcess(AveragerProcess):
         await asyncio.Event().wait()
 
 
-class NanAverager(OuterAverager):
+class SendsNan:
     """Sends what the real one refuses to send."""
 
     @staticmethod
     def _may_send(vector):
         return True
+
+
+class Freeloads:
+    """Wants to receive what another one owns."""
+
+    def _submit(self, *args, receiver, **kwargs):
+        return super()._submit(*args, receiver=self._identity.peer_id, **kwargs)
+
+
+def faulty(kind, fault):
+    """`kind`, or what a peer with this fault has in its place."""
+    bases = {"nan": (SendsNan,), "freeloader": (Freeloads,)}.get(fault, ())
+    process = {"liar": LiarProcess, "frozen": FrozenProcess, "frozen client": FrozenProcess}.get(fault, AveragerProcess)
+    return type(kind.__name__, (*bases, kind), {"process_type": process})
 
 
 # The group's RPCs are named after the class.
@@ -69,25 +85,28 @@ def serve(address: str, spec: dict) -> None:
         port=0,
         announce=[],
         run_id=spec["run_id"],
-        client=spec["fault"] == "client",
+        client=spec["fault"].endswith("client"),
     )
-    kind = NanAverager if spec["fault"] == "nan" else OuterAverager
     frozen, frozen_fd = os.pipe()
-    if spec["fault"] == "liar":
-        kind = type("Liar", (kind,), {"process_type": LiarProcess})
-    if spec["fault"] == "frozen":
-        FrozenProcess.frozen_fd = frozen_fd
-        kind = type("Frozen", (kind,), {"process_type": FrozenProcess})
-    averager = kind(
-        dht=dht,
-        identity=identity,
-        run_id=spec["run_id"],
-        fragments=[Fragment(i, (f"w{i}",), (n,), n) for i, n in enumerate(spec["sizes"])],
-        codec=spec["codec"],
-        matchmaking_seconds=spec["matchmaking_seconds"],
-        timeout_seconds=spec["timeout_seconds"],
-        part_bytes=spec["part_bytes"],
+    FrozenProcess.frozen_fd = frozen_fd
+    common = {
+        "dht": dht,
+        "identity": identity,
+        "run_id": spec["run_id"],
+        "codec": spec["codec"],
+        "matchmaking_seconds": spec["matchmaking_seconds"],
+        "timeout_seconds": spec["timeout_seconds"],
+        "part_bytes": spec["part_bytes"],
+    }
+    averager = faulty(OuterAverager, spec["fault"])(
+        fragments=[Fragment(i, (f"w{i}",), (n,), n) for i, n in enumerate(spec["sizes"])], **common
     )
+    sketcher = None
+    if spec["sketches"]:
+        num_slots, numel = spec["sketches"]
+        sketcher = faulty(SketchAverager, spec["fault"])(
+            num_slots=num_slots, numel=numel, sketcher=spec["sketcher"], **common
+        )
     if spec["fault"] == "forged":
         averager._run_id = "another-run"
     connection, writing = Client(address), threading.Lock()
@@ -108,6 +127,7 @@ def serve(address: str, spec: dict) -> None:
                 "status": outcome.status.value,
                 "average": None if outcome.average is None else outcome.average.numpy(),
                 "tokens": [fact.tokens for fact in outcome.facts],
+                "credited": credited_tokens(outcome) if outcome.status.value == "complete" else None,
             },
         )
 
@@ -126,17 +146,23 @@ def serve(address: str, spec: dict) -> None:
             "addrs": addrs,
         },
     )
-    if spec["fault"] == "frozen":
+    if spec["fault"].startswith("frozen"):
         threading.Thread(target=watch_frozen, daemon=True).start()
     while True:
         command, *rest = connection.recv()
         if command == "stop":
             break
         vector, kwargs = rest
+        if command == "sketch":
+            vector = None if vector is None else torch.from_numpy(np.array(vector))
+            sketcher.submit(kwargs.pop("slot"), kwargs.pop("interval"), vector, **kwargs).add_done_callback(report)
+            continue
         averager.submit(
             kwargs.pop("round"), kwargs.pop("attempt"), torch.from_numpy(np.array(vector)), **kwargs
         ).add_done_callback(report)
     averager.shutdown()
+    if sketcher is not None:
+        sketcher.shutdown()
     dht.shutdown()
     send("stopped", None)
 

@@ -9,8 +9,9 @@ import pytest
 from shoal.protocol.dht import start_dht, visible_addresses
 from shoal.protocol.identity import Identity
 
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; `directory_nodes` is there
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; helpers are there
 
+from averaging_swarm import Swarm
 from directory_nodes import RUN, Node
 
 
@@ -37,3 +38,20 @@ def rogue(nodes: list[Node]) -> Iterator[hivemind.DHT]:
     dht = hivemind.DHT(visible_addresses(nodes[0].dht), start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
     yield dht
     dht.shutdown()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    """A process that forks peers. In the end none of their processes may be left."""
+    swarm = Swarm(tmp_path_factory.mktemp("averaging"))
+    yield swarm
+    left = swarm.outlived()
+    swarm.close()
+    assert not left, f"processes outlived their peers: {left}"
+
+
+@pytest.fixture
+def swarm(template: Swarm) -> Iterator[Swarm]:
+    """Peers of one test."""
+    yield template
+    template.retire_peers()

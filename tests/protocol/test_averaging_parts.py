@@ -54,6 +54,15 @@ def test_signed_but_wrong_facts_are_refused(changes, reason):
     assert refused.value.reason == reason
 
 
+def test_facts_without_tokens_are_for_receivers():
+    data = sign_facts(ME, RUN, facts(tokens=0))
+    assert open_facts(data, RUN, ME.peer_id, like=facts(), now=NOW, receivers=True).tokens == 0
+    with pytest.raises(Refused, match="no tokens"):
+        open_facts(data, RUN, ME.peer_id, like=facts(), now=NOW)
+    with pytest.raises(Refused):
+        open_facts(sign_facts(ME, RUN, facts(tokens=-1)), RUN, ME.peer_id, like=facts(), now=NOW, receivers=True)
+
+
 def test_forged_facts_are_refused():
     data = sign_facts(ME, RUN, facts())
     for run, peer_id in ((RUN + "x", ME.peer_id), (RUN, Identity.generate().peer_id), (RUN, "nonsense")):
@@ -152,6 +161,25 @@ for scales, book in ((4, 256), (3, 255), (-1, 256), (1 << 60, 256)):
     refused(codec, message, 10_000, "part_shape")
 message.buffer = body[:16] + struct.pack("<f", float("inf")) * 3 + body[28:]
 refused(codec, message, 10_000, "non_finite")
+
+import asyncio
+from shoal.protocol.allreduce import ShareReducer
+
+async def only_a_receiver_is_left():
+    reducer = ShareReducer([torch.Size([7])], [0, 5])
+    waiting = asyncio.ensure_future(reducer.accumulate_part(0, 0, torch.zeros(7)))
+    await asyncio.sleep(0)
+    reducer.on_sender_failed(1)
+    assert torch.equal(await waiting, torch.zeros(7)) and reducer.included == [1]
+
+asyncio.run(only_a_receiver_is_left())
+
+from shoal.protocol.matchmaking import round_of_bucket
+bits = f"{(1 << 48) - 3:048b}{secrets.randbelow(1 << 16):016b}"
+assert round_of_bucket("run-sketch", f"run-sketch.0b{bits}") == (1 << 48) - 3
+for wrong in ("", "run-sketch.0b", f"run-outer.0b{bits}", f"run-sketch.0b{bits}1", f"run-sketch.0b{bits[1:]}", bits,
+              f"run-sketch.0b{bits[:-1]}2", f"run-sketch.0b{bits[:-1]}_"):
+    assert round_of_bucket("run-sketch", wrong) is None, wrong
 
 times = RoundTimes(matchmaking=5.0, round=30.0)
 assert times.request < times.matchmaking < times.search < times.round

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.merging import SHARE_TOTAL, Facts, digest, outer_step, shares, weights
+from shoal.protocol.merging import SHARE_TOTAL, Facts, Weighting, digest, outer_step, shares, weights
 
 # Of two zeros and two zeros: a change would part old peers from new.
 GOLDEN = "898a64e5e168880b6c531d78e00fd79beaaae9a14a084079d86b4450ac7127e2"
@@ -34,6 +34,17 @@ def test_weights_by_hand():
 def test_impossible_facts_are_refused(facts):
     with pytest.raises(ValueError, match=r"members|twice|claims"):
         weights(facts)
+
+
+def test_tokens_count_linearly_and_receivers_not_at_all():
+    facts = [Facts("a", 100, 7), Facts("owner", 0, 1), Facts("b", 200, 1), Facts("liar", 10**9, 1)]
+    found = weights(facts, weighting=Weighting.TOKENS)
+    assert found == {"a": 100, "owner": 0, "b": 200, "liar": 600}
+    assert shares(found)["owner"] == 0
+    assert abs(shares(found)["a"] - SHARE_TOTAL / 9) <= 1
+    for wrong in ([], facts[1:2], [Facts("a", -1, 1)], facts[:1] * 2):
+        with pytest.raises(ValueError, match=r"members|twice|claims"):
+            weights(wrong, weighting=Weighting.TOKENS)
 
 
 counts = st.integers(1, 2**53)
