@@ -1,9 +1,10 @@
 """`./dev bench kernels`: what experts and stand-ins cost on this machine.
 
-Two tables. Experts: forward and backward of `apply_experts` with all experts owned, against the eager experts of
+Three tables. Experts: forward and backward of `apply_experts` with all experts owned, against the eager experts of
 transformers, against a dense SwiGLU of the width that every token activates (K F: the same FLOPs without routing), and
 against itself with three in four experts replaced by stand-ins. Stand-ins: the time of every operation on one of them,
-and its bytes.
+and its bytes. Gradient sketches: time, size and error, beside the best that any matrix of the rank can do, for the
+gradient of a random expert that should do another's work, on inputs whose k-th direction has variance 1 / k.
 
 What is compared runs interleaved, one after the other in every round, and a ratio is the median of the rounds' ratios:
 a neighbour who takes a core away slows both sides of it. Times by themselves move with the machine's load.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -26,9 +28,12 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ..kernels.experts import DenseExpert, ExpertWeights, apply_experts, run_expert
+from ..kernels.gradient_sketch import GradientSketcher, Projections
 from ..kernels.standin import KINDS, initial_standin, make_publisher, standin_from_bytes
 
 RANK = 8
+SKETCH_RANKS = (4, 16, 64)
+SKETCH_ROWS = 1024
 TRAINED_STEP = 0.02  # how far weights move between two deltas, over their size: 8 steps of AdamW at 1e-4 for D = 512
 CAVEAT = (
     "Medians of interleaved rounds. Ratios are medians of each round's ratio and survive a busy machine; "
@@ -87,6 +92,21 @@ class StandInResult:
     state_bytes: int
     snapshot_bytes: int
     delta_bytes: int  # after a step of TRAINED_STEP
+
+
+@dataclass(frozen=True)
+class SketchResult:
+    """Gradient sketches of one expert at one rank; errors are of both matrices together, over the gradient's norm."""
+
+    hidden: int
+    width: int
+    rank: int
+    rounds: int
+    milliseconds: dict[str, float]  # form: the gradient itself from SKETCH_ROWS rows; add: its sketch; rebuild
+    gradient_numel: int
+    sketch_numel: int
+    error: float  # median over seeds
+    best_error: float
 
 
 class _EmptyTap:
@@ -228,16 +248,68 @@ def bench_standin(kind: str, shape: Shape, seconds: float, generator: torch.Gene
     )
 
 
-def markdown(experts: Sequence[ExpertsResult], standins: Sequence[StandInResult]) -> str:
-    """Both tables and how to read them."""
+class _KeptRows(_EmptyTap):
+    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
+        self.rows = x_ND, dy_ND, a_NF, dh_NH
+
+
+def bench_sketches(shape: Shape, rank: int, seconds: float, generator: torch.Generator) -> SketchResult:
+    """Sketches of one expert's gradient."""
+
+    def weights() -> tuple[Tensor, Tensor]:
+        gate_up = torch.randn(2 * shape.width, shape.hidden, generator=generator) * shape.hidden**-0.5
+        return gate_up, torch.randn(shape.hidden, shape.width, generator=generator) * shape.width**-0.5
+
+    tap = _KeptRows()
+    expert = DenseExpert(*(weight.requires_grad_() for weight in weights()))
+    x_ND = torch.randn(SKETCH_ROWS, shape.hidden, generator=generator) * torch.arange(1, shape.hidden + 1) ** -0.5
+    all_N1 = torch.zeros(SKETCH_ROWS, 1, dtype=torch.int64)
+    wrong_ND = apply_experts(x_ND, all_N1, all_N1 + 1.0, [expert], tap=tap) - run_expert(x_ND, *weights())
+    wrong_ND.square().sum().backward()  # type: ignore[no-untyped-call]
+
+    def form() -> tuple[Tensor, Tensor]:
+        x_ND, dy_ND, a_NF, dh_NH = tap.rows
+        return dh_NH.t() @ x_ND, dy_ND.t() @ a_NF
+
+    sketchers = [GradientSketcher(Projections(shape.hidden, shape.width, rank, seed)) for seed in range(9)]
+    for sketcher in sketchers:
+        sketcher.add(*tap.rows)
+    gradient, rebuilt = form(), [sketcher.projections.rebuild(sketcher.take()) for sketcher in sketchers]
+    errors = [math.hypot(*(float((g - w).norm()) for g, w in zip(r, gradient, strict=True))) for r in rebuilt]
+    norm = math.hypot(*(float(matrix.norm()) for matrix in gradient))
+    times = interleaved(
+        {
+            "form": form,
+            "add": lambda: sketchers[0].add(*tap.rows),
+            "rebuild": lambda: sketchers[0].projections.rebuild(sketchers[0].flat()),
+        },
+        seconds,
+    )
+    return SketchResult(
+        hidden=shape.hidden,
+        width=shape.width,
+        rank=rank,
+        rounds=len(times["add"]),
+        milliseconds=medians(times),
+        gradient_numel=sum(matrix.numel() for matrix in gradient),
+        sketch_numel=sketchers[0].projections.numel,
+        error=statistics.median(errors) / norm,
+        best_error=math.hypot(*(float(torch.linalg.svdvals(matrix)[rank:].norm()) for matrix in gradient)) / norm,
+    )
+
+
+def markdown(
+    experts: Sequence[ExpertsResult], standins: Sequence[StandInResult], sketches: Sequence[SketchResult]
+) -> str:
+    """All tables and how to read them."""
     lines = [
         "Experts, forward and backward. T x D, E experts of F, top K; ratios to all experts owned (above 1: slower)",
         "",
-        "| shape | rounds | owned, ms | transformers eager | dense of K F | 3/4 lowbit | 3/4 narrow |",
-        "|---|---|---|---|---|---|---|",
+        f"| shape | rounds | owned, ms | transformers eager | dense of K F | {' | '.join(f'3/4 {k}' for k in KINDS)} |",
+        "|---|---|---|---|---|" + "---|" * len(KINDS),
     ]
     for result in experts:
-        ratios = " | ".join(f"{result.ratios[name]:.2f}" for name in ("eager", "dense", "lowbit", "narrow"))
+        ratios = " | ".join(f"{result.ratios[name]:.2f}" for name in ("eager", "dense", *KINDS))
         lines.append(f"| {result.shape} | {result.rounds} | {result.milliseconds['owned']:.2f} | {ratios} |")
     operations = ("initial", "refit", "delta", "fidelity", "apply", "dense")
     lines += [
@@ -251,6 +323,17 @@ def markdown(experts: Sequence[ExpertsResult], standins: Sequence[StandInResult]
         costs = " | ".join(f"{standin.milliseconds[name]:.3f}" for name in operations)
         sizes = f"{standin.expert_bytes} | {standin.state_bytes} | {standin.snapshot_bytes} | {standin.delta_bytes}"
         lines.append(f"| {standin.kind} | {standin.hidden} x {standin.width} | {costs} | {sizes} |")
+    lines += [
+        "",
+        f"Gradient sketches of one expert, {SKETCH_ROWS} rows, ms; sizes in numbers; errors over the gradient's norm",
+        "",
+        "| D x F | rank | form the gradient | add | rebuild | gradient | sketch | error | best of the rank |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for sketch in sketches:
+        costs = " | ".join(f"{sketch.milliseconds[name]:.2f}" for name in ("form", "add", "rebuild"))
+        sizes = f"{sketch.gradient_numel} | {sketch.sketch_numel} | {sketch.error:.3f} | {sketch.best_error:.3f}"
+        lines.append(f"| {sketch.hidden} x {sketch.width} | {sketch.rank} | {costs} | {sizes} |")
     return "\n".join([*lines, "", CAVEAT])
 
 
@@ -286,7 +369,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     experts = [bench_experts(shape, seconds) for shape in shapes]
     of_one = {(shape.hidden, shape.width): shape for shape in shapes}
     standins = [bench_standin(kind, shape, seconds, generator) for shape in of_one.values() for kind in KINDS]
-    print(markdown(experts, standins))
+    ranks = [(shape, rank) for shape in of_one.values() for rank in SKETCH_RANKS if 4 * rank <= shape.width]
+    sketches = [bench_sketches(shape, rank, seconds, generator) for shape, rank in ranks]
+    print(markdown(experts, standins, sketches))
     if arguments.out is not None:
         report = {
             "python": platform.python_version(),
@@ -296,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "seed": arguments.seed,
             "experts": [asdict(result) for result in experts],
             "standins": [asdict(result) for result in standins],
+            "sketches": [asdict(result) for result in sketches],
         }
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

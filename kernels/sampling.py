@@ -48,10 +48,11 @@ def inclusion_probabilities(sizes_N: Tensor, num: int) -> Tensor:
         rest = (num - num_positive) / (len(sizes) - num_positive)
         return torch.where(positive, torch.ones_like(sizes), torch.full_like(sizes, rest))
     sizes = sizes / sizes.amax()  # sums cannot overflow
-    falling = sizes.sort(descending=True).values[:num]
+    rising = sizes.sort().values
     # t if the k largest are capped, k = 0 ... num - 1: what the others sum to, over the rows left for them. The
-    # smallest k will do whose next size is not above its t; k = num - 1 always does.
-    behind = sizes.sum() - falling.cumsum(0) + falling
+    # smallest k will do whose next size is not above its t; k = num - 1 always does. Sums begin with the smallest:
+    # as differences from the total they would be lost beside a large row.
+    behind, falling = rising.cumsum(0).flip(0)[:num], rising.flip(0)[:num]
     threshold = behind / torch.arange(num, 0, -1, dtype=torch.float64, device=sizes.device)
     fits = falling <= threshold
     fits[-1] = True

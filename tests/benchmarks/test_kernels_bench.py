@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from shoal.benchmarks.kernels import interleaved
+from shoal.kernels.standin import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -30,30 +31,43 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
 
 def test_every_ratio_and_time_is_a_positive_number(run: tuple[str, dict]) -> None:
     _, report = run
-    assert set(report) == {"python", "torch", "machine", "threads", "seed", "experts", "standins"}
+    assert set(report) == {"python", "torch", "machine", "threads", "seed", "experts", "standins", "sketches"}
     (experts,) = report["experts"]
     assert set(experts["shape"]) == {"tokens", "hidden", "width", "experts", "top_k"}
-    assert set(experts["milliseconds"]) == {"owned", "eager", "dense", "lowbit", "narrow"}
-    assert set(experts["ratios"]) == {"eager", "dense", "lowbit", "narrow"}
+    assert set(experts["milliseconds"]) == {"owned", "eager", "dense", *KINDS}
+    assert set(experts["ratios"]) == {"eager", "dense", *KINDS}
     assert experts["rounds"] >= 5
     for standin in report["standins"]:
         assert set(standin["milliseconds"]) == {"initial", "refit", "delta", "fidelity", "apply", "dense"}
-    numbers = [experts["ratios"], *(part["milliseconds"] for part in (experts, *report["standins"]))]
+    for sketch in report["sketches"]:
+        assert set(sketch["milliseconds"]) == {"form", "add", "rebuild"}
+    timed = (experts, *report["standins"], *report["sketches"])
+    numbers = [experts["ratios"], *(part["milliseconds"] for part in timed)]
     assert all(math.isfinite(value) and value > 0 for part in numbers for value in part.values())
 
 
 def test_stand_ins_are_smaller_than_their_expert_and_deltas_smaller_than_snapshots(run: tuple[str, dict]) -> None:
     _, report = run
-    assert [standin["kind"] for standin in report["standins"]] == ["lowbit", "narrow"]
+    assert [standin["kind"] for standin in report["standins"]] == list(KINDS)
     for standin in report["standins"]:
         assert standin["expert_bytes"] == 4 * 3 * standin["hidden"] * standin["width"]
         assert 0 < standin["delta_bytes"] < standin["snapshot_bytes"] < standin["expert_bytes"]
 
 
+def test_sketches_are_smaller_than_the_gradient_and_no_better_than_the_best_of_their_rank(
+    run: tuple[str, dict],
+) -> None:
+    _, report = run
+    assert [sketch["rank"] for sketch in report["sketches"]] == [4, 16]
+    for sketch in report["sketches"]:
+        assert 0 < sketch["sketch_numel"] < sketch["gradient_numel"]
+        assert 0 < sketch["best_error"] < sketch["error"] < 1
+
+
 def test_the_tables_name_what_was_measured_and_how_to_read_it(run: tuple[str, dict]) -> None:
     printed, report = run
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(report["experts"]) + len(report["standins"])
+    assert len(rows) == 3 + len(report["experts"]) + len(report["standins"]) + len(report["sketches"])
     assert "Ratios are medians of each round's ratio" in printed
 
 

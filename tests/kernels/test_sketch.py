@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from shoal.kernels.experts import DenseExpert, apply_experts, run_expert
 from shoal.kernels.sketch import (
+    Float16Rows,
     RowBuffer,
     RowCodec,
     RowSketch,
@@ -20,8 +24,9 @@ from shoal.kernels.sketch import (
 from torch import Tensor
 
 CODECS: tuple[RowCodec, ...] = ("int8", "float16")
-# Relative error of a gradient after the codec, in norm. int8 rounds within half a scale, max|row| / 254.
-CODEC_ERROR = {"int8": 0.015, "float16": 0.001}
+# Relative error of a gradient after the codec, in norm, at most. int8 rounds within half a scale, max|row| / 254: for
+# normal rows, whose largest value grows slowly with their length, 1.1% come of it at 64 values and 1.5% at 2048.
+CODEC_ERROR = {"int8": 0.02, "float16": 0.001}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +71,7 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh"])
 def test_without_a_budget_the_gradient_is_autograds(codec: RowCodec, act: str) -> None:
-    hidden, width = random.randint(8, 64), random.randint(4, 64)
+    hidden, width = random.choice([random.randint(8, 64), 1024]), random.randint(4, 64)
     gate_up, down = weights(width, hidden)
     x, dy = rows(random.randint(20, 300), hidden)
     buffer = RowBuffer(hidden, codec)
@@ -135,6 +140,204 @@ def test_bytes_round_trip() -> None:
             assert (back.pairs, back.effective, back.codec) == (30, sketch.effective, codec)
             assert torch.equal(back.x.dense(), sketch.x.dense())
             assert torch.equal(back.dy.dense(), sketch.dy.dense())
+
+
+def test_golden_bytes() -> None:
+    """A change of format is a decision."""
+    x, dy = torch.tensor([[127.0, -1.0], [0.0, 0.0]]), torch.tensor([[0.5, 63.5], [-63.5, 1.0]])
+    whole = sketched(x, dy)
+    header = "01 00 00 00 02000000 0200000000000000 000000000000f03f"
+    assert whole.to_bytes() == bytes.fromhex(header + "7fff 0000 803f 0000" + "017f 8102 003f 003f")
+    half = RowSketch(Float16Rows(x[:1].half()), Float16Rows(dy[:1].half()), torch.tensor([2.0]), 0.5, 2, "float16")
+    header = "01 01 01 00 01000000 0200000000000000 000000000000e03f"
+    assert half.to_bytes() == bytes.fromhex(header + "f057 00bc" + "0038 f053" + "00000040")
+    nothing = RowBuffer(2).take(None)
+    assert nothing.to_bytes() == bytes.fromhex("01 00 00 00 00000000 0000000000000000 000000000000f03f")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("num", [None, 5])
+def test_damaged_bytes_are_refused(codec: RowCodec, num: int | None) -> None:
+    data = sketched(*rows(9, 6), codec, num).to_bytes()
+
+    def read(data: bytes, hidden: int = 6, max_rows: int = 9) -> RowSketch:
+        return RowSketch.from_bytes(data, hidden=hidden, max_rows=max_rows)
+
+    read(data)
+    for cut in range(len(data)):
+        with pytest.raises(ValueError, match="bytes"):
+            read(data[:cut])
+    for wrong in (data + b"\0", data * 2, random.randbytes(len(data))):
+        with pytest.raises(ValueError, match=r"bytes|sketch"):
+            read(wrong)
+    with pytest.raises(ValueError, match="bytes"):
+        read(data, hidden=7)
+    with pytest.raises(ValueError, match="more than"):
+        read(data, max_rows=(num or 9) - 1)
+    for _ in range(500):  # any damage is refused, or is a sketch that can be used
+        damaged = bytearray(data)
+        for _ in range(random.randint(1, 3)):
+            damaged[random.randrange(len(data))] = random.randrange(256)
+        try:
+            sketch = read(bytes(damaged))
+        except ValueError:
+            continue
+        assert bool(sketch.x.dense().isfinite().all() and sketch.dy.dense().isfinite().all())
+        assert 0 < sketch.effective <= 1
+        assert sketch.weights_N is None or float(sketch.weights_N.double().sum()) <= 64 * sketch.pairs
+
+
+def forged(
+    *, rows: int = 2, pairs: int = 8, effective: float = 0.25, weights: tuple[float, ...] = (4.0, 4.0)
+) -> RowSketch:
+    """A sampled sketch whose numbers are as given."""
+    good = sketched(torch.ones(2, 3), torch.ones(2, 3)).to_bytes()
+    tail = struct.pack(f"<{len(weights)}f", *weights)
+    data = struct.pack("<BBBxIQd", 1, 0, bool(weights), rows, pairs, effective) + (good[24:] if rows else b"") + tail
+    return RowSketch.from_bytes(data, hidden=3, max_rows=9)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"effective": math.nan},
+        {"effective": 1.5},
+        {"effective": -0.1},
+        {"effective": 0.0},
+        {"weights": (4.0, math.inf)},
+        {"weights": (math.nan, 4.0)},
+        {"weights": (4.0, 0.5)},
+        {"weights": (-4.0, 4.0)},
+        {"weights": (4.0, 1e9)},
+        {"pairs": 1},
+        {"weights": (), "pairs": 8},
+        {"weights": (), "pairs": 2},  # two plain rows are worth all of two
+        {"rows": 0, "weights": ()},
+        {"rows": 0, "weights": (), "effective": 1.0},
+        {"rows": 0, "weights": (), "pairs": 0, "effective": 0.0},
+    ],
+)
+def test_counts_and_weights_that_no_sampling_gives_are_refused(numbers: dict[str, Any]) -> None:
+    assert forged().num_rows == 2
+    assert forged(rows=0, weights=(), effective=0.0).pairs == 8
+    with pytest.raises(ValueError, match=r"sketch|weight|rows"):
+        forged(**numbers)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_that_are_not_finite_or_too_large_are_left_out_and_counted(codec: RowCodec) -> None:
+    gate_up, down = weights(4, 6, torch.float32)
+    x, dy = rows(12, 6)
+    bad_x, bad_dy = x.clone(), dy.clone()
+    bad_x[3, 2], bad_x[4, 0], bad_dy[4, 1], bad_dy[7, 5], bad_dy[9, 0] = math.nan, math.inf, math.nan, -math.inf, 1e300
+    bad_x[10, 0] = 1e18  # finite, but no codec carries it
+    buffer = RowBuffer(6, codec)
+    buffer.add(bad_x, bad_dy)
+    good = torch.tensor([0, 1, 2, 5, 6, 8, 11])
+    sketch = buffer.take(None)
+    assert (buffer.refused, sketch.pairs, sketch.num_rows) == (5, 7, 7)
+    for got, want in zip(
+        expert_gradient(gate_up, down, sketch),
+        expert_gradient(gate_up, down, sketched(x[good], dy[good], codec)),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+    buffer.add(torch.full((5, 6), math.nan), torch.ones(5, 6))
+    assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_largest_rows_that_fit_are_kept_sampled_and_refused_only_as_gradients(codec: RowCodec) -> None:
+    largest = 6e16 if codec == "int8" else 65504.0
+    gate_up, down = weights(4, 6, torch.float32)
+    buffer = RowBuffer(6, codec, max_rows=10)
+    for _ in range(3):
+        buffer.add(torch.full((7, 6), largest), torch.full((7, 6), -largest))
+    assert buffer.refused == 0
+    sketch = buffer.take(4)
+    back = RowSketch.from_bytes(sketch.to_bytes(), hidden=6, max_rows=4)
+    assert error(back.x.dense(), torch.full((4, 6), largest)) < 0.01
+    if codec == "int8":  # act(1e17) * 1e17 * 1e17 is more than a float32
+        with pytest.raises(ValueError, match="not finite"):
+            expert_gradient(gate_up.abs(), down, back)
+
+
+def test_empty_and_single_rows() -> None:
+    gate_up, down = weights(4, 6)
+    for empty in (sketched(*rows(0, 6)), RowBuffer(6, "float16").take(3), RowBuffer(6).take(None)):
+        assert (empty.num_rows, empty.pairs, empty.effective) == (0, 0, 1.0)
+        back = RowSketch.from_bytes(empty.to_bytes(), hidden=6, max_rows=0)
+        for gradient in expert_gradient(gate_up, down, back, kappa=2.0, standin=weights(3, 6)):
+            assert float(gradient.abs().max()) == 0.0
+    x, dy = rows(1, 6)
+    for num in (None, 1, 5):
+        single = sketched(x, dy, "float16", num)
+        assert (single.num_rows, single.pairs, single.effective, single.weights_N) == (1, 1, 1.0, None)
+        assert error(expert_gradient(gate_up, down, single)[1], autograd(gate_up, down, x, dy)[1]) < 2e-3
+    zeros = sketched(torch.zeros(8, 6), torch.zeros(8, 6), num=2)
+    assert (zeros.num_rows, zeros.effective) == (2, 0.25)
+    assert float(expert_gradient(gate_up, down, zeros)[0].abs().max()) == 0.0
+
+
+def test_rows_for_which_there_is_no_budget_are_worth_nothing() -> None:
+    buffer = RowBuffer(6)
+    buffer.add(*rows(5, 6))
+    sketch = buffer.take(0)
+    assert (sketch.num_rows, sketch.pairs, sketch.effective, len(buffer)) == (0, 5, 0.0, 0)
+    assert RowSketch.from_bytes(sketch.to_bytes(), hidden=6, max_rows=0).pairs == 5
+
+
+def test_a_buffer_stays_within_its_bound_and_forgets_what_was_taken() -> None:
+    buffer = RowBuffer(6, max_rows=16)
+    for _ in range(2):
+        pairs = 0
+        for _ in range(20):
+            x, dy = rows(random.randint(0, 40), 6)
+            buffer.add(x, dy)
+            pairs += len(x)
+            assert len(buffer) == min(16, pairs)
+        sketch = buffer.take(None)
+        assert (sketch.num_rows, sketch.pairs) == (min(16, pairs), pairs)
+        assert 0 < sketch.effective < 1
+        assert len(buffer) == 0
+
+
+def test_sampled_rows_are_rows_that_came() -> None:
+    """x and dy of a row stay together while rows replace one another."""
+    hidden = 5
+    buffer = RowBuffer(hidden, "float16", max_rows=16)
+    for start in range(0, 200, 20):
+        number = torch.arange(start + 1, start + 21).float()[:, None]
+        buffer.add(number.expand(20, hidden), number.flip(1).expand(20, hidden) * 2)
+    sketch = buffer.take(9)
+    x, dy = sketch.x.dense(), sketch.dy.dense()
+    assert torch.equal(dy, 2 * x)
+    assert len(set(x[:, 0].tolist())) == 9
+
+
+def test_wrong_shapes_and_settings_are_refused() -> None:
+    gate_up, down = weights(4, 6)
+    sketch = sketched(*rows(5, 6))
+    buffer = RowBuffer(6)
+    for x, dy in (((3, 5), (3, 5)), ((3, 6), (2, 6)), ((6,), (6,))):
+        with pytest.raises(ValueError, match="rows of 6"):
+            buffer.add(torch.zeros(x), torch.zeros(dy))
+    for call in (
+        lambda: RowBuffer(0),
+        lambda: RowBuffer(6, max_rows=0),
+        lambda: RowBuffer(6, "int4"),  # type: ignore[arg-type]
+        lambda: buffer.take(-1),
+        lambda: expert_gradient(gate_up, down, sketched(*rows(5, 7))),
+        lambda: expert_gradient(gate_up[:-1], down, sketch),
+        lambda: expert_gradient(gate_up, down, sketch, "relu"),
+        lambda: expert_gradient(gate_up, down, sketch, kappa=1.0),
+        lambda: expert_gradient(gate_up, down, sketch, kappa=-1.0, standin=(gate_up, down)),
+        lambda: expert_gradient(gate_up, down, sketch, kappa=math.nan, standin=(gate_up, down)),
+        lambda: expert_gradient(gate_up, down, sketch, curvature="full"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            call()
+    assert len(buffer) == 0
 
 
 def test_kappa_follows_fidelity() -> None:
