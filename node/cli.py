@@ -70,6 +70,7 @@ def found(
     min_composers: Annotated[int, Parameter(group=RUN)] = 1,
     lease_seconds: Annotated[float, Parameter(group=RUN)] = 20.0,
     private_layers: Annotated[int, Parameter(group=RUN)] = 0,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", group=RUN, metavar="PART.FIELD=VALUE")] = (),
     role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
     peer: PeerOptions = None,
 ) -> int:
@@ -97,11 +98,15 @@ def found(
     private_layers:
         How many Mixture-of-Experts layers, counted from the input, are not shared out: every composer holds all their
         experts in full, which takes memory, and no activations of these layers leave a composer.
+    set_:
+        Any other fact of the manifest, in place of the preset's: `--set sketch.budget_bytes=200000`,
+        `--set standin.kind=narrow`. May be given several times; docs/sketches.md lists those of sketches.
     role:
         Whether the first peer trains too.
     """
     config = replace(peer or PeerConfig(), role=role)
-    return _start(config, _new_manifest(config, preset, name, steps, min_composers, lease_seconds, private_layers))
+    manifest = _new_manifest(config, preset, name, steps, min_composers, lease_seconds, private_layers, set_)
+    return _start(config, manifest)
 
 
 @app.command
@@ -125,7 +130,8 @@ def join(
     invite:
         The string that `shoal found` printed; every running peer's status page shows one too.
     role:
-        What to do there: `composer` trains, `bootstrap` helps others to find the run, `observer` only looks.
+        What to do there: `composer` trains on data, `worker` trains experts for composers and needs no data,
+        `bootstrap` helps others to find the run, `observer` only looks.
     """
     config = replace(peer or PeerConfig(), role=role, invite=invite)
     return _start(config, None)
@@ -288,11 +294,14 @@ def _new_manifest(
     min_composers: int,
     lease_seconds: float,
     private_layers: int,
+    settings: Sequence[str],
 ) -> Manifest:
     import msgspec
 
+    from ..protocol.handles import key_digest
     from ..protocol.identity import Identity
-    from .manifest import Manifest, OwnershipSpec
+    from .handle_key import found_key
+    from .manifest import Manifest, OwnershipSpec, PrivacySpec, with_settings
     from .model.presets import preset
 
     name = name or preset_name
@@ -320,7 +329,8 @@ def _new_manifest(
             expert_shape(model)
         except ValueError as error:
             raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
-    return Manifest(
+    config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    manifest = Manifest(
         name=name,
         founder=Identity.load_or_create(config.identity_path).peer_id,
         created_at=int(time.time()),
@@ -330,7 +340,9 @@ def _new_manifest(
         outer=parts.outer,
         standin=parts.standin,
         ownership=OwnershipSpec(lease_seconds=lease_seconds),
+        privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
     )
+    return with_settings(manifest, settings)
 
 
 @app.meta.default

@@ -11,6 +11,7 @@ import torch
 
 from ..protocol.averaging import OuterAverager
 from ..protocol.fragments import partition
+from ..protocol.handles import Handles
 from ..protocol.identity import Identity
 from ..protocol.merging import digest as digest_of
 from ..protocol.ownership import Copy
@@ -18,10 +19,11 @@ from .background import NetworkThread
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from .composer import Composer, StepReport
 from .config import PeerConfig
+from .copies import Snapshot
 from .data import Batches, load_corpus, seed_of_peer
 from .exchange import Exchange
 from .joining import catch_up, swarm_step
-from .keeper import SlotKeeper, Snapshot
+from .keeper import SlotKeeper
 from .links import Links
 from .logs import get_logger
 from .membership import Membership
@@ -29,6 +31,10 @@ from .model.init import backbone_shapes
 from .outer import Held, OuterDriver
 from .persistence import composer_tensors, restore_backbone, saved_slots
 from .serving import Library
+from .sketch_receiving import SketchReceiver
+from .sketch_sending import SketchSender
+from .sketching import SketchCollector
+from .slot_order import LayerOrder, inverse, renamed
 from .state import Count, PeerState, Phase, StepPart
 from .trainer import Trainer
 
@@ -89,11 +95,13 @@ class ComposerPeer:
             next_batch=self.batches.next,
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
         )
-        held, saved = self._restore(composer)
+        assert library.handle_key is not None
+        order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
+        held, saved = self._restore(composer, order)
         self.composer = composer
         self.trainer = Trainer(composer, self._after_step)
         weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
-        self.exchange = Exchange(links, self.trainer, composer, max_standin_bytes=4 * weights + HEADER_BYTES)
+        self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
         self.outer = OuterDriver(links, self.trainer, self.averager, self.fragments, held)
         self.keeper = SlotKeeper(
             links,
@@ -105,6 +113,13 @@ class ComposerPeer:
             saved=saved,
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
+        self.sender: SketchSender | None = None
+        if self.facts.manifest.sketch.kind == "rows":
+            seed = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
+            composer.collector = SketchCollector(self.facts.manifest.sketch, composer.shape, seed=seed)
+            self.sender = SketchSender(links, self.exchange, composer.collector)
+        self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
+        links.transport.answer_calls(self.receiver.answer)
         self.links, self.member = links, member
         library.stock(self.trainer, self.outer, self.exchange, self.keeper)
         member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
@@ -221,6 +236,8 @@ class ComposerPeer:
     def _after_step(self, composer: Composer, report: StepReport) -> None:
         began = time.perf_counter()
         self.exchange.after_step(composer)
+        if self.sender is not None:
+            self.sender.after_step(composer)
         self.outer.after_step(composer)
         every = self.config.checkpoint_every or CHECKPOINT_EVERY
         if composer.step % every == 0 and (self._saving is None or self._saving.done()):
@@ -281,7 +298,7 @@ class ComposerPeer:
             seed=seed_of_peer(self.identity.peer_id, self.facts.run_id),
         )
 
-    def _restore(self, composer: Composer) -> tuple[list[Held], dict[int, Snapshot]]:
+    def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], dict[int, Snapshot]]:
         """The common state and slots of the newest checkpoint, or of the seed."""
         checkpoint: Checkpoint | None = self.store.latest()
         rounds, saved = [-1] * len(self.fragments), {}
@@ -291,7 +308,9 @@ class ComposerPeer:
             self.batches.load_state_dict(meta["batches"])
             rounds = [int(number) for number in meta["held"]]
             for slot, tensors in saved_slots(checkpoint.tensors).items():
-                saved[slot] = Snapshot(Copy(int(meta["slots"][str(slot)]), int(meta["step"])), tensors)
+                copy = Copy(int(meta["slots"][str(slot)]), int(meta["step"]))
+                places = inverse(order.outward(slot, copy.epoch))
+                saved[slot] = Snapshot(copy, renamed(tensors, places))
             self.state.resume(step=composer.step)
             log.info("checkpoint.restored", step=composer.step, slots=sorted(saved))
         digests = [digest_of(c, m) for c, m in zip(composer.common, composer.momentum, strict=True)]

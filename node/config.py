@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from cyclopts import Group, Parameter
 from .errors import ConfigError
 from .logs import LogFormat, LogLevel
 
-Role = Literal["composer", "bootstrap", "observer"]
+Role = Literal["composer", "worker", "bootstrap", "observer"]
 
 ENV_PREFIX = "SHOAL_"
 DATA = Group("Training", sort_key=1)
@@ -63,7 +64,8 @@ class PeerConfig:
     """The run to join, as an invite string; None founds a new one."""
 
     role: Annotated[Role, Parameter(parse=False)] = "composer"
-    """What this peer does: composers train on data, bootstrap peers only help others to find the run."""
+    """What this peer does: composers train on data, workers train experts for them, bootstrap peers only help others to
+    find the run."""
 
     data: Annotated[str, Parameter(group=DATA)] = "stdlib"
     """Text to train on: a file, a folder, or `stdlib` for the sources of Python's own library."""
@@ -75,6 +77,15 @@ class PeerConfig:
 
     max_slots: Annotated[int | None, Parameter(group=DATA)] = None
     """Experts to own at most, counted as slots (one expert in every layer). By default as many as the swarm asks."""
+
+    own: Annotated[Literal["share", "none"], Parameter(group=DATA)] = "share"
+    """Experts to own: this peer's `share`, or `none`, to leave all of them to workers and other composers."""
+
+    max_memory: Annotated[float | None, Parameter(group=LOCAL, metavar="GIB")] = None
+    """Memory for experts in a worker, in GiB. By default four fifths of what is free on its device."""
+
+    device: Annotated[str, Parameter(group=LOCAL)] = "auto"
+    """Where a worker trains: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one. Composers use the CPU."""
 
     checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
     """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""
@@ -118,7 +129,7 @@ class PeerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         for name, choices in (
-            ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel)
+            ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel), ("own", Literal["share", "none"])
         ):  # fmt: skip
             _require(
                 getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
@@ -134,6 +145,10 @@ class PeerConfig:
             value = getattr(self, name)
             least = 0 if name == "max_slots" else 1
             _require(value is None or value >= least, name, self, f"give a number of at least {least}, or leave it out")
+        _require(self.max_memory is None or 0 < self.max_memory < 1e6, "max_memory", self, "give GiB, or leave it out")
+        _require(
+            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None, "device", self, "give cpu, cuda or auto"
+        )
         _require(0 <= self.drain_seconds <= 3600, "drain_seconds", self, "give seconds from 0 to 3600")
         _require(0 < self.join_seconds <= 86400, "join_seconds", self, "give seconds, at most a day of them")
         if self.data_shard is not None:
@@ -152,6 +167,11 @@ class PeerConfig:
     def identity_path(self) -> Path:
         """The file with the key that this peer's id follows from."""
         return self.data_dir / "identity.key"
+
+    @property
+    def handle_key_path(self) -> Path:
+        """The file with the handle key of runs that were founded here."""
+        return self.data_dir / "handle.key"
 
     def dialable_hosts(self) -> tuple[str, ...]:
         """Hosts to tell other peers, best first: what `announce` says, else the bound address, else the address of the

@@ -1,4 +1,4 @@
-"""Stand-ins as a peer lives them: publishing its own, applying everybody else's, repairing what gossip lost.
+"""Stand-ins as a composer lives them: publishing its own, applying everybody else's, repairing what gossip lost.
 
 The order of deltas is `protocol/surrogates.py`'s business, their content the kernels'. Both change what the composer
 computes with, so every touch of the book happens on the training thread, between two steps; this file carries messages
@@ -8,51 +8,58 @@ there and back. It also passes on routing counts, which the load-balance loss wa
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Collection
+from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
-from ..kernels.standin import StandIn, standin_from_bytes
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.messages import DeltaBatch, ExpertCounts, StandInSnapshot, SurrogateDelta
-from ..protocol.surrogates import SEED, Point, SurrogateBook
-from .composer import Composer, SlotTensors
-from .links import DELTA_TOPIC, NEWS_TOPIC, Links
+from ..protocol.surrogates import SEED
+from .composer import Composer
+from .links import COUNTS_TOPIC, Links
 from .logs import get_logger
+from .owning import SlotTensors
+from .publishing import ANNOUNCE_EVERY_SECONDS, Publishing
+from .slot_order import LayerOrder, moved
 from .state import Count
 from .trainer import Trainer
 
 log = get_logger(__name__)
 
 REPAIR_EVERY_SECONDS = 1.0
-ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is noticed
 FETCH_SECONDS = 30.0
-FIDELITY_EVERY = 4  # publications; measuring costs about as much as publishing
 # Messages that wait while a step runs; when more come the oldest is dropped, and its gap repaired by a fetch.
 MAX_INBOX = 256
 COUNTS_LIVE_SECONDS = 60.0  # a composer that reported nothing for longer does not weigh on the balance loss
 
 
-class Exchange:
+@dataclass(frozen=True)
+class Target:
+    """Who trains a slot, under which lease, and which of its stand-ins runs here."""
+
+    owner: str
+    epoch: int
+    seq: int
+
+
+class Exchange(Publishing[Composer]):
     """Built before the trainer runs, with the composer's stand-ins at their seeded state."""
 
-    def __init__(self, links: Links, trainer: Trainer, composer: Composer, *, max_standin_bytes: int) -> None:
-        self._links, self._trainer = links, trainer
+    def __init__(
+        self, links: Links, trainer: Trainer[Composer], composer: Composer, order: LayerOrder, *, max_standin_bytes: int
+    ) -> None:
+        super().__init__(links, trainer, order, composer.standins(0)[0])
+        self.layers = order
         self._max_standin_bytes = max_standin_bytes
-        # A peer's stand-in of another kind or size is as good as malformed: the model could not run it.
-        self._load = partial(standin_from_bytes, like=composer.standins(0)[0])
-        self._book: SurrogateBook[StandIn] = SurrogateBook(self._load)
         for slot in range(composer.num_slots):
             self._book.follow(slot, composer.standins(slot), SEED)
         self._versions = dict.fromkeys(range(composer.num_slots), 0)  # of the stand-ins that the model runs
-        self._published = 0
-        self._last_sent = -math.inf
         self._leases: dict[int, tuple[str, int]] = {}
         self._inbox: deque[tuple[str, DeltaBatch]] = deque(maxlen=MAX_INBOX)
         self._asked_to_take = False
@@ -62,21 +69,10 @@ class Exchange:
     # -- training thread -------------------------------------------------------------------------------------------
 
     def after_step(self, composer: Composer) -> None:
-        """Publish what is due. Costs the refit and the deltas; sending is the loop's."""
+        """Publish what is due."""
         if composer.step % self._links.manifest.standin.publish_every:
             return
-        if composer.owned:
-            self._published += 1
-            fidelity: Sequence[float] = ()
-            if self._published % FIDELITY_EVERY == 0:
-                fidelity = composer.fidelity()
-                self._links.state.set_fidelity({i: f for i, f in enumerate(fidelity) if math.isfinite(f)})
-                fidelity = fidelity if all(map(math.isfinite, fidelity)) else ()
-            deltas = [
-                self._book.publishers[slot].publish(composer.step, layers, composer.standins(slot), fidelity)
-                for slot, layers in composer.publish().items()
-            ]
-            self._links.loop.call_soon_threadsafe(self._send_soon, deltas)
+        self.publish(composer)
         if composer.last_counts is not None:
             composer.swarm_counts = self._counts_of_others(composer.last_counts)
             counts = tuple(tuple(row) for row in composer.last_counts.tolist())
@@ -99,58 +95,83 @@ class Exchange:
         """Slots of which others' stand-ins run here. Read it where nothing is adopted or released meanwhile."""
         return self._book.subscribers.keys()
 
-    def epochs(self) -> dict[int, int]:
-        """By slot the latest epoch heard of."""
-        return self._book.epochs()
+    def owners(self) -> dict[int, Target]:
+        """By slot that others own who does, as far as it is known here."""
+        return {
+            slot: Target(subscriber.owner, subscriber.epoch, subscriber.point.seq)
+            for slot, subscriber in self._book.subscribers.items()
+            if subscriber.owner
+        }
 
     def adopt(
         self,
-        composer: Composer,
+        owner: Composer,
         slot: int,
         epoch: int,
         tensors: SlotTensors | None,
+        tensors_epoch: int,
         published: StandInSnapshot | None,
     ) -> SurrogateDelta:
-        """Own a slot from now on; returns the announcement to send.
+        if tensors is None and slot in self._book.subscribers and self._book.subscribers[slot].point != SEED:
+            rebuilt = self.rebuilt(owner, slot)
+            assert rebuilt is not None
+            tensors, tensors_epoch = rebuilt[0], rebuilt[1].epoch
+        announcement = super().adopt(owner, slot, epoch, tensors, tensors_epoch, published)
+        if owner.collector is not None:
+            owner.collector.forget(slot)
+        return announcement
 
-        What others hold is the newer of what was followed here and what the former owner says it had published.
-
-        Raises:
-            ValueError: see `Composer.adopt`; the slot is followed as before.
-        """
-        if slot not in self._book.subscribers:
-            raise ValueError(f"slot {slot} is owned already")
-        followed = self._book.subscribers[slot]
-        point, layers = followed.point, None
-        if published is not None and Point(published.epoch, published.seq) > point:
-            point = Point(published.epoch, published.seq)
-            layers = [self._load(data) for data in published.layers]
-        composer.adopt(slot, tensors, layers)
-        publisher = self._book.own(slot, epoch, point)
-        return publisher.announce(composer.step, composer.standins(slot))
-
-    def release(self, composer: Composer, slot: int) -> None:
+    def release(self, owner: Composer, slot: int) -> None:
         """Follow a slot that was owned so far."""
         point = self._book.publishers[slot].point
-        composer.release(slot)
-        self._book.follow(slot, composer.standins(slot), point)
+        owner.release(slot)
+        self._book.follow(slot, owner.standins(slot), point)
         self._versions[slot] = 0
         self._leases.pop(slot, None)
 
-    def published(self, composer: Composer, slot: int) -> StandInSnapshot:
-        """What this peer holds of a slot's stand-ins."""
-        if slot in self._book.publishers:
-            return self._book.publishers[slot].snapshot(composer.standins(slot))
-        return self._book.subscribers[slot].snapshot()
+    def published(self, owner: Composer, slot: int) -> StandInSnapshot | None:
+        own = super().published(owner, slot)
+        if own is not None:
+            return own
+        subscriber = self._book.subscribers[slot]
+        snapshot = subscriber.snapshot()
+        layers = tuple(snapshot.layers[layer] for layer in self.order.outward(slot, snapshot.epoch))
+        return msgspec.structs.replace(snapshot, layers=layers)
+
+    @property
+    def can_seed(self) -> bool:
+        return True
+
+    def rebuilt(self, owner: Composer, slot: int) -> tuple[SlotTensors, StandInSnapshot] | None:
+        if slot not in self._book.subscribers:
+            return None
+        published = self.published(owner, slot)
+        assert published is not None
+        seeded = self._book.subscribers[slot].point == SEED
+        tensors = {}
+        for layer, expert in enumerate(owner.first_experts(slot) if seeded else owner.experts_from_standins(slot)):
+            tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"] = expert.gate_up.clone(), expert.down.clone()
+        return self.to_wire(slot, published.epoch, tensors), published
 
     def _take_inbox(self, composer: Composer) -> None:
         self._asked_to_take = False  # first, so that what comes from now on asks again
         while self._inbox:
             sender, batch = self._inbox.popleft()
-            self._book.receive(sender, batch, time.monotonic())
+            self._book.receive(sender, DeltaBatch(tuple(map(self._by_layer, batch.deltas))), time.monotonic())
         self._run_changed(composer)
 
+    def _by_layer(self, delta: SurrogateDelta) -> SurrogateDelta:
+        """From the wire's order; what has the wrong number of layers stays as it is, to be refused."""
+        order = self.order.outward(delta.slot, delta.epoch)
+        if len(delta.layers) != len(order):
+            return delta
+        fidelity = tuple(moved(delta.fidelity, order)) if delta.fidelity else ()
+        return msgspec.structs.replace(delta, layers=tuple(moved(delta.layers, order)), fidelity=fidelity)
+
     def _install(self, composer: Composer, sender: str, snapshot: StandInSnapshot) -> bool:
+        order = self.order.outward(snapshot.slot, snapshot.epoch)
+        if len(snapshot.layers) == len(order):
+            snapshot = msgspec.structs.replace(snapshot, layers=tuple(moved(snapshot.layers, order)))
         installed = self._book.install(sender, snapshot, time.monotonic())
         self._run_changed(composer)
         return installed
@@ -174,17 +195,8 @@ class Exchange:
 
     # -- asyncio loop ----------------------------------------------------------------------------------------------
 
-    def _send_soon(self, deltas: list[SurrogateDelta]) -> None:
-        self._links.spawn(self.send(deltas))
-
-    async def send(self, deltas: Sequence[SurrogateDelta]) -> None:
-        """Gossip deltas or announcements, in as few messages as hold them."""
-        self._last_sent = time.monotonic()
-        for batch in messages.batches(deltas):
-            await self._links.gossip(DELTA_TOPIC, batch)
-
     def _tell_counts(self, counts: ExpertCounts) -> None:
-        self._links.spawn(self._links.gossip(NEWS_TOPIC, counts))
+        self._links.spawn(self._links.gossip(COUNTS_TOPIC, counts))
 
     def on_deltas(self, sender: str, batch: DeltaBatch) -> None:
         """Deltas that came by gossip, their envelope already verified."""
@@ -236,6 +248,3 @@ class Exchange:
                 quiet = await asyncio.wrap_future(self._trainer.ask(self._announcements))
                 if quiet:
                     await self.send(quiet)
-
-    def _announcements(self, composer: Composer) -> list[SurrogateDelta]:
-        return [p.announce(composer.step, composer.standins(slot)) for slot, p in self._book.publishers.items()]

@@ -16,22 +16,26 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from .. import __version__
 from ..protocol import messages, resources
 from ..protocol.dht import start_dht
 from ..protocol.directory import Directory
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
 from ..protocol.fragments import Fragment, partition, unflatten
+from ..protocol.handles import Handles
 from ..protocol.identity import Identity
 from ..protocol.merging import digest as digest_of
+from ..protocol.records import PeerRecord
 from ..protocol.transport.client import Transport
 from .blobs import fragment_from_bytes, from_bytes
 from .config import PeerConfig
 from .errors import RunNotFound
+from .handle_key import fetch_key
 from .invite import Invite
 from .joining import newest
 from .links import Links
 from .logs import get_logger
-from .manifest import Manifest, verify
+from .manifest import PROTOCOL_VERSION, Manifest, verify
 from .model.init import backbone_shapes, expert_shape
 from .presence import hold_data_dir
 from .state import PeerState
@@ -132,7 +136,35 @@ async def _gather(
             loop=asyncio.get_running_loop(),
             record_seconds=manifest.ownership.lease_seconds,
         )
-        return await _fetch_all(links, progress)
+        await _say_hello(links, config)
+        key = await fetch_key(links, [config.data_dir / f"handle-{run_id}.key"], seconds=FIND_SECONDS)
+        return await _fetch_all(links, Handles(key), progress)
+
+
+async def _say_hello(links: Links, config: PeerConfig) -> None:
+    """The run's composers tell its handle key to peers that they see in the directory."""
+    now = links.clock()
+    record = PeerRecord(
+        peer_id=links.peer_id,
+        role="observer",
+        phase="joining",
+        capacity=0,
+        transport_addrs=[],
+        dht_addrs=[],
+        metrics_url="",
+        step=0,
+        tokens=0,
+        tokens_per_second=0.0,
+        loss=0.0,
+        slots=[],
+        round=0,
+        fidelity=0.0,
+        version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        issued_at=now,
+        expires_at=now + links.record_seconds,
+    )
+    await links.directory.put_peer(record)
 
 
 async def _manifest(directory: Directory, run_id: str) -> bytes:
@@ -145,7 +177,7 @@ async def _manifest(directory: Directory, run_id: str) -> bytes:
     raise RunNotFound(f"nobody at the invite's addresses knows {run_id}", fix="check the invite, or ask for a new one")
 
 
-async def _fetch_all(links: Links, progress: Callable[[str], None]) -> Gathered:
+async def _fetch_all(links: Links, handles: Handles, progress: Callable[[str], None]) -> Gathered:
     manifest = links.manifest
     await links.directory.read()
     fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
@@ -161,7 +193,7 @@ async def _fetch_all(links: Links, progress: Callable[[str], None]) -> Gathered:
 
     async def one(slot: int) -> tuple[int, dict[str, Tensor]]:
         async with gate:
-            tensors = await _retry(links, partial(_slot, links, slot))
+            tensors = await _retry(links, partial(_slot, links, handles, slot))
             progress(f"slot {slot} of {num_slots}")
             return slot, tensors
 
@@ -216,20 +248,21 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
     raise ExportFailed(f"backbone fragment {fragment.index}: {problem}")
 
 
-async def _slot(links: Links, slot: int) -> dict[str, Tensor]:
+async def _slot(links: Links, handles: Handles, slot: int) -> dict[str, Tensor]:
     claim = links.view().leases.get(slot)
     if claim is None:
         raise ExportFailed(f"nobody owns slot {slot} right now")
     shape = expert_shape(links.manifest.model)
-    limit = 16 * 3 * shape.hidden * shape.width * shape.num_layers + (1 << 20)
-    got = await links.fetch(claim.owner, resources.snapshot(slot), max_bytes=limit, deadline_seconds=FETCH_SECONDS)
-    tensors = from_bytes(messages.decode(got.data, messages.SlotState).tensors, what=f"slot {slot}")
+    limit = 8 * 3 * shape.hidden * shape.width * shape.num_layers + (1 << 20)
+    got = await links.fetch(claim.owner, resources.weights(slot), max_bytes=limit, deadline_seconds=FETCH_SECONDS)
+    state = messages.decode(got.data, messages.SlotState)
+    tensors = from_bytes(state.tensors, what=f"slot {slot}")
     weights = {}
-    for layer in range(shape.num_layers):
+    for place, layer in enumerate(handles.order(slot, state.epoch, shape.num_layers)):
         for name, size in (("gate_up", (2 * shape.width, shape.hidden)), ("down", (shape.hidden, shape.width))):
-            value = tensors.get(f"{layer}.{name}")
+            value = tensors.get(f"{place}.{name}")
             if value is None or tuple(value.shape) != size:
-                raise Refused("misshapen", f"slot {slot} from {claim.owner}: layer {layer} {name} is not {size}")
+                raise Refused("misshapen", f"slot {slot} from {claim.owner}: expert {place} {name} is not {size}")
             weights[f"{layer}.{name}"] = value
     return weights
 

@@ -23,7 +23,7 @@ PARALLEL_FETCHES = 2  # peers refuse more than a few streams at a time from one 
 
 
 async def catch_up(
-    links: Links, trainer: Trainer, outer: OuterDriver, exchange: Exchange, progress: Callable[[str], None]
+    links: Links, trainer: Trainer[Composer], outer: OuterDriver, exchange: Exchange, progress: Callable[[str], None]
 ) -> None:
     """Fetch the newest common backbone and every owner's published stand-ins.
 
@@ -35,7 +35,9 @@ async def catch_up(
     await _standins(links, exchange, progress)
 
 
-async def _backbone(links: Links, trainer: Trainer, outer: OuterDriver, progress: Callable[[str], None]) -> None:
+async def _backbone(
+    links: Links, trainer: Trainer[Composer], outer: OuterDriver, progress: Callable[[str], None]
+) -> None:
     parts = len(outer.held)
     for index in range(parts):
         progress(f"backbone fragment {index + 1} of {parts}")

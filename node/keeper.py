@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
@@ -36,15 +36,19 @@ from ..protocol.ownership import (
 from ..protocol.records import Lease, LeaseRecord
 from ..protocol.transport.downloads import Resource
 from .blobs import from_bytes, to_bytes
-from .composer import Composer, SlotTensors
-from .exchange import Exchange
+from .copies import CopyStore, Snapshot
 from .links import Links
 from .logs import get_logger
+from .owning import ExpertOwner, SlotTensors
+from .publishing import Publishing
+from .slot_formats import packed
 from .state import Count
 from .state import Lease as LeaseSeen
 from .trainer import Trainer
 
 log = get_logger(__name__)
+
+O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 OWNING_ROLES = frozenset({"composer", "worker"})
 # A peer in one of these phases is not counted on to take slots.
@@ -54,16 +58,7 @@ RETRY_SECONDS = 1.0
 PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """One slot's whole state: what it stands for, its tensors, and what its owner had published by then."""
-
-    copy: Copy
-    tensors: SlotTensors
-    published: StandInSnapshot | None = None
-
-
-class SlotKeeper:
+class SlotKeeper(Generic[O]):
     """Holds this peer's slots. Runs on the asyncio loop; the trainer's thread only sees `adopt` and `release`.
 
     Args:
@@ -76,8 +71,8 @@ class SlotKeeper:
     def __init__(
         self,
         links: Links,
-        trainer: Trainer,
-        exchange: Exchange,
+        trainer: Trainer[O],
+        exchange: Publishing[O],
         *,
         capacity: int,
         num_slots: int,
@@ -88,9 +83,7 @@ class SlotKeeper:
         self._links, self._trainer, self._exchange = links, trainer, exchange
         self.capacity = capacity
         self.num_slots = num_slots
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._saved = dict(saved)
+        self._copies = CopyStore(folder, saved)
         self._max_slot_bytes = max_slot_bytes
         self._rules = Rules(lease=links.manifest.ownership.lease_seconds)
         self._watch = Watch(links.peer_id)
@@ -98,7 +91,6 @@ class SlotKeeper:
         self._watch.recall(links.clock(), epochs, links.peer_id)
         self.held: dict[int, int] = {}  # slot -> epoch
         self._versions: dict[int, int] = {}  # slot -> owner's step of the newest snapshot offered
-        self._copies: dict[int, Copy] = {slot: snapshot.copy for slot, snapshot in saved.items()}
         self._busy: set[int] = set()
         self._fetching = asyncio.Semaphore(PARALLEL_FETCHES)
         self._granted: dict[int, asyncio.TimerHandle] = {}
@@ -142,9 +134,9 @@ class SlotKeeper:
                 case Yield(slot, to_peer, epoch):
                     await self._let_go(slot, to_peer, epoch)
                 case DropStandby(slot):
-                    self._drop_copy(slot)
+                    self._copies.drop(slot)
                 case ClaimFree(slot, epoch):
-                    self._spawn(slot, self._acquire(slot, epoch, None))
+                    self._spawn(slot, self._claim(slot, epoch))
                 case TakeOver():
                     self._spawn(action.slot, self._take_over(action))
                 case RequestHandover(slot, from_peer, epoch):
@@ -175,7 +167,7 @@ class SlotKeeper:
             live={peer for peer in owners if peer not in leaving},
             leaving=leaving,
             held=self.held,
-            copies=self._copies,
+            copies=self._copies.held,
             busy=self._busy,
         )
 
@@ -200,25 +192,42 @@ class SlotKeeper:
     async def _acquire(self, slot: int, epoch: int, snapshot: Snapshot | None) -> None:
         tensors = None if snapshot is None else snapshot.tensors
         published = None if snapshot is None else snapshot.published
+        since = 0 if snapshot is None else snapshot.copy.epoch
+        await self._exchange.prepare(slot, epoch, {since} if published is None else {since, published.epoch})
         announcement = await asyncio.wrap_future(
-            self._trainer.ask(lambda composer: self._exchange.adopt(composer, slot, epoch, tensors, published))
+            self._trainer.ask(lambda owner: self._exchange.adopt(owner, slot, epoch, tensors, since, published))
         )
         self.held[slot] = epoch
         self._versions[slot] = self.step
-        self._drop_copy(slot)
+        self._copies.drop(slot)
         log.info("slot.owned", slot=slot, epoch=epoch)
         await self.announce()
         await self._exchange.send([announcement])
         self._links.news.changed()
 
+    async def _claim(self, slot: int, epoch: int) -> None:
+        """A slot that nobody has owned yet."""
+        await self._acquire(slot, epoch, await self._rebuild(slot))
+
+    async def _rebuild(self, slot: int) -> Snapshot | None:
+        """A slot from what runs in its place: as seeded, or as last published. None: the composer here knows it."""
+        if self._exchange.can_seed:
+            return None
+        for peer in self._links.active_composers(waiting=True):
+            try:
+                return await self._fetch(peer, resources.rebuilt(slot))
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                log.info("slot.not_rebuilt", slot=slot, peer=peer, error=str(error))
+        raise Refused("no-composer", f"no composer has made slot {slot}'s first state")
+
     async def _take_over(self, action: TakeOver) -> None:
         slot, snapshot = action.slot, None
         if action.copy is not None:
             try:
-                snapshot = Snapshot(action.copy, await asyncio.to_thread(self._load_copy, slot))
+                snapshot = await self._copies.load(slot)
             except (Refused, OSError) as error:
                 log.error("slot.copy_damaged", slot=slot, error=str(error))
-                self._drop_copy(slot)
+                self._copies.drop(slot)
         for peer in action.sources if snapshot is None else ():
             try:
                 snapshot = await self._fetch(peer, resources.snapshot(slot))
@@ -226,14 +235,17 @@ class SlotKeeper:
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
         if snapshot is None:
-            log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from the run's seed")
+            log.error(
+                "slot.lost", slot=slot, epoch=action.epoch, restart="from its published stand-ins or the run's seed"
+            )
             self._links.state.count(Count.LOST_SLOTS)
+            snapshot = await self._rebuild(slot)
         else:
             log.warning("slot.taken_over", slot=slot, epoch=action.epoch, copy=str(action.copy))
         try:
             await self._acquire(slot, action.epoch, snapshot)
         except ValueError:
-            self._drop_copy(slot)  # if it was that one: the next try asks others
+            self._copies.drop(slot)  # if it was that one: the next try asks others
             raise
 
     async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:
@@ -249,44 +261,24 @@ class SlotKeeper:
         if timer is not None:
             timer.cancel()
 
-        def release(composer: Composer) -> SlotTensors | None:
-            tensors = None if self._leaving else composer.snapshot(slot)
-            self._exchange.release(composer, slot)
-            return tensors
+        def release(owner: O) -> tuple[SlotTensors | None, StandInSnapshot | None]:
+            tensors = None if self._leaving else self._exchange.snapshot(owner, slot, held)
+            published = self._exchange.published(owner, slot)
+            self._exchange.release(owner, slot)
+            return tensors, published
 
-        tensors = await asyncio.wrap_future(self._trainer.ask(release))
+        tensors, published = await asyncio.wrap_future(self._trainer.ask(release))
         log.info("slot.released", slot=slot, to=to_peer, epoch=epoch)
         await self.announce()
         if tensors is not None:
             # Until a standby has fetched the new owner's state this may be the only copy.
-            self._spawn(slot, self._store_copy(slot, Copy(held, version), tensors))
+            self._spawn(slot, self._copies.store(slot, Snapshot(Copy(held, version), tensors, published)))
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
     async def _keep_copy(self, action: KeepStandby) -> None:
         snapshot = await self._fetch(action.owner, resources.snapshot(action.slot))
-        await self._store_copy(action.slot, snapshot.copy, snapshot.tensors)
-
-    async def _store_copy(self, slot: int, copy: Copy, tensors: SlotTensors) -> None:
-        path = self._path(slot)
-        partial = path.with_suffix(".partial")
-        await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(tensors)))
-        partial.replace(path)
-        self._saved.pop(slot, None)
-        self._copies[slot] = copy
-
-    def _load_copy(self, slot: int) -> SlotTensors:
-        if slot in self._saved:
-            return self._saved[slot].tensors
-        return from_bytes(self._path(slot).read_bytes(), what=f"copy of slot {slot}")
-
-    def _drop_copy(self, slot: int) -> None:
-        self._copies.pop(slot, None)
-        self._saved.pop(slot, None)
-        self._path(slot).unlink(missing_ok=True)
-
-    def _path(self, slot: int) -> Path:
-        return self._folder / f"slot-{slot}.safetensors"
+        await self._copies.store(action.slot, snapshot)
 
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
         async with self._fetching:
@@ -299,38 +291,69 @@ class SlotKeeper:
 
     # -- serving ---------------------------------------------------------------------------------------------------
 
-    async def serve_snapshot(self, slot: int) -> Resource | None:
-        """A held slot as it is now, or the copy that is kept here; None without either."""
+    async def serve_snapshot(self, slot: int, *, full: bool = False) -> Resource | None:
+        """A held slot as it is now, or the copy that is kept here; None without either. Unless `full`, packed."""
         if slot in self.held:
-            copy = Copy(self.held[slot], self.step)
-            tensors, published = await asyncio.wrap_future(
-                self._trainer.ask(lambda c: (c.snapshot(slot), self._exchange.published(c, slot)))
-            )
-        elif slot in self._copies:
-            copy = self._copies[slot]
-            tensors = await asyncio.to_thread(self._load_copy, slot)
-            published = await asyncio.wrap_future(self._trainer.ask(lambda c: self._exchange.published(c, slot)))
-        else:
+            return await self._serve_held(slot, self._exchange.snapshot, full=full)
+        if slot not in self._copies.held:
             return None
-        blob = await asyncio.to_thread(to_bytes, tensors)
+        kept = await self._copies.load(slot)
+        published = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.published(owner, slot)))
+        return await self._resource(slot, kept.copy, kept.tensors, published or kept.published, full=full)
+
+    async def serve_weights(self, slot: int) -> Resource | None:
+        """What a held slot computes with."""
+        return await self._serve_held(slot, self._exchange.weights, full=True) if slot in self.held else None
+
+    async def _serve_held(
+        self, slot: int, part: Callable[[O, int, int], SlotTensors], *, full: bool
+    ) -> Resource | None:
+        copy = Copy(self.held[slot], self.step)
+        tensors, published = await asyncio.wrap_future(
+            self._trainer.ask(lambda owner: (part(owner, slot, copy.epoch), self._exchange.published(owner, slot)))
+        )
+        return await self._resource(slot, copy, tensors, published, full=full)
+
+    async def _resource(
+        self, slot: int, copy: Copy, tensors: SlotTensors, published: StandInSnapshot | None, *, full: bool
+    ) -> Resource | None:
+        if published is None:
+            return None
+        manifest = self._links.manifest
+        blob = await asyncio.to_thread(lambda: to_bytes(tensors if full else packed(tensors, manifest)))
         return Resource(messages.encode(SlotState(slot, copy.epoch, copy.version, blob, published)))
+
+    async def serve_standin(self, slot: int) -> Resource | None:
+        """What has been published of a slot, as far as it is known here."""
+        published = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.published(owner, slot)))
+        return None if published is None else Resource(messages.encode(published))
+
+    async def serve_rebuilt(self, slot: int) -> Resource | None:
+        """A first state for a slot that nobody holds, for a worker, which cannot make one. Refused while it is held."""
+        if slot in self._links.view().leases:
+            raise Refused("not-granted", f"slot {slot} has an owner")
+        rebuilt = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.rebuilt(owner, slot)))
+        if rebuilt is None:
+            return None
+        tensors, published = rebuilt
+        return await self._resource(slot, Copy(published.epoch, 0), tensors, published, full=False)
 
     async def serve_handover(self, slot: int, requester: str) -> Resource | None:
         """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
         if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + 1):
             raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
-        await asyncio.wrap_future(self._trainer.ask(lambda composer: composer.freeze(slot)))
+        await asyncio.wrap_future(self._trainer.ask(lambda owner: owner.freeze(slot)))
         old = self._granted.pop(slot, None)
         if old is not None:
             old.cancel()
         self._granted[slot] = self._links.loop.call_later(self._rules.lease, self._resume, slot)
-        return await self.serve_snapshot(slot)
+        return await self.serve_snapshot(slot, full=True)
 
     def _resume(self, slot: int) -> None:
         self._granted.pop(slot, None)
         if slot in self.held:
             log.warning("slot.handover_lapsed", slot=slot)
-            self._trainer.ask(lambda composer: composer.thaw(slot))
+            self._trainer.ask(lambda owner: owner.thaw(slot))
 
     # -- announcing ------------------------------------------------------------------------------------------------
 
@@ -355,7 +378,7 @@ class SlotKeeper:
             leases=[
                 LeaseSeen(slot=slot, epoch=epoch, version=self._versions[slot]) for slot, epoch in self.held.items()
             ],
-            standby=sorted(set(self._copies) - set(self.held)),
+            standby=sorted(set(self._copies.held) - set(self.held)),
         )
 
     async def drain(self, seconds: float) -> None:

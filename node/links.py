@@ -30,6 +30,7 @@ log = get_logger(__name__)
 
 NEWS_TOPIC = "news"  # signed records and small messages; the transport keeps runs apart
 DELTA_TOPIC = "deltas"  # of stand-ins
+COUNTS_TOPIC = "counts"  # of tokens by layer and expert: among composers, workers do not hear them
 VIEW_SECONDS = 1.0  # a view may be this old: so long after its expiry a record may still be in it
 # Phases in which a composer takes part in outer rounds and counts towards their quorum.
 ACTIVE_PHASES = frozenset({"training", "finished"})
@@ -95,9 +96,10 @@ class Links:
             self.num_active = len(self.active_composers())
         return self._view
 
-    def active_composers(self) -> list[str]:
-        """Composers that train or have finished and stay; includes this peer if it is one."""
-        return [p for p, r in self.view().peers.items() if r.role == "composer" and r.phase in ACTIVE_PHASES]
+    def active_composers(self, *, waiting: bool = False) -> list[str]:
+        """Composers that train or have finished and stay, or are only `waiting` to; includes this peer if it is one."""
+        phases = ACTIVE_PHASES | {"ready"} if waiting else ACTIVE_PHASES
+        return [p for p, r in self.view().peers.items() if r.role == "composer" and r.phase in phases]
 
     def votes(self, fragment: int) -> dict[str, VoteRecord]:
         """By voter, what composers hold of a fragment. Anybody can sign a vote; those of others do not count.

@@ -12,6 +12,7 @@ or exponent style can change a run's name. Integers given for float fields becom
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     weight_decay: NonNegative = 0.1  # matrices only
+    expert_weights: Literal["full", "ternary"] = "full"  # what routed experts compute with; masters are float32
     grad_clip: Positive = 1.0  # global norm over backbone and owned experts
     balance_coef: NonNegative = 0.01  # load-balance loss over swarm-wide counts
     z_coef: NonNegative = 0.001  # router z-loss
@@ -91,7 +93,7 @@ class OuterSpec(Spec, frozen=True, kw_only=True):
 class StandInSpec(Spec, frozen=True, kw_only=True):
     """What a composer runs in place of an expert it does not own."""
 
-    kind: Literal["lowbit", "narrow"] = "lowbit"
+    kind: Literal["lowbit", "narrow", "ternary"] = "lowbit"
     width_fraction: Fraction = 0.25  # narrow: width over the expert's
     rank: Count = 8  # narrow: of published deltas
     publish_every: Count = 8  # owner's steps between deltas
@@ -100,12 +102,29 @@ class StandInSpec(Spec, frozen=True, kw_only=True):
     refit_learning_rate: Positive = 3e-3
 
 
+class SketchSpec(Spec, frozen=True, kw_only=True):
+    """How composers tell the owners of experts what their tokens teach (docs/sketches.md)."""
+
+    kind: Literal["none", "rows", "gradient"] = "rows"
+    every: Count = 1  # inner steps between row sketches
+    codec: Literal["int8", "float16"] = "int8"  # of rows
+    budget_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0  # rows of one composer and interval; 0 = all of them
+    max_age: Count = 32  # published versions of a stand-in; older sketches are dropped
+    kappa: Annotated[float, Meta(ge=-1.0, le=1e6)] = -1.0  # of the correction; -1 follows the stand-in's fidelity
+    curvature: Literal["isotropic", "diagonal"] = "isotropic"  # of the correction
+    patience_seconds: Positive = 1.0  # a worker steps an expert without the composers that it has not heard for so long
+    rank: Count = 16  # of gradient sketches
+    gradient_every: Count = 24  # inner steps between gradient sketches
+
+
 class OwnershipSpec(Spec, frozen=True, kw_only=True):
     """Who holds which slot."""
 
     replication: Count = 2  # one owner and replication - 1 standbys
     lease_seconds: Positive = 20.0
     snapshot_every: Count = 50  # owner's steps between snapshots for standbys
+    # What newcomers and standbys get: `full` is float32 with optimizer state, the others are weights only.
+    snapshot_format: Literal["full", "bfloat16", "int8", "nf4", "ternary"] = "full"
 
 
 class PrivacySpec(Spec, frozen=True, kw_only=True):
@@ -127,6 +146,7 @@ class Manifest(Spec, frozen=True, kw_only=True):
     train: TrainSpec = TrainSpec()
     outer: OuterSpec = OuterSpec()
     standin: StandInSpec = StandInSpec()
+    sketch: SketchSpec = SketchSpec()
     ownership: OwnershipSpec = OwnershipSpec()
     privacy: PrivacySpec = PrivacySpec()
 
@@ -169,6 +189,21 @@ class _Header(msgspec.Struct):
 _decoder = msgspec.msgpack.Decoder(Manifest)
 _header_decoder = msgspec.msgpack.Decoder(_Header)
 _encoder = msgspec.msgpack.Encoder(order="sorted")
+
+
+def with_settings(manifest: Manifest, settings: Sequence[str]) -> Manifest:
+    """A manifest with some facts replaced, each setting like `sketch.kappa=20`. Raises ManifestError."""
+    facts: dict[str, Any] = msgspec.to_builtins(manifest)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        part, dot, name = path.partition(".")
+        if not equals or not dot or not isinstance(facts.get(part), dict) or name not in facts[part]:
+            raise ManifestError(f"{setting!r} is no fact of a manifest", fix="write it like sketch.budget_bytes=200000")
+        facts[part][name] = text
+    try:
+        return msgspec.convert(facts, Manifest, strict=False)
+    except msgspec.ValidationError as error:
+        raise ManifestError(f"a setting is not possible: {error}", fix="correct that value") from error
 
 
 def canonical_bytes(manifest: Manifest) -> bytes:

@@ -10,7 +10,7 @@ from ..protocol import messages
 from ..protocol.errors import DirectoryError, PeerUnreachable, Refused, TransportError
 from ..protocol.messages import DeltaBatch, ExpertCounts, RoundOpen
 from ..protocol.records import RECORD_TYPES, PeerRecord, Role
-from .links import DELTA_TOPIC, NEWS_TOPIC, Links
+from .links import COUNTS_TOPIC, DELTA_TOPIC, NEWS_TOPIC, Links
 from .logs import get_logger
 from .manifest import PROTOCOL_VERSION
 from .state import Count, PeerSeen, Phase
@@ -58,7 +58,9 @@ class Membership:
     async def start(self) -> None:
         """Listen to the run's gossip. Messages are routed from then on."""
         await self._links.transport.subscribe(NEWS_TOPIC, self._heard)
-        await self._links.transport.subscribe(DELTA_TOPIC, self._heard)
+        if self._role != "worker":  # it needs no stand-ins, and is not to know layers
+            await self._links.transport.subscribe(DELTA_TOPIC, self._heard)
+            await self._links.transport.subscribe(COUNTS_TOPIC, self._heard)
 
     def _heard(self, _publisher: str, data: bytes) -> None:
         envelope = self._links.open(data)

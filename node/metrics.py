@@ -234,6 +234,20 @@ METRICS: tuple[MetricSpec, ...] = (
         help="Records and messages that broke a rule.",
         read=_each("refusals"),
     ),
+    MetricSpec(
+        name="shoal_sketch_rows",
+        kind="counter",
+        labels=("direction",),
+        help="Rows of sketches: out to the owners of experts, in from composers, learned from.",
+        read=_each("sketch_rows"),
+    ),
+    MetricSpec(
+        name="shoal_sketches_lost",
+        kind="counter",
+        labels=("reason",),
+        help="Sketches of slots that were sent and that their owner did not take.",
+        read=_each("sketches_lost"),
+    ),
     # Disk.
     MetricSpec(
         name="shoal_checkpoint_write_seconds",

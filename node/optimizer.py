@@ -32,7 +32,7 @@ def take_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     """A copy of one parameter's optimizer state, by name. Empty before its first step."""
     state = optimizer.state.get(parameter, {})
     return {
-        name: value.detach().clone() if torch.is_tensor(value) else torch.tensor(value)
+        name: value.detach().to("cpu", copy=True) if torch.is_tensor(value) else torch.tensor(value)
         for name, value in state.items()
         if not name.startswith("qmap")  # constants of the 8-bit optimizer
     }

@@ -79,7 +79,12 @@ class OuterDriver:
     """
 
     def __init__(
-        self, links: Links, trainer: Trainer, averager: OuterAverager, fragments: Sequence[Fragment], held: list[Held]
+        self,
+        links: Links,
+        trainer: Trainer[Composer],
+        averager: OuterAverager,
+        fragments: Sequence[Fragment],
+        held: list[Held],
     ) -> None:
         self._links, self._trainer, self._averager, self._fragments = links, trainer, averager, fragments
         self.held = held

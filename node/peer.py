@@ -31,7 +31,8 @@ from ..protocol.transport.client import Transport
 from . import logs
 from .background import NetworkThread
 from .config import PeerConfig
-from .errors import RunNotFound
+from .errors import ConfigError, RunNotFound
+from .handle_key import fetch_key, kept_key
 from .http import StatusServer
 from .invite import Invite
 from .links import Links
@@ -45,6 +46,9 @@ from .status import print_invite
 
 if TYPE_CHECKING:
     import hivemind
+
+    from .composing import ComposerPeer
+    from .working import WorkerPeer
 
 log = get_logger(__name__)
 
@@ -146,13 +150,18 @@ class _Peer:
             if config.role == "composer":
                 from .composing import ComposerPeer
 
-                work = ComposerPeer(config, state, self.identity, run, dht)
+                work: ComposerPeer | WorkerPeer | None = ComposerPeer(config, state, self.identity, run, dht)
+            elif config.role == "worker":
+                from .working import WorkerPeer
+
+                work = WorkerPeer(config, state, self.identity, run)
             else:
                 work = None
             network = NetworkThread()
             try:
                 links, member, library = network.call(self._connect(dht, run))
                 self._show_invite(run, member)
+                self._find_key(run, network, links, library)
                 self.stop.joined = True
                 if work is not None:
                     return work.run(network, links, member, library, self.stop)
@@ -161,6 +170,17 @@ class _Peer:
                 network.close()
         finally:
             dht.shutdown()
+
+    def _find_key(self, run: Run, network: NetworkThread, links: Links, library: Library) -> None:
+        """The handle key: composers need it, a founder has it, nobody else is given it."""
+        digest = run.manifest.privacy.handle_key_digest
+        if self.config.role == "composer":
+            self.state.enter(Phase.JOINING, "fetching the handle key")
+            path = self.config.data_dir / f"handle-{run.run_id}.key"
+            key = network.call(fetch_key(links, [self.config.handle_key_path, path], seconds=self.config.join_seconds))
+            library.handle_key = key
+        elif self.config.role == "bootstrap":
+            library.handle_key = kept_key([self.config.handle_key_path], digest)
 
     # -- joining ---------------------------------------------------------------------------------------------------
 
@@ -232,12 +252,24 @@ class _Peer:
         port = Address.parse(transport.addrs[0]).port
         dht_addrs = await asyncio.to_thread(visible_addresses, dht)
         capacity = 0
-        if config.role == "composer":
+        if config.role in ("composer", "worker"):
+            from .capacity import device_of, slots_that_fit
             from .model.init import expert_shape
 
-            num_slots = expert_shape(run.manifest.model).num_experts
+            shape = expert_shape(run.manifest.model)
+            num_slots = capacity = shape.num_experts
             self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
-            capacity = num_slots if config.max_slots is None else min(num_slots, config.max_slots)
+            if config.role == "worker":
+                capacity = slots_that_fit(shape, device_of(config.device), config.max_memory)
+                if not capacity:
+                    raise ConfigError(
+                        "not one slot of this run's experts fits the memory",
+                        fix="give --max-memory more, or use a machine that has more",
+                    )
+            if config.max_slots is not None:
+                capacity = min(capacity, config.max_slots)
+            if config.own == "none":
+                capacity = 0
         member = Membership(
             links,
             role=config.role,

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composer import Composer, SlotTensors
+from .composer import Composer
 from .optimizer import checked_state, put_state, take_state
+from .owning import SlotTensors
 
 
 def composer_tensors(composer: Composer) -> dict[str, Tensor]:

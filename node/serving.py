@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..protocol import messages
+from ..protocol.errors import Refused
+from ..protocol.resources import Resource as Wanted
 from ..protocol.resources import ResourceKind, parse_resource
 from ..protocol.transport.downloads import FetchQuery, Resource
 from .blobs import fragment_to_bytes
+from .handle_key import HOLDERS
 from .links import Links
 from .state import Count
 
@@ -20,6 +23,12 @@ if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would 
     from .keeper import SlotKeeper
     from .outer import OuterDriver
     from .trainer import Trainer
+    from .worker import Worker
+
+
+_OF_SLOTS = {
+    ResourceKind.SNAPSHOT, ResourceKind.WEIGHTS, ResourceKind.HANDOVER, ResourceKind.REBUILT, ResourceKind.STANDIN
+}  # fmt: skip
 
 
 class Library:
@@ -28,35 +37,56 @@ class Library:
     def __init__(self, links: Links, signed_manifest: bytes) -> None:
         self._links = links
         self._manifest = Resource(signed_manifest)
-        self._shelves: tuple[Trainer, OuterDriver, Exchange, SlotKeeper] | None = None
+        self.handle_key: bytes | None = None
+        self._shelves: tuple[Trainer[Composer], OuterDriver, Exchange] | None = None
+        self._keeper: SlotKeeper[Any] | None = None
 
-    def stock(self, trainer: Trainer, outer: OuterDriver, exchange: Exchange, keeper: SlotKeeper) -> None:
+    def stock(
+        self, trainer: Trainer[Composer], outer: OuterDriver, exchange: Exchange, keeper: SlotKeeper[Composer]
+    ) -> None:
         """From now on answer for a composer too."""
-        self._shelves = (trainer, outer, exchange, keeper)
+        self._shelves = (trainer, outer, exchange)
+        self._keeper = keeper
+
+    def stock_slots(self, keeper: SlotKeeper[Worker]) -> None:
+        """From now on answer for a worker too: it has slots, and nothing else."""
+        self._keeper = keeper
 
     async def answer(self, query: FetchQuery) -> Resource | None:
         """One fetch. None: there is no such thing here. Refused: there is, but not for this peer or not now."""
         wanted = parse_resource(query.resource)
-        resource = await self._find(wanted.kind, wanted.index, query.peer_id)
+        resource = await self._find(wanted, query.peer_id)
         if resource is not None:
             self._links.state.count(Count.BYTES, wanted.kind.value, "out", by=len(resource.data))
         return resource
 
-    async def _find(self, kind: ResourceKind, index: int | None, requester: str) -> Resource | None:
+    async def _find(self, wanted: Wanted, requester: str) -> Resource | None:
+        kind, index = wanted.kind, wanted.index
         if kind is ResourceKind.MANIFEST:
             return self._manifest
-        if self._shelves is None or index is None:
+        if kind is ResourceKind.HANDLE_KEY:
+            return self._key_for(requester)
+        if self._keeper is None or index is None:
             return None
-        trainer, outer, exchange, keeper = self._shelves
-        if kind is ResourceKind.SNAPSHOT:
-            return await keeper.serve_snapshot(index) if index < keeper.num_slots else None
-        if kind is ResourceKind.HANDOVER:
-            return await keeper.serve_handover(index, requester) if index < keeper.num_slots else None
-        if kind is ResourceKind.STANDIN:
-            if index >= keeper.num_slots:
+        if kind in _OF_SLOTS:
+            if index >= self._keeper.num_slots:
                 return None
-            snapshot = await asyncio.wrap_future(trainer.ask(lambda composer: exchange.published(composer, index)))
-            return Resource(messages.encode(snapshot))
+            if kind is ResourceKind.SNAPSHOT:
+                return await self._keeper.serve_snapshot(index)
+            if kind is ResourceKind.WEIGHTS:
+                return await self._keeper.serve_weights(index)
+            if kind is ResourceKind.HANDOVER:
+                return await self._keeper.serve_handover(index, requester)
+            if kind is ResourceKind.REBUILT:
+                return await self._keeper.serve_rebuilt(index)
+            return await self._keeper.serve_standin(index)
+        if self._shelves is None:
+            return None
+        trainer, outer, exchange = self._shelves
+        if kind is ResourceKind.HANDLES:
+            assert wanted.epochs is not None
+            table = exchange.layers.handles.table(index, *wanted.epochs, exchange.layers.num_layers)
+            return Resource(messages.encode(table))
         if index >= len(outer.held):
             return None
 
@@ -67,3 +97,9 @@ class Library:
             return fragment_to_bytes(composer.common[index], composer.momentum[index])
 
         return Resource(await asyncio.wrap_future(trainer.ask(state)))
+
+    def _key_for(self, requester: str) -> Resource | None:
+        record = self._links.view().peers.get(requester)
+        if record is None or record.role not in HOLDERS:
+            raise Refused("not-granted", f"{requester} is not known as a composer: workers do not get the handle key")
+        return None if self.handle_key is None else Resource(self.handle_key)

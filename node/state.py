@@ -49,6 +49,8 @@ class Count(StrEnum):
     TRANSPORT_RESTARTS = "transport_restarts"  # ()
     LOST_SLOTS = "lost_slots"  # (): slots that no peer had a copy of and that restarted from the run's seed
     BLOCKED_SECONDS = "blocked_seconds"  # (): training stood still for the network, see StepPart.WAITING
+    SKETCH_ROWS = "sketch_rows"  # (direction,): rows sent to owners, or learned from
+    SKETCHES_LOST = "sketches_lost"  # (reason,): slots' sketches that were sent and not taken
     STEPS_SKIPPED = "steps_skipped"  # (reason,): e.g. non-finite gradients
 
 
@@ -334,6 +336,8 @@ class PeerState:
                 "transport_restarts": self._total(Count.TRANSPORT_RESTARTS),
                 "gossip_dropped": self._labelled(Count.GOSSIP_DROPPED),
                 "refusals": self._labelled(Count.REFUSALS),
+                "sketch_rows": self._labelled(Count.SKETCH_ROWS),
+                "sketches_lost": self._labelled(Count.SKETCHES_LOST),
                 "blocked_seconds": self._total(Count.BLOCKED_SECONDS),
                 "checkpoint": self._checkpoint,
                 "checkpoint_seconds": self._checkpoint_seconds.snapshot(),

@@ -1,6 +1,6 @@
-"""The training thread: one composer, stepped in a loop, to which other threads may post work between steps.
+"""The training thread: one composer or worker, stepped in a loop, to which other threads may post work between steps.
 
-Nothing but this thread touches the composer. The network's side (an asyncio loop on another thread) calls `ask`, and
+Nothing but this thread touches it. The network's side (an asyncio loop on another thread) calls `ask`, and
 gets a future; the trainer never waits for it.
 """
 
@@ -11,36 +11,37 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from .composer import Composer, StepReport
+from .owning import ExpertOwner
 
 T = TypeVar("T")
+O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 # How long an idle trainer (not yet started, or finished) sleeps before it looks at its stop flag again, in seconds.
 IDLE_SECONDS = 0.2
 
 
-class Trainer:
-    """Owns a composer. `run` blocks the calling thread; `ask`, `start_training` and `stop` may be called from any.
+class Trainer(Generic[O]):
+    """Has a composer or a worker. `run` blocks the calling thread; the other methods may be called from any.
 
     Args:
-        composer: the learner, handed over for good.
-        on_step: called after every step on the training thread; must not block.
+        owner: the learner, handed over for good.
+        on_step: called with its report after every step, on the training thread; must not block.
     """
 
-    def __init__(self, composer: Composer, on_step: Callable[[Composer, StepReport], None]) -> None:
-        self._composer = composer
+    def __init__(self, owner: O, on_step: Callable[[O, Any], None]) -> None:
+        self._owner = owner
         self._on_step = on_step
         self._served_seconds = 0.0
-        self._mailbox: queue.SimpleQueue[tuple[Callable[[Composer], Any], Future[Any]]] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[tuple[Callable[[O], Any], Future[Any]]] = queue.SimpleQueue()
         self._training = threading.Event()
         self._stop = threading.Event()
         self._closed = False
         self._closing = threading.Lock()
 
-    def ask(self, work: Callable[[Composer], T]) -> Future[T]:
-        """Run `work(composer)` between two steps. The future carries its result, error, or cancellation at the end."""
+    def ask(self, work: Callable[[O], T]) -> Future[T]:
+        """Run `work(owner)` between two steps. The future carries its result, error, or cancellation at the end."""
         future: Future[T] = Future()
         with self._closing:
             if self._closed:
@@ -67,14 +68,13 @@ class Trainer:
         self._stop.set()
 
     def run(self) -> None:
-        """Train until `stop`. The composer's own step limit ends training, not this loop: it then serves requests."""
+        """Train until `stop`. Where there is no step to take, it serves requests and looks again."""
         try:
             while not self._stop.is_set():
-                composer = self._composer
-                busy = self._training.is_set() and composer.step < composer.train.steps
+                busy = self._training.is_set() and self._owner.has_work()
                 self._serve(block=not busy)
                 if busy and not self._stop.is_set():
-                    self._on_step(composer, composer.train_step())
+                    self._on_step(self._owner, self._owner.train_step())
         finally:
             with self._closing:
                 self._closed = True
@@ -89,7 +89,7 @@ class Trainer:
             while True:
                 if future.set_running_or_notify_cancel():
                     try:
-                        future.set_result(work(self._composer))
+                        future.set_result(work(self._owner))
                     except Exception as error:  # noqa: BLE001 - carried to whoever asked, by the future
                         future.set_exception(error)
                 self._served_seconds += time.perf_counter() - began

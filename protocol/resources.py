@@ -6,6 +6,7 @@ local/<fragment>        the same fragment as one composer has it now, unmerged: 
 standin/<slot>          the published stand-ins of a slot, from its owner (StandInSnapshot)
 snapshot/<slot>         a slot in full as of its last snapshot, from its owner or a standby (SlotState)
 handover/<slot>         a slot in full, frozen: asking the owner for it ends its ownership (SlotState)
+weights/<slot>          what a slot's experts compute with, exactly, without optimizer state: for export (SlotState)
 rebuilt/<slot>          a slot of which no copy is left, made from the stand-in that runs there (SlotState)
 handle-key              the run's handle key (handles.py): for composers only
 handles/<slot>/<from_epoch>/<to_epoch>
@@ -30,6 +31,7 @@ class ResourceKind(enum.Enum):
     STANDIN = "standin"
     SNAPSHOT = "snapshot"
     HANDOVER = "handover"
+    WEIGHTS = "weights"
     REBUILT = "rebuilt"
     HANDLE_KEY = "handle-key"
     HANDLES = "handles"
@@ -77,6 +79,10 @@ def snapshot(slot: int) -> str:
 
 def handover(slot: int) -> str:
     return Resource(ResourceKind.HANDOVER, slot).name
+
+
+def weights(slot: int) -> str:
+    return Resource(ResourceKind.WEIGHTS, slot).name
 
 
 def rebuilt(slot: int) -> str:

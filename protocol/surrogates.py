@@ -43,8 +43,8 @@ MAX_EARLY = 4  # senders whose delta of a lease not known yet is kept, per slot
 
 
 def state_digest(layers: Sequence[StandIn]) -> bytes:
-    """16 bytes that identify a slot's stand-ins in all layers."""
-    return hashlib.sha256(b"".join(layer.digest() for layer in layers)).digest()[:16]
+    """16 bytes that identify a slot's stand-ins in all layers, in whatever order: see `handles.Handles`."""
+    return hashlib.sha256(b"".join(sorted(layer.digest() for layer in layers))).digest()[:16]
 
 
 @dataclass(frozen=True, order=True)

@@ -25,16 +25,18 @@ from shoal.node.manifest import Manifest
 from shoal.node.membership import Membership
 from shoal.node.outer import Held, OuterDriver
 from shoal.node.serving import Library
+from shoal.node.slot_order import LayerOrder
 from shoal.node.state import PeerState, Phase
 from shoal.node.trainer import Trainer
 from shoal.protocol.dht import start_dht
 from shoal.protocol.directory import Directory
+from shoal.protocol.handles import Handles, new_key
 from shoal.protocol.identity import Identity
 from shoal.protocol.merging import Facts, digest, shares, weights
 from shoal.protocol.outcome import Outcome, Status
 from shoal.protocol.records import Lease, LeaseRecord
 from shoal.protocol.transport.client import Transport
-from tiny import composer_of
+from tiny import LAYERS, composer_of
 from torch import Tensor
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ MANIFEST_BYTES = b"the run's signed manifest"
 SECONDS = 40.0
 MEETING_SECONDS = 2.0
 RUN = "tiny-" + secrets.token_hex(6)
+HANDLE_KEY = new_key()  # every run has its own
 
 
 class Meeting:
@@ -107,7 +110,9 @@ class LoopbackPeer:
         self.links = links
         self.composer = composer_of(links.manifest, owned=())
         self.trainer = Trainer(self.composer, self._after_step)
-        self.exchange = Exchange(links, self.trainer, self.composer, max_standin_bytes=1 << 20)
+        self.exchange = Exchange(
+            links, self.trainer, self.composer, LayerOrder(Handles(HANDLE_KEY), LAYERS), max_standin_bytes=1 << 20
+        )
         zeros = [digest(c, m) for c, m in zip(self.composer.common, self.composer.momentum, strict=True)]
         seat: Any = Seat(meeting, links.peer_id)
         self.outer = OuterDriver(links, self.trainer, seat, self.composer.fragments, [Held(-1, d) for d in zeros])
@@ -148,7 +153,7 @@ class LoopbackPeer:
     async def own(self, slots: Collection[int], epoch: int) -> None:
         """Take slots without asking anybody."""
         for slot in slots:
-            ask = self.trainer.ask(lambda c, slot=slot: self.exchange.adopt(c, slot, epoch, None, None))
+            ask = self.trainer.ask(lambda c, slot=slot: self.exchange.adopt(c, slot, epoch, None, 0, None))
             await asyncio.wrap_future(ask)
         await self.claim(slots, epoch)
 

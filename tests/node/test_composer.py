@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from shoal.kernels.standin import initial_standin
-from shoal.node.composer import Composer, SlotTensors
+from shoal.node.composer import Composer
 from shoal.node.manifest import Manifest
+from shoal.node.owning import SlotTensors
 from shoal.node.persistence import composer_tensors, restore_backbone
 from tiny import (
     CONTEXT,

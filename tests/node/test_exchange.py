@@ -99,7 +99,7 @@ def test_a_handover_with_foreign_standins_leaves_the_slot_followed(swarm: Loopba
     tensors = first.ask(lambda composer: composer.snapshot(0))
     lie = StandInSnapshot(0, 1, 1 << 40, tuple(layers), bytes(16))
     with pytest.raises(ValueError, match=r"."):
-        second.ask(lambda composer: second.exchange.adopt(composer, 0, 2, tensors, lie))
+        second.ask(lambda composer: second.exchange.adopt(composer, 0, 2, tensors, 1, lie))
     assert second.ask(lambda composer: composer.owned) == {2, 3}
     second.step()
     first.step()
@@ -149,7 +149,7 @@ def test_a_slot_moves_with_its_published_state(swarm: Loopback) -> None:
     first.step()
     second.step()
     tensors, published = second.ask(lambda c: (c.snapshot(slot), second.exchange.published(c, slot)))
-    announcement = first.ask(lambda c: first.exchange.adopt(c, slot, 2, tensors, published))
+    announcement = first.ask(lambda c: first.exchange.adopt(c, slot, 2, tensors, 1, published))
     second.ask(lambda c: second.exchange.release(c, slot))
     swarm.call(first.claim([0, 1, slot], 2))
     swarm.call(first.exchange.send([announcement]))

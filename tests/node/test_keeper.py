@@ -98,7 +98,7 @@ def test_a_deposed_owner_keeps_a_copy(kept: Kept) -> None:
 
     async def depose() -> None:
         announcement = await asyncio.wrap_future(
-            winner.trainer.ask(lambda c: winner.exchange.adopt(c, slot, epoch + 1, tensors, None))
+            winner.trainer.ask(lambda c: winner.exchange.adopt(c, slot, epoch + 1, tensors, epoch, None))
         )
         winner.keeper.held[slot], winner.keeper._versions[slot] = epoch + 1, 0
         await winner.keeper.announce()
@@ -107,7 +107,7 @@ def test_a_deposed_owner_keeps_a_copy(kept: Kept) -> None:
     kept.swarm.call(depose())
     kept.swarm.until(lambda: loser.keeper.held.get(slot) != epoch, "it lets go")
     kept.swarm.until(
-        lambda: loser.keeper._copies.get(slot, Copy(0, 0)).epoch >= epoch or slot in loser.keeper.held,
+        lambda: loser.keeper._copies.held.get(slot, Copy(0, 0)).epoch >= epoch or slot in loser.keeper.held,
         "it has a copy, or the slot again",
     )
 
@@ -160,8 +160,8 @@ def test_a_damaged_copy_is_dropped(kept: Kept, damage: str) -> None:
     keeper = kept.swarm.peers[0].keeper
     slot = next(s for s in range(SLOTS) if s not in keeper.held)
     kept.step()
-    kept.swarm.until(lambda: slot in keeper._copies and slot not in keeper._busy, "a copy of the other's slot")
-    path = keeper._path(slot)
+    kept.swarm.until(lambda: slot in keeper._copies.held and slot not in keeper._busy, "a copy of the other's slot")
+    path = keeper._copies._path(slot)
     if damage == "gone":
         path.unlink()
     else:
@@ -171,7 +171,7 @@ def test_a_damaged_copy_is_dropped(kept: Kept, damage: str) -> None:
 
     async def take_over() -> None:
         async with keeper._ticking:
-            action = TakeOver(slot, owner.keeper.held[slot] + 1, keeper._copies[slot], (owner.peer_id,))
+            action = TakeOver(slot, owner.keeper.held[slot] + 1, keeper._copies.held[slot], (owner.peer_id,))
             await keeper._take_over(action)
 
     kept.swarm.call(take_over())

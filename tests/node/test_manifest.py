@@ -52,7 +52,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-5d5f527c9a8c"
+    assert run_id_of(manifest()) == "demo-e8416acf5c65"
 
 
 def test_round_trip() -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from loopback import MANIFEST_BYTES, SECONDS, Loopback, loopback
+from loopback import HANDLE_KEY, MANIFEST_BYTES, SECONDS, Loopback, loopback
 from shoal.node.blobs import fragment_from_bytes, from_bytes
 from shoal.node.gather import _fetch_all
 from shoal.node.links import Links
 from shoal.protocol import messages, resources
+from shoal.protocol.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
 from shoal.protocol.transport.downloads import FetchEnded
 from shoal.protocol.transport.wire import Reason
@@ -112,7 +113,7 @@ def test_a_stranger_gets_no_handover(swarm: Loopback, onlooker: Links) -> None:
 
 
 def test_a_whole_model_is_gathered(swarm: Loopback, onlooker: Links) -> None:
-    whole = swarm.call(_fetch_all(onlooker, lambda _: None))
+    whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
     composer = swarm.peers[1].composer
     assert whole.composers == 2
     for name, parameter in composer.backbone.items():

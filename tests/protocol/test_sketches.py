@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 import pytest
+import torch
+from shoal.kernels.sketch import Float16Rows, RowSketch
 from shoal.protocol.errors import Refused
 from shoal.protocol.handles import Handles, new_key
 from shoal.protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSketch, decode, encode
@@ -32,6 +35,7 @@ from shoal.protocol.sketches import (
 )
 
 LAYERS = 3
+HIDDEN = 4
 SLOT, EPOCH, SEQ = 5, 4, 100
 HANDLES = Handles(new_key())
 HELD = {
@@ -48,25 +52,18 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A sketch of which only this module's part is real: two bytes of pairs, then anything."""
-
-    pairs: int
-    data: bytes
+def load(data: bytes) -> RowSketch:
+    return RowSketch.from_bytes(data, hidden=HIDDEN, max_rows=2000)
 
 
-def load(data: bytes) -> Rows:
-    if len(data) < 2:
-        raise ValueError("not rows")
-    return Rows(int.from_bytes(data[:2]), data[2:])
+def rows(pairs: int, value: float = 1.0) -> bytes:
+    """A sketch of random rows, with one value of its first gradient as given."""
+    sketch = Float16Rows(torch.randn(pairs, HIDDEN).half()), Float16Rows(torch.randn(pairs, HIDDEN).half())
+    sketch[1].values[:1, 0] = value
+    return RowSketch(*sketch, None, 1.0, pairs, "float16").to_bytes()
 
 
-def rows(pairs: int, length: int = 0) -> bytes:
-    return pairs.to_bytes(2) + bytes(length)
-
-
-def slot_sketch(data: bytes = rows(7, 40), slot: int = SLOT, epoch: int = EPOCH, seq: int = SEQ) -> SlotSketch:
+def slot_sketch(data: bytes = rows(7), slot: int = SLOT, epoch: int = EPOCH, seq: int = SEQ) -> SlotSketch:
     experts = tuple(ExpertSketch(HANDLES.of(slot, layer, epoch), data) for layer in range(LAYERS))
     return SlotSketch(slot, epoch, seq, experts)
 
@@ -89,13 +86,13 @@ def test_a_good_sketch_reaches_its_experts() -> None:
         SLOT,
         EPOCH,
         SEQ - RULES.max_age,
-        tuple(ExpertSketch(HANDLES.of(SLOT, layer, EPOCH), rows(layer, 8)) for layer in (2, 0)),
+        tuple(ExpertSketch(HANDLES.of(SLOT, layer, EPOCH), rows(layer)) for layer in (2, 0)),
     )
     batch = batch_of(sketch)
     check_batch("ann", batch, MEMBERS, RULES)
     admitted = admit("ann", batch, sketch, HELD, RULES, load)
     order = HANDLES.order(SLOT, EPOCH, LAYERS)
-    assert {order[position]: sketch.pairs for position, sketch in admitted.sketches} == {2: 2, 0: 0}
+    assert {order[position]: rows.num_rows for position, rows in admitted.sketches} == {2: 2, 0: 0}
     assert (admitted.sender, admitted.slot, admitted.step, admitted.tokens, admitted.steps) == ("ann", SLOT, 8, 1000, 4)
 
 
@@ -128,6 +125,9 @@ def test_batches_that_claim_too_much_are_refused(sender: str, tokens: int, steps
         (SlotSketch(SLOT, EPOCH, SEQ, (ExpertSketch(b"whatever", rows(1)),)), "unknown-handle"),
         (SlotSketch(SLOT, EPOCH, SEQ, (ExpertSketch(HANDLES.of(SLOT, 0, EPOCH - 1), rows(1)),)), "unknown-handle"),
         (SlotSketch(SLOT, EPOCH, SEQ, (ExpertSketch(HANDLES.of(SLOT, 0, EPOCH), b""),)), "malformed"),
+        (slot_sketch(rows(5)[:-1]), "malformed"),
+        (slot_sketch(rows(5, value=math.nan)), "malformed"),
+        (slot_sketch(rows(5, value=-math.inf)), "malformed"),
         (slot_sketch(rows(1001)), "implausible"),
     ],
 )
@@ -156,7 +156,7 @@ def test_one_bad_expert_keeps_out_its_slot_but_not_the_others() -> None:
 
 
 def test_what_is_refused_cheaply_is_not_decoded() -> None:
-    def never(data: bytes) -> Rows:
+    def never(data: bytes) -> RowSketch:
         raise AssertionError("decoded")
 
     inbox = SketchInbox(LAYERS * (ITEM_BYTES + 50), RULES, never)
@@ -201,7 +201,7 @@ def test_what_grew_old_in_the_queue_is_dropped_and_counted() -> None:
 
 def test_admitted_sketches_can_be_checked_again() -> None:
     batch = batch_of(slot_sketch())
-    admitted: Admitted[Rows] = admit("ann", batch, batch.slots[0], HELD, RULES, load)
+    admitted: Admitted[RowSketch] = admit("ann", batch, batch.slots[0], HELD, RULES, load)
     assert check_current(admitted, HELD, RULES) is HELD[SLOT]
     newer = {SLOT: replace(HELD[SLOT], epoch=EPOCH + 1)}
     assert reason(lambda: check_current(admitted, newer, RULES)) == "stale-epoch"
@@ -245,7 +245,7 @@ def test_above_half_nobody_gets_more_than_a_fair_share() -> None:
 def test_sketches_without_rows_fill_the_queue_too() -> None:
     inbox = SketchInbox(10 * LAYERS * ITEM_BYTES, RULES, load)
     replies = [inbox.receive("ann", batch_of(slot_sketch(rows(0)), step=n), MEMBERS, HELD, 0.0) for n in range(1000)]
-    assert sum(reply.accepted for reply in replies) == 9  # and their two bytes
+    assert sum(reply.accepted for reply in replies) == 9  # and their headers
     assert replies[-1].refused == ((SLOT, "busy"),)
     assert inbox.refusals == {"busy": 991}
 

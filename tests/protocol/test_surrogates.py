@@ -195,7 +195,7 @@ def bad_snapshots(owner: Owner) -> list[tuple[str, str, StandInSnapshot]]:
         ("old-snapshot", "owner", StandInSnapshot(0, 1, 0, good.layers, good.digest)),
         ("wrong-layers", "owner", StandInSnapshot(0, 1, 2, (one,), good.digest)),
         ("malformed", "owner", StandInSnapshot(0, 1, 2, (one, b"short"), good.digest)),
-        ("wrong-digest", "owner", StandInSnapshot(0, 1, 2, (two, one), good.digest)),
+        ("wrong-digest", "owner", StandInSnapshot(0, 1, 2, (two, two), good.digest)),
     ]
 
 

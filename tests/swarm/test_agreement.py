@@ -17,16 +17,19 @@ from shoal.node.invite import Invite
 from shoal.node.manifest import Manifest, verify
 from shoal.node.model.build import build_model
 from shoal.node.model.init import backbone_shapes
+from shoal.node.slot_order import renamed
 from shoal.protocol import messages, resources
 from shoal.protocol.dht import start_dht
 from shoal.protocol.directory import Directory
 from shoal.protocol.fragments import Fragment, partition, unflatten
+from shoal.protocol.handles import Handles
 from shoal.protocol.identity import Identity
 from shoal.protocol.merging import digest
 from shoal.protocol.messages import SlotState, StandInSnapshot
 from shoal.protocol.transport.client import Transport
 
 SLOTS = 16
+LAYERS = 3
 STEPS = 48
 
 pytestmark = pytest.mark.timeout(300)
@@ -59,7 +62,8 @@ def test_all_hold_the_same_and_the_checkpoint_is_that(swarm: Swarm, tmp_path: Pa
     assert done.stdout.splitlines()[-1] == str(out)
 
     fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
-    fetched = fetch_all(swarm, [peer.id for peer in both], fragments)
+    handles = Handles((swarm.folder / "bootstrap" / "handle.key").read_bytes())
+    fetched = fetch_all(swarm, [peer.id for peer in both], fragments, handles)
     backbone: dict[str, torch.Tensor] = {}
     for fragment, held, voted in zip(fragments, fetched.backbone, fetched.voted, strict=True):
         assert len(held) == 2
@@ -102,7 +106,7 @@ def our_loss(
     return heldout_loss(model, corpus.heldout(windows, manifest.data.context_length, seed=HELDOUT_SEED))
 
 
-def fetch_all(swarm: Swarm, composers: list[str], fragments: list[Fragment]) -> Fetched:
+def fetch_all(swarm: Swarm, composers: list[str], fragments: list[Fragment], handles: Handles) -> Fetched:
     """Ask every composer for everything, as another peer of the run."""
     invite = Invite.parse(swarm.invite)
     path = swarm.folder / "onlooker.key"
@@ -118,12 +122,14 @@ def fetch_all(swarm: Swarm, composers: list[str], fragments: list[Fragment]) -> 
     )
     try:
         directory = Directory(dht, identity, invite.run_id)
-        return asyncio.run(_fetch_all(directory, path, composers, fragments))
+        return asyncio.run(_fetch_all(directory, path, composers, fragments, handles))
     finally:
         dht.shutdown()
 
 
-async def _fetch_all(directory: Directory, path: Path, composers: list[str], fragments: list[Fragment]) -> Fetched:
+async def _fetch_all(
+    directory: Directory, path: Path, composers: list[str], fragments: list[Fragment], handles: Handles
+) -> Fetched:
     view = await directory.read()
     transport = await Transport.start(identity_path=path, run_id=directory.run_id)
 
@@ -139,7 +145,7 @@ async def _fetch_all(directory: Directory, path: Path, composers: list[str], fra
         slots = []
         for slot in range(SLOTS):
             state = messages.decode(await fetch(view.leases[slot].owner, resources.snapshot(slot)), SlotState)
-            slots.append(load(state.tensors))
+            slots.append(renamed(load(state.tensors), handles.order(slot, state.epoch, LAYERS)))
         return Fetched(
             voted=[{voter: vote.digest for voter, vote in view.votes[f.index].items()} for f in fragments],
             backbone=[await from_all(resources.backbone(f.index)) for f in fragments],

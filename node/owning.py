@@ -1,0 +1,364 @@
+"""Owning experts: what a composer and a worker have in common.
+
+An owner holds its slots' experts in full, with optimizer state, and publishes their stand-ins. It learns from two
+sources. A composer's own backward pass gives the mean gradient over its N tokens. Sketches of others give sums over
+the tokens that they stand for, already weighed by how much they tell (`kernels/sketch.py`). Before each step both
+become one mean over all tokens, whoever computed them:
+
+    g = (N g_own + Σ_j ρ_j G_j) / (N + Σ_j ρ_j N_j)
+
+Experts are named by slot and position. For a composer the position is the layer; a worker does not know layers, its
+positions are the order of the handles that the slot has under its present lease (`protocol/handles.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.experts import DenseExpert
+from ..kernels.interface import check_tensor
+from ..kernels.sketch import RowSketch, expert_gradient, kappa_for
+from ..kernels.standin import Publisher, StandIn, make_publisher
+from ..kernels.ternary import TernaryExpert
+from .manifest import Manifest, TrainSpec
+from .model.init import ExpertShape, expert_shape
+from .optimizer import checked_state, put_state, take_state
+
+SlotTensors = dict[str, Tensor]
+
+
+def expert_type(train: TrainSpec) -> type[DenseExpert]:
+    """What an owned expert computes with: its masters, or their ternary form."""
+    return TernaryExpert if train.expert_weights == "ternary" else DenseExpert
+
+
+@dataclass
+class _Sum:
+    """Gradient of one expert over the sketches since its last step."""
+
+    gate_up: Tensor
+    down: Tensor
+    tokens: float = 0.0  # effective
+    rows: int = 0  # without any, an expert is left alone: it neither decays nor moves by old momentum
+
+
+class ExpertOwner(ABC):
+    """Holds the experts of `owned` slots. All of it belongs to the training thread."""
+
+    optimizer: torch.optim.Optimizer  # group 0 takes the experts
+
+    def __init__(self, manifest: Manifest, *, fit_seed: int) -> None:
+        self.manifest = manifest
+        self.train: TrainSpec = manifest.train
+        self.shape: ExpertShape = expert_shape(manifest.model)
+        self.num_slots = self.shape.num_experts
+        self.step = 0
+        self.publishers: dict[int, list[Publisher]] = {}
+        self._fit_seed = fit_seed
+        self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
+        self._sums: dict[tuple[int, int], _Sum] = {}  # by slot and position
+        self._fidelity: dict[tuple[int, int], float] = {}  # as last measured
+
+    @property
+    def owned(self) -> set[int]:
+        """Slots whose experts are held in full."""
+        return set(self.publishers)
+
+    @abstractmethod
+    def experts_of(self, slot: int) -> list[DenseExpert]:
+        """The owned experts of a slot by position. Raises ValueError if the slot is not owned."""
+
+    @abstractmethod
+    def _hold(self, slot: int, experts: Sequence[DenseExpert]) -> list[DenseExpert]:
+        """Make trainable parameters of these weights."""
+
+    @abstractmethod
+    def _let_go(self, slot: int, published: Sequence[StandIn]) -> None:
+        """Forget the experts of a slot."""
+
+    @abstractmethod
+    def first_experts(self, slot: int) -> list[DenseExpert]:
+        """Experts to start a slot with of which nobody has a copy. ValueError where they cannot be known."""
+
+    @abstractmethod
+    def standins(self, slot: int) -> list[StandIn]:
+        """What everybody else runs for `slot`, by position: the published copy if owned, else the one in use."""
+
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether there is a step to take now."""
+
+    @abstractmethod
+    def train_step(self) -> Any:
+        """Take it; returns what there is to report."""
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine from `learning_rate` down to `final_lr_fraction` of it at `steps`."""
+        t = self.train
+        if self.step < t.warmup_steps:
+            return t.learning_rate * (self.step + 1) / t.warmup_steps
+        progress = min(1.0, (self.step - t.warmup_steps) / max(1, t.steps - t.warmup_steps))
+        scale = t.final_lr_fraction + (1 - t.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        return t.learning_rate * scale
+
+    # -- sketches --------------------------------------------------------------------------------------------------
+
+    def hear(self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int) -> None:
+        """Take in one composer's sketches of a slot, by position, of its inner steps up to `step`.
+
+        Raises:
+            ValueError: see `absorb`; the slot's other positions may have taken theirs in.
+        """
+        for position, sketch in sketches.items():
+            self.absorb(slot, position, sketch, tokens)
+
+    def absorb(self, slot: int, position: int, sketch: RowSketch, tokens: int) -> None:
+        """Take in what another peer's tokens teach one expert; the next step uses it.
+
+        Args:
+            sketch: of the rows routed to it, possibly none.
+            tokens: over which they were routed, whether to this expert or not.
+
+        Raises:
+            ValueError: the slot is not owned, or the gradient is not finite; nothing has changed then.
+        """
+        expert = self.experts_of(slot)[position]
+        published = self.publishers[slot][position]
+        kappa = self._kappa(slot, position)
+        gate_up, down = (weights.detach() for weights in expert.dense())
+        standin = None
+        if kappa:
+            standin = tuple(weights.to(gate_up.device) for weights in published.published.dense())
+        d_gate_up, d_down = expert_gradient(
+            gate_up,
+            down,
+            sketch,
+            self.shape.act,
+            kappa=kappa,
+            standin=standin,  # type: ignore[arg-type]
+            curvature=self.manifest.sketch.curvature,
+        )
+        self.absorb_gradient(
+            slot, position, d_gate_up, d_down, tokens=tokens, rows=sketch.num_rows, effective=sketch.effective
+        )
+        x_ND = sketch.x.dense()
+        if len(x_ND):
+            published.observe(x_ND, torch.ones(len(x_ND)))
+
+    def absorb_gradient(
+        self,
+        slot: int,
+        position: int,
+        d_gate_up: Tensor,
+        d_down: Tensor,
+        *,
+        tokens: int,
+        rows: int,
+        effective: float = 1.0,
+    ) -> None:
+        """Like `absorb`, with the gradient itself, summed over tokens; it counts as `effective` of them.
+
+        Raises:
+            ValueError: not finite.
+        """
+        if not bool(d_gate_up.isfinite().all() and d_down.isfinite().all()):
+            raise ValueError(f"the gradient of a sketch for slot {slot} is not finite")
+        held = self._sums.get((slot, position))
+        if held is None:
+            held = self._sums[slot, position] = _Sum(torch.zeros_like(d_gate_up), torch.zeros_like(d_down))
+        held.gate_up.add_(d_gate_up, alpha=effective)
+        held.down.add_(d_down, alpha=effective)
+        held.tokens += effective * tokens
+        held.rows += rows
+
+    def _kappa(self, slot: int, position: int) -> float:
+        kappa = self.manifest.sketch.kappa
+        if kappa >= 0:
+            return kappa
+        fidelity = self._fidelity.get((slot, position))
+        return 0.0 if fidelity is None else kappa_for(fidelity)
+
+    @torch.no_grad()
+    def _set_gradients(self, own_tokens: int, slots: Collection[int]) -> None:
+        """Turn the experts' own mean gradients and the sums of sketches into one mean."""
+        for slot in slots:
+            for position, expert in enumerate(self.experts_of(slot)):
+                held = self._sums.pop((slot, position), None)
+                if slot in self._frozen:
+                    expert.gate_up.grad = expert.down.grad = None
+                elif held is not None and (held.rows or expert.down.grad is not None):
+                    total = own_tokens + held.tokens
+                    for weights, theirs in ((expert.gate_up, held.gate_up), (expert.down, held.down)):
+                        theirs = theirs.to(weights.device)
+                        if weights.grad is not None:
+                            theirs.add_(weights.grad, alpha=own_tokens)
+                        weights.grad = theirs.div_(total)
+
+    # -- stand-ins -------------------------------------------------------------------------------------------------
+
+    def publish(self, slots: Collection[int] | None = None) -> dict[int, list[bytes]]:
+        """Refit the stand-ins of owned `slots` and return, per slot, one delta per position.
+
+        Each delta is against what was published before, and is applied to it here exactly as receivers will.
+        """
+        deltas: dict[int, list[bytes]] = {}
+        for slot in sorted(self.owned if slots is None else slots):
+            layers = []
+            for publisher, expert in zip(self.publishers[slot], self.experts_of(slot), strict=True):
+                publisher.refit(expert)
+                layers.append(publisher.delta(expert))
+            deltas[slot] = layers
+        return deltas
+
+    def fidelity(self) -> list[float]:
+        """Per position: mean over owned slots of 1 - ||E(x) - S(x)|| / ||E(x)||; nan where nothing is owned."""
+        found: list[list[float]] = [[] for _ in range(self.shape.num_layers)]
+        for slot, publishers in self.publishers.items():
+            for position, (publisher, expert) in enumerate(zip(publishers, self.experts_of(slot), strict=True)):
+                value = publisher.fidelity(expert)
+                if math.isfinite(value):
+                    found[position].append(value)
+                    self._fidelity[slot, position] = value
+        return [sum(values) / len(values) if values else math.nan for values in found]
+
+    def fidelity_of(self, slot: int) -> tuple[float, ...]:
+        """One slot's, by position, as last measured; empty before that."""
+        values = [self._fidelity.get((slot, position)) for position in range(self.shape.num_layers)]
+        known = tuple(value for value in values if value is not None)
+        return known if len(known) == len(values) else ()
+
+    def _make_publishers(
+        self, slot: int, experts: Sequence[DenseExpert], published: Sequence[StandIn] | None
+    ) -> list[Publisher]:
+        spec = self.manifest.standin
+        if published is not None and len(published) != len(experts):
+            raise ValueError(f"slot {slot}: {len(published)} published stand-ins for {len(experts)} layers")
+        return [
+            make_publisher(
+                spec.kind,
+                expert,
+                published=None if published is None else published[position],
+                width=max(1, round(spec.width_fraction * self.shape.width)),
+                rank=spec.rank,
+                replay_rows=spec.replay_rows,
+                refit_steps=spec.refit_steps,
+                refit_learning_rate=spec.refit_learning_rate,
+                act=self.shape.act,
+                generator=torch.Generator().manual_seed(self._fit_seed * 1_000_003 + slot * 1009 + position),
+            )
+            for position, expert in enumerate(experts)
+        ]
+
+    # -- ownership -------------------------------------------------------------------------------------------------
+
+    def _begin_owning(self, slot: int, experts: Sequence[DenseExpert], publishers: list[Publisher]) -> None:
+        self.publishers[slot] = publishers
+        group = self.optimizer.param_groups[0]  # matrices, with weight decay
+        group["params"].extend(t for expert in experts for t in (expert.gate_up, expert.down))
+
+    def snapshot(self, slot: int) -> SlotTensors:
+        """Everything that makes up an owned slot: weights, optimizer state, publisher state. Copies, by name."""
+        tensors: SlotTensors = {}
+        for position, expert in enumerate(self.experts_of(slot)):
+            for name, parameter in (("gate_up", expert.gate_up), ("down", expert.down)):
+                tensors[f"{position}.{name}"] = parameter.detach().to("cpu", copy=True)
+                for key, value in take_state(self.optimizer, parameter).items():
+                    tensors[f"{position}.{name}.{key}"] = value
+            for key, value in self.publishers[slot][position].state_dict(replay=False).items():
+                tensors[f"{position}.publisher.{key}"] = value.clone()
+        return tensors
+
+    def weights(self, slot: int) -> SlotTensors:
+        """What an owned slot's experts compute with: `<position>.gate_up` and `<position>.down`. Copies."""
+        tensors: SlotTensors = {}
+        for position, expert in enumerate(self.experts_of(slot)):
+            gate_up, down = expert.dense()
+            tensors[f"{position}.gate_up"] = gate_up.detach().to("cpu", copy=True)
+            tensors[f"{position}.down"] = down.detach().to("cpu", copy=True)
+        return tensors
+
+    def freeze(self, slot: int) -> None:
+        """Stop training an owned slot while a copy of it travels to its next owner. ValueError if it is not owned."""
+        if slot not in self.publishers:
+            raise ValueError(f"slot {slot} is not owned")
+        self._frozen.add(slot)
+
+    def thaw(self, slot: int) -> None:
+        """The handover did not happen: train on."""
+        self._frozen.discard(slot)
+
+    def adopt(self, slot: int, tensors: SlotTensors | None, published: Sequence[StandIn] | None = None) -> None:
+        """Become the owner of `slot`.
+
+        Args:
+            tensors: a snapshot; None restarts the slot from `first_experts`.
+            published: what the others hold, by position; by default what this peer ran for the slot so far.
+
+        Raises:
+            ValueError: the snapshot or `published` does not fit this model or is not finite; nothing has changed then.
+        """
+        if slot in self.publishers:
+            raise ValueError(f"slot {slot} is owned already")
+        published = self.standins(slot) if published is None else published
+        # Everything that can fail comes before the first change: half a slot would end the training.
+        if tensors is None:
+            experts = self.first_experts(slot)
+        else:
+            experts = [self._checked_expert(position, tensors) for position in range(self.shape.num_layers)]
+        publishers = self._make_publishers(slot, experts, published)
+        states: list[list[dict[str, Tensor | int]]] = [[{}, {}] for _ in experts]
+        if tensors is not None:
+            full = any(name.count(".") > 1 for name in tensors)  # else in a wire format, which has weights only
+            for position, (expert, publisher) in enumerate(zip(experts, publishers, strict=True)):
+                states[position] = [
+                    checked_state(self.optimizer, weights.shape, under(f"{position}.{name}.", tensors))
+                    for name, weights in (("gate_up", expert.gate_up), ("down", expert.down))
+                ]
+                if full:
+                    newest = publisher.published  # since the snapshot more may have been sent
+                    publisher.load_state_dict(under(f"{position}.publisher.", tensors))
+                    publisher.published = newest
+        held = self._hold(slot, experts)
+        self._begin_owning(slot, held, publishers)
+        for expert, (gate_up, down) in zip(held, states, strict=True):
+            put_state(self.optimizer, expert.gate_up, gate_up)
+            put_state(self.optimizer, expert.down, down)
+
+    def _checked_expert(self, position: int, tensors: SlotTensors) -> DenseExpert:
+        width, hidden = self.shape.width, self.shape.hidden
+        weights = []
+        for name, shape in (("gate_up", (2 * width, hidden)), ("down", (hidden, width))):
+            value = tensors.get(f"{position}.{name}")
+            if value is None:
+                raise ValueError(f"the snapshot lacks layer {position}'s {name}")
+            check_tensor(f"layer {position}'s {name}", value, torch.float32, shape)
+            weights.append(value)
+        return expert_type(self.train)(*weights)
+
+    def release(self, slot: int) -> None:
+        """Stop owning `slot`: from now on the published copy stands in for it."""
+        published = self.standins(slot)
+        experts = self.experts_of(slot)
+        gone = {id(t) for expert in experts for t in (expert.gate_up, expert.down)}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for position, expert in enumerate(experts):
+            self.optimizer.state.pop(expert.gate_up, None)
+            self.optimizer.state.pop(expert.down, None)
+            self._sums.pop((slot, position), None)
+            self._fidelity.pop((slot, position), None)
+        del self.publishers[slot]
+        self._frozen.discard(slot)
+        self._let_go(slot, published)
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> SlotTensors:
+    """The tensors whose name starts with `prefix`, without it."""
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

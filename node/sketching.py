@@ -1,0 +1,98 @@
+"""Collecting sketches: a composer notes what its tokens teach the experts that others own, until it is sent.
+
+Lives on the training thread. Rows are quantised as they come and sampled to the budget when they leave. A slot whose
+rows cannot leave (nobody owns it, its owner is busy) goes on collecting: its buffers are bounded and thin themselves
+out without bias, and its tokens go on counting, so that late rows still give the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.sketch import RowBuffer, RowSketch, row_bytes
+from .manifest import SketchSpec
+from .model.init import ExpertShape
+
+# Rows that one expert's buffer holds at most: bounds memory where an owner stays away. 8 MiB at hidden size 2048.
+MAX_BUFFERED_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One slot's sketches, by layer, and the tokens and inner steps that they stand for."""
+
+    layers: tuple[RowSketch, ...]
+    tokens: int
+    steps: int
+
+
+class SketchCollector:
+    """Rows since each slot's last `take`.
+
+    Args:
+        seed: of sampling; every composer has its own.
+    """
+
+    def __init__(self, spec: SketchSpec, shape: ExpertShape, *, seed: int) -> None:
+        self._spec, self._shape = spec, shape
+        self._generator = torch.Generator().manual_seed(seed)
+        self._buffers: dict[tuple[int, int], RowBuffer] = {}  # by slot and layer
+        self._tokens = self._steps = 0  # ever
+        self._taken: dict[int, tuple[int, int]] = {}  # by slot, tokens and steps at its last take
+        self._of_step = 0
+
+    def begin_step(self, tokens: int) -> None:
+        """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
+        self._of_step = tokens
+        self._tokens += tokens
+        self._steps += 1
+
+    def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
+        """Rows of one expert; the shard's `SketchTap`."""
+        self._buffer(slot, layer).add(x_ND, dy_ND * self._of_step)
+
+    def _buffer(self, slot: int, layer: int) -> RowBuffer:
+        buffer = self._buffers.get((slot, layer))
+        if buffer is None:
+            buffer = self._buffers[slot, layer] = RowBuffer(
+                self._shape.hidden, self._spec.codec, max_rows=MAX_BUFFERED_ROWS, generator=self._generator
+            )
+        return buffer
+
+    def take(self, slots: Mapping[int, float]) -> dict[int, Collected]:
+        """What has come together for `slots`, cut to the budget; their buffers are empty then.
+
+        Args:
+            slots: by slot, the share of its rows that its owner can take.
+        """
+        rows = {slot: [len(self._buffers.get((slot, layer), ())) for layer in self._layers] for slot in slots}
+        share = 1.0
+        total = sum(map(sum, rows.values()))
+        if self._spec.budget_bytes and total:
+            share = min(1.0, self._spec.budget_bytes / (total * row_bytes(self._shape.hidden, self._spec.codec)))
+        return {slot: self._take(slot, rows[slot], share * rate) for slot, rate in slots.items()}
+
+    def _take(self, slot: int, rows: list[int], share: float) -> Collected:
+        layers = []
+        for layer in self._layers:
+            buffer = self._buffer(slot, layer)
+            keep = None if share >= 1.0 else math.ceil(share * rows[layer])
+            layers.append(buffer.take(keep, self._generator))
+        tokens, steps = self._taken.get(slot, (0, 0))
+        self._taken[slot] = self._tokens, self._steps
+        return Collected(tuple(layers), self._tokens - tokens, self._steps - steps)
+
+    def forget(self, slot: int) -> None:
+        """Drop what has been collected for a slot: it is owned here now, or its rows are of another expert."""
+        for layer in self._layers:
+            self._buffers.pop((slot, layer), None)
+        self._taken[slot] = self._tokens, self._steps
+
+    @property
+    def _layers(self) -> range:
+        return range(self._shape.num_layers)

@@ -1,0 +1,141 @@
+"""The worker: owns experts, sees no data. It steps them on what composers' sketches say, and nothing else.
+
+Its positions are in the order of handles; it does not know which layer an expert belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.experts import DenseExpert
+from ..kernels.sketch import RowSketch
+from ..kernels.standin import StandIn
+from .manifest import Manifest
+from .optimizer import make_optimizer
+from .owning import ExpertOwner, expert_type
+
+
+@dataclass(frozen=True)
+class WorkReport:
+    """One step of a worker: the slots stepped, the effective tokens their gradients are means over, the rows seen."""
+
+    slots: tuple[int, ...]
+    tokens: int
+    rows: int
+    seconds: float
+    skipped: bool = False  # gradients were not finite
+
+
+@dataclass
+class _Waiting:
+    """What has come for one slot since its last step."""
+
+    since: float  # monotonic seconds, of the first
+    senders: set[str]
+    rows: int = 0
+    tokens: int = 0
+
+
+class Worker(ExpertOwner):
+    """Experts that live on sketches.
+
+    Args:
+        senders: how many composers send sketches now; a slot is stepped as soon as it has heard all of them.
+        device: to keep and train experts on.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        senders: Callable[[], int],
+        device: torch.device | str = "cpu",
+        fit_seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(manifest, fit_seed=fit_seed)
+        self._senders, self._clock = senders, clock
+        self.device = torch.device(device)
+        self.optimizer = make_optimizer(self.train, {})
+        self._experts: dict[int, list[DenseExpert]] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self.slot_steps: dict[int, int] = {}  # by slot, the composers' step that it was last stepped for
+
+    def hear(self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int) -> None:
+        super().hear(sender, slot, sketches, tokens=tokens, step=step)
+        waiting = self._waiting.setdefault(slot, _Waiting(self._clock(), set()))
+        waiting.senders.add(sender)
+        waiting.rows += sum(sketch.num_rows for sketch in sketches.values())
+        waiting.tokens += tokens
+        self.step = max(self.step, min(step, self.train.steps))
+
+    def ready(self) -> list[int]:
+        """Slots to step now: all composers were heard, or those that are missing have been waited for long enough."""
+        now, senders = self._clock(), max(1, self._senders())
+        patience = self.manifest.sketch.patience_seconds
+        return [
+            slot
+            for slot, waiting in self._waiting.items()
+            if slot not in self._frozen and (len(waiting.senders) >= senders or now - waiting.since > patience)
+        ]
+
+    def has_work(self) -> bool:
+        return bool(self.ready())
+
+    def train_step(self) -> WorkReport:
+        """Step every slot that is ready."""
+        began = time.perf_counter()
+        slots = self.ready()
+        heard = [self._waiting.pop(slot) for slot in slots]
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._set_gradients(0, slots)
+        stepped = [t for slot in slots for expert in self.experts_of(slot) for t in (expert.gate_up, expert.down)]
+        norm = torch.nn.utils.clip_grad_norm_(stepped, self.train.grad_clip)
+        sound = math.isfinite(norm.item())
+        if sound:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for slot in slots:
+            self.slot_steps[slot] = self.step
+        return WorkReport(
+            tuple(slots),
+            tokens=sum(waiting.tokens for waiting in heard),
+            rows=sum(waiting.rows for waiting in heard),
+            seconds=time.perf_counter() - began,
+            skipped=not sound,
+        )
+
+    # -- experts: see ExpertOwner ----------------------------------------------------------------------------------
+
+    def experts_of(self, slot: int) -> list[DenseExpert]:
+        if slot not in self._experts:
+            raise ValueError(f"slot {slot} is not owned")
+        return self._experts[slot]
+
+    def _hold(self, slot: int, experts: Sequence[DenseExpert]) -> list[DenseExpert]:
+        held = []
+        for expert in experts:
+            masters = (expert.gate_up, expert.down)
+            weights = [w.detach().to(self.device, torch.float32, copy=True).requires_grad_() for w in masters]
+            held.append(expert_type(self.train)(*weights))
+        self._experts[slot] = held
+        return held
+
+    def _let_go(self, slot: int, published: Sequence[StandIn]) -> None:
+        del self._experts[slot]
+        self._waiting.pop(slot, None)
+        self.slot_steps.pop(slot, None)
+
+    def first_experts(self, slot: int) -> list[DenseExpert]:
+        raise ValueError("a worker knows no layers: it cannot seed a slot, it fetches it")
+
+    def standins(self, slot: int) -> list[StandIn]:
+        return [publisher.published for publisher in self.publishers[slot]]

@@ -1,0 +1,198 @@
+"""A worker peer: wires the worker, its trainer and the network's parts together, and takes them down again.
+
+It needs no data and no backbone: it claims slots that fit its memory, fetches them, and trains them on sketches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..kernels.standin import StandIn, initial_standin
+from ..protocol import messages, resources
+from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
+from ..protocol.identity import Identity
+from ..protocol.messages import HandleTable
+from .capacity import device_of, slot_bytes
+from .composing import HEADER_BYTES, POLL_SECONDS, SNAPSHOT_BYTES_PER_WEIGHT
+from .config import PeerConfig
+from .data import seed_of_peer
+from .keeper import SlotKeeper
+from .links import Links
+from .logs import get_logger
+from .membership import Membership
+from .publishing import ANNOUNCE_EVERY_SECONDS, Publishing
+from .serving import Library
+from .sketch_receiving import SketchReceiver
+from .slot_order import HandleOrder
+from .state import Count, PeerState, Phase, StepPart
+from .trainer import Trainer
+from .worker import Worker, WorkReport
+
+if TYPE_CHECKING:
+    from .background import NetworkThread
+    from .peer import Run, StopRequest
+
+log = get_logger(__name__)
+
+TABLE_SECONDS = 10.0
+
+
+class WorkerPublishing(Publishing[Worker]):
+    """Publishing in the order of handles, which composers tell."""
+
+    order: HandleOrder
+
+    async def prepare(self, slot: int, epoch: int, from_epochs: Collection[int]) -> None:
+        for from_epoch in from_epochs:
+            self.order.learn(slot, from_epoch, epoch, await self._table(slot, from_epoch, epoch))
+
+    async def _table(self, slot: int, from_epoch: int, epoch: int) -> HandleTable:
+        problem = "there is no composer"
+        for peer in self._links.active_composers(waiting=True):
+            try:
+                got = await self._links.fetch(
+                    peer,
+                    resources.handles(slot, from_epoch, epoch),
+                    max_bytes=HandleTable.max_bytes,
+                    deadline_seconds=TABLE_SECONDS,
+                )
+                return messages.decode(got.data, HandleTable)
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                problem = error.cause
+        raise Refused("no-composer", f"nobody told the handles of slot {slot}: {problem}")
+
+    async def run(self) -> None:
+        """Until cancelled: announce own slots while they are quiet, so that a lost last delta is noticed."""
+        while True:
+            await asyncio.sleep(ANNOUNCE_EVERY_SECONDS)
+            if time.monotonic() - self._last_sent > ANNOUNCE_EVERY_SECONDS:
+                quiet = await asyncio.wrap_future(self._trainer.ask(self._announcements))
+                if quiet:
+                    await self.send(quiet)
+
+
+class WorkerPeer:
+    """`run` is the training thread until the peer has left."""
+
+    def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run) -> None:
+        self.config, self.state, self.identity, self.facts = config, state, identity, run
+        self._began = time.monotonic()
+        self._published: dict[int, int] = {}  # by slot, the step of its last delta
+
+    def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
+        """Train until told to stop; returns the exit code."""
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        manifest = self.facts.manifest
+        worker = Worker(
+            manifest,
+            senders=lambda: links.num_active,
+            device=device_of(self.config.device),
+            fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
+        )
+        self.worker = worker
+        self.trainer = Trainer(worker, self._after_step)
+        shape = worker.shape
+        self.publishing = WorkerPublishing(links, self.trainer, HandleOrder(shape.num_layers), _like(worker))
+        weights = 3 * shape.hidden * shape.width * shape.num_layers
+        self.keeper = SlotKeeper(
+            links,
+            self.trainer,
+            self.publishing,
+            capacity=member.capacity,
+            num_slots=worker.num_slots,
+            folder=self.config.data_dir / "standby" / self.facts.run_id,
+            saved={},
+            max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
+        )
+        self.receiver = SketchReceiver(links, self.trainer, self.publishing, self.keeper, worker)
+        self.links, self.member = links, member
+        library.stock_slots(self.keeper)
+        links.transport.answer_calls(self.receiver.answer)
+        log.info("worker.capacity", slots=member.capacity, slot_bytes=slot_bytes(shape), device=str(worker.device))
+        life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
+        life.add_done_callback(lambda _: self.trainer.stop())
+        self.trainer.start_training()
+        self.trainer.run()
+        life.result()
+        self.state.enter(Phase.STOPPED)
+        return 0
+
+    # -- the network thread ----------------------------------------------------------------------------------------
+
+    async def _live(self, stop: StopRequest) -> None:
+        self.state.enter(Phase.SYNCING, "reading the directory")
+        await self.links.read_directory()
+        self.state.enter(Phase.READY, "waiting for experts")
+        await self.member.announce()
+        tasks = [asyncio.create_task(work) for work in (self.keeper.run(), self.publishing.run())]
+        try:
+            while not stop.requested:
+                self._set_phase()
+                done, _ = await asyncio.wait(tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # they end by failing only; that ends the peer, with the reason
+                self.links.check()
+            await self._leave()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _set_phase(self) -> None:
+        self.state.beat()
+        self.links.view()  # keeps `num_active` current
+        self.keeper.step = self.worker.step
+        if self.receiver.rows and self.state.phase is Phase.READY:
+            self.state.enter(Phase.TRAINING)
+            log.info("worker.useful", seconds=round(time.monotonic() - self._began, 2))
+
+    async def _leave(self) -> None:
+        """Drain: stop stepping, hand over."""
+        log.info("peer.leaving", drain_seconds=self.config.drain_seconds)
+        self.trainer.pause_training()
+        self.state.enter(Phase.LEAVING, "handing over slots")
+        await self.member.announce(Phase.LEAVING)
+        await self.keeper.drain(self.config.drain_seconds)
+        if self.keeper.held:
+            log.error("slot.abandoned", slots=sorted(self.keeper.held), reason="nobody took them over in time")
+        await self.keeper.announce()
+
+    # -- the training thread ---------------------------------------------------------------------------------------
+
+    def _after_step(self, worker: Worker, report: WorkReport) -> None:
+        began = time.perf_counter()
+        every = self.facts.manifest.standin.publish_every
+        due = [
+            slot
+            for slot in report.slots
+            if slot in worker.owned and worker.step - self._published.get(slot, -every) >= every
+        ]
+        if due:
+            self.publishing.publish(worker, due)
+            self._published |= dict.fromkeys(due, worker.step)
+        if report.skipped:
+            self.state.count(Count.STEPS_SKIPPED, "not_finite")
+            log.warning("step.skipped", step=worker.step, reason="gradients are not finite")
+        self.state.record_step(
+            step=worker.step,
+            tokens=0,  # it sees none; composers count theirs
+            loss=float("nan"),
+            seconds={
+                StepPart.OPTIMIZER: report.seconds,
+                StepPart.EXCHANGE: time.perf_counter() - began,
+                StepPart.WAITING: self.trainer.take_served_seconds(),
+            },
+        )
+
+
+def _like(worker: Worker) -> StandIn:
+    """A stand-in of the run's kind and size."""
+    shape, spec = worker.shape, worker.manifest.standin
+    blank = torch.zeros(2 * shape.width, shape.hidden), torch.zeros(shape.hidden, shape.width)
+    return initial_standin(spec.kind, *blank, max(1, round(spec.width_fraction * shape.width)))
