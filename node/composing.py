@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,8 @@ from ..protocol.identity import Identity
 from ..protocol.merging import digest as digest_of
 from ..protocol.ownership import Copy
 from .background import NetworkThread
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from .checkpoint import Checkpoint, CheckpointStore
+from .checkpoint_writer import CheckpointWriter
 from .composer import Composer, StepReport
 from .config import PeerConfig
 from .copies import Snapshot
@@ -71,8 +71,7 @@ class ComposerPeer:
             matchmaking_seconds=spec.matchmaking_seconds,
             timeout_seconds=spec.timeout_seconds,
         )
-        self.store = CheckpointStore(config.data_dir / "checkpoints" / run.run_id)
-        self._saving: Future[None] | None = None
+        self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
@@ -228,7 +227,7 @@ class ComposerPeer:
         keeper_task.cancel()
         self.state.enter(Phase.LEAVING, "writing a checkpoint")
         tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
-        await asyncio.to_thread(self._save, tensors, meta)
+        await asyncio.to_thread(self.writer.write, tensors, meta)
         await self.keeper.announce()  # what is still held is in the checkpoint; the lease says so until it runs out
 
     # -- the training thread ---------------------------------------------------------------------------------------
@@ -240,11 +239,8 @@ class ComposerPeer:
             self.sender.after_step(composer)
         self.outer.after_step(composer)
         every = self.config.checkpoint_every or CHECKPOINT_EVERY
-        if composer.step % every == 0 and (self._saving is None or self._saving.done()):
-            tensors, meta = self._checkpoint_of(composer)
-            self._saving = asyncio.run_coroutine_threadsafe(
-                asyncio.to_thread(self._save, tensors, meta), self.links.loop
-            )
+        if composer.step % every == 0 and not self.writer.busy:
+            self.writer.write_soon(*self._checkpoint_of(composer), self.links.loop)
         if report.skipped:
             self.state.count(Count.STEPS_SKIPPED, "not_finite")
             log.warning("step.skipped", step=composer.step, reason="loss or gradients are not finite")
@@ -271,17 +267,6 @@ class ComposerPeer:
         }
         return composer_tensors(composer), meta
 
-    def _save(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
-        began = time.monotonic()
-        try:
-            self.store.save(int(meta["step"]), tensors, meta)
-        except CheckpointError as error:
-            log.error("checkpoint.failed", error=str(error))
-            self.state.note_error(error)
-            return
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        self.state.record_checkpoint(step=int(meta["step"]), seconds=time.monotonic() - began, nbytes=nbytes)
-
     # -- starting --------------------------------------------------------------------------------------------------
 
     def _batches(self) -> Batches:
@@ -300,7 +285,7 @@ class ComposerPeer:
 
     def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], dict[int, Snapshot]]:
         """The common state and slots of the newest checkpoint, or of the seed."""
-        checkpoint: Checkpoint | None = self.store.latest()
+        checkpoint: Checkpoint | None = self.writer.store.latest()
         rounds, saved = [-1] * len(self.fragments), {}
         if checkpoint is not None:
             meta = checkpoint.meta

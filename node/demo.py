@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from .status import speed_text
+
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
 START_SECONDS = 120.0
@@ -102,10 +104,16 @@ class Demo:
         return peer
 
     def join(self, invite: str) -> list[Peer]:
-        """Start all composers, each on its own shard of the text."""
+        """Start all composers, each on its own shard of the text, and the workers. Returns the composers.
+
+        With workers, composers own nothing: all routed experts are trained elsewhere, from sketches.
+        """
         count, threads = self.arguments.composers, str(self.arguments.threads)
+        owning = ["--own", "none"] if self.arguments.workers else []
+        for i in range(self.arguments.workers):
+            self.start(f"worker-{i}", ["join", invite, "--role", "worker", "--threads", threads])
         return [
-            self.start(f"composer-{i}", ["join", invite, "--data-shard", f"{i}/{count}", "--threads", threads])
+            self.start(f"composer-{i}", ["join", invite, "--data-shard", f"{i}/{count}", "--threads", threads, *owning])
             for i in range(count)
         ]
 
@@ -126,7 +134,7 @@ class Demo:
         """The live table."""
         table = Table(title=f"swarm {self.peers[0].get('run_id', '')}", title_justify="left", expand=False)
         for column, justify in (
-            ("peer", "left"), ("phase", "left"), ("slots", "left"), ("step", "right"), ("tokens/s", "right"),
+            ("peer", "left"), ("phase", "left"), ("slots", "left"), ("step", "right"), ("speed", "right"),
             ("loss", "right"), ("outer: last", "left"), ("commits", "right"), ("fidelity", "right"), ("sent", "right"),
         ):  # fmt: skip
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -136,13 +144,14 @@ class Demo:
             last = outer.get("last") or {}
             fidelity = [v for v in (status.get("fidelity") or {}).values() if v is not None]
             sent = sum(item["bytes"] for item in status.get("bytes", []) if item["direction"] == "out")
-            trains = status.get("role") == "composer"
+            role = status.get("role")
+            trains = role == "composer"
             table.add_row(
                 peer.name,
                 str(status.get("phase", "starting")),
                 _ranges((status.get("slots") or {}).get("owned", [])),
-                f"{status.get('step', 0)}/{status.get('steps_total', 0)}" if trains else "",
-                f"{status.get('tokens_per_second') or 0:,.0f}" if trains else "",
+                f"{status.get('step', 0)}/{status.get('steps_total', 0)}" if role in ("composer", "worker") else "",
+                speed_text(status) if role in ("composer", "worker") else "",
                 f"{status['loss']:.3f}" if status.get("loss") is not None else "",
                 f"#{last['round']} {last['outcome']} {last['seconds_ago']:.0f}s ago" if last else "",
                 f"{(outer.get('rounds') or {}).get('committed', 0):.0f}" if trains else "",
@@ -165,7 +174,9 @@ class Demo:
         self.say(f"invite: [bold]{invite}[/]")
         composers = self.join(invite)
         self.say(f"{a.composers} composers are joining, each with its own identity, ports, data and shard of the text")
-        self.wait(composers, frozenset({"ready", "training", "finished"}), "joining", START_SECONDS)
+        if a.workers:
+            self.say(f"{a.workers} workers are joining: they own all routed experts, and never see text")
+        self.wait(self.peers[1:], frozenset({"ready", "training", "finished"}), "joining", START_SECONDS)
         for peer in self.peers:
             self.say(f"{peer.name:<12} metrics {peer.url}/metrics   status {peer.url}/status")
         self.watch(composers)
@@ -320,6 +331,9 @@ def main() -> None:
     """Run the demo; exit code 1 with the reason if any part of it fails."""
     parser = argparse.ArgumentParser(prog="./dev demo", description=__doc__)
     parser.add_argument("--composers", type=int, default=3)
+    parser.add_argument(
+        "--workers", type=int, default=0, help="peers without text that own all routed experts, in place of composers"
+    )
     parser.add_argument("--steps", type=int, default=1000, help="inner steps per composer")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per peer")

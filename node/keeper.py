@@ -382,7 +382,7 @@ class SlotKeeper(Generic[O]):
         )
 
     async def drain(self, seconds: float) -> None:
-        """Offer every held slot to the others and wait until all are taken, or nobody is left, or time is up.
+        """Offer every held slot to the others and wait until all are taken, or nobody has room, or time is up.
 
         The peer's own record must say `leaving` already: it is what makes the others ask.
         """
@@ -393,8 +393,8 @@ class SlotKeeper(Generic[O]):
         while True:
             changed = self._links.news.next_change()
             await self.tick()  # after one that is under way: a slot that it took from `held` is let go by then
-            alone = not any(peer != self._links.peer_id for peer in self._situation().live)
-            if not self.held or alone or self._links.clock() >= deadline:
+            desired = self._situation().desired
+            if not any(desired[slot] for slot in self.held) or self._links.clock() >= deadline:
                 return
             if not await self._links.news.wait(changed, min(1.0, self._rules.lease / 10)):
                 await self._links.read_directory()

@@ -117,7 +117,7 @@ class PeerState:
         self._last_error: dict[str, Any] | None = None
         self._step = self._steps_done = self._tokens = 0
         self._loss_sum = self._loss_weight = 0.0
-        self._rate = Rate()
+        self._rate, self._row_rate = Rate(), Rate()
         self._history = History(3)  # step, loss, tokens per second
         self._parts = {part: Histogram() for part in StepPart}
         self._leases: tuple[Lease, ...] = ()
@@ -187,7 +187,9 @@ class PeerState:
         with self._lock:
             self._step = step
 
-    def record_step(self, *, step: int, tokens: int, loss: float, seconds: Mapping[StepPart, float]) -> None:
+    def record_step(
+        self, *, step: int, tokens: int, loss: float, seconds: Mapping[StepPart, float], rows: int = 0
+    ) -> None:
         """One inner step is done.
 
         Args:
@@ -195,6 +197,7 @@ class PeerState:
             tokens: tokens trained on in this step.
             loss: mean loss in nats a token; a non-finite one is shown as such but not averaged.
             seconds: how long the parts of the step took. WAITING is also added to BLOCKED_SECONDS.
+            rows: of sketches that a worker learned from in this step.
         """
         with self._lock:
             now = self._clock()
@@ -203,6 +206,7 @@ class PeerState:
             self._steps_done += 1
             self._tokens += tokens
             self._rate.add(now, tokens)
+            self._row_rate.add(now, rows)
             if math.isfinite(loss):
                 self._loss_sum = LOSS_DECAY * self._loss_sum + (1 - LOSS_DECAY) * loss
                 self._loss_weight = LOSS_DECAY * self._loss_weight + (1 - LOSS_DECAY)
@@ -312,6 +316,7 @@ class PeerState:
                 "steps_done": self._steps_done,
                 "tokens": self._tokens,
                 "tokens_per_second": self._rate.per_second(now),
+                "rows_per_second": self._row_rate.per_second(now),
                 "loss": self._loss(),
                 "step_seconds": {part.value: histogram.snapshot() for part, histogram in self._parts.items()},
                 "steps_skipped": self._labelled(Count.STEPS_SKIPPED),

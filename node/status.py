@@ -88,7 +88,7 @@ def render(status: dict[str, Any]) -> Group:
         ("up", seconds_text(status["uptime_seconds"])),
         ("step", step_text(status)),
         ("loss", _number(status["loss"], ".4f", " nats a token")),
-        ("speed", f"{status['tokens_per_second']:,.0f} tokens/s"),
+        ("speed", speed_text(status)),
         ("slots", f"owns {len(slots['owned'])}, stands by for {len(slots['standby'])}, of {status['slots_total']}"),
         ("rounds", ", ".join(f"{n:,.0f} {outcome}" for outcome, n in outer["rounds"].items()) or "none yet"),
     ]
@@ -171,6 +171,13 @@ def step_text(status: dict[str, Any]) -> str:
     if status["phase"] == "training" and len(history) > 1 and step < total and step > history[0]:
         text += f", {seconds_text((total - step) / steps_per_second(status))} to go"
     return text
+
+
+def speed_text(status: dict[str, Any]) -> str:
+    """What it learns from in a second: a worker sees rows of sketches, everybody else tokens."""
+    if status["role"] == "worker":
+        return f"{status['rows_per_second']:,.0f} rows/s"
+    return f"{status['tokens_per_second']:,.0f} tokens/s"
 
 
 def steps_per_second(status: dict[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """A worker peer: wires the worker, its trainer and the network's parts together, and takes them down again.
 
-It needs no data and no backbone: it claims slots that fit its memory, fetches them, and trains them on sketches.
+It needs no data and no backbone: it claims slots that fit its memory, fetches them, and trains them on sketches. What
+it holds is written to disk now and then, and when nobody takes it over at the end; a worker that comes back offers it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from ..kernels.standin import StandIn, initial_standin
@@ -18,8 +20,11 @@ from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.identity import Identity
 from ..protocol.messages import HandleTable
 from .capacity import device_of, slot_bytes
-from .composing import HEADER_BYTES, POLL_SECONDS, SNAPSHOT_BYTES_PER_WEIGHT
+from .checkpoint import CheckpointStore
+from .checkpoint_writer import CheckpointWriter
+from .composing import CHECKPOINT_EVERY, HEADER_BYTES, POLL_SECONDS, SNAPSHOT_BYTES_PER_WEIGHT
 from .config import PeerConfig
+from .copies import Snapshot
 from .data import seed_of_peer
 from .keeper import SlotKeeper
 from .links import Links
@@ -29,6 +34,7 @@ from .publishing import ANNOUNCE_EVERY_SECONDS, Publishing
 from .serving import Library
 from .sketch_receiving import SketchReceiver
 from .slot_order import HandleOrder
+from .slot_saving import saved_snapshots, slots_to_save
 from .state import Count, PeerState, Phase, StepPart
 from .trainer import Trainer
 from .worker import Worker, WorkReport
@@ -81,7 +87,8 @@ class WorkerPeer:
 
     def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run) -> None:
         self.config, self.state, self.identity, self.facts = config, state, identity, run
-        self._began = time.monotonic()
+        self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
+        self._saved_step = 0
         self._published: dict[int, int] = {}  # by slot, the step of its last delta
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
@@ -107,7 +114,7 @@ class WorkerPeer:
             capacity=member.capacity,
             num_slots=worker.num_slots,
             folder=self.config.data_dir / "standby" / self.facts.run_id,
-            saved={},
+            saved=self._restore(),
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
         self.receiver = SketchReceiver(links, self.trainer, self.publishing, self.keeper, worker)
@@ -148,20 +155,28 @@ class WorkerPeer:
         self.state.beat()
         self.links.view()  # keeps `num_active` current
         self.keeper.step = self.worker.step
-        if self.receiver.rows and self.state.phase is Phase.READY:
+        if self.worker.step >= self.facts.manifest.train.steps:
+            self.state.enter(Phase.FINISHED)
+        elif self.receiver.rows and self.state.phase is Phase.READY:
             self.state.enter(Phase.TRAINING)
-            log.info("worker.useful", seconds=round(time.monotonic() - self._began, 2))
+            seconds = time.time() - psutil.Process().create_time()
+            log.info("worker.useful", seconds_since_start=round(seconds, 2))
+        elif self.state.phase is Phase.READY:
+            self.state.enter(Phase.READY, f"{len(self.keeper.held)} experts are here, room for {self.keeper.capacity}")
 
     async def _leave(self) -> None:
-        """Drain: stop stepping, hand over."""
+        """Drain: stop stepping, hand over, write down what nobody took."""
         log.info("peer.leaving", drain_seconds=self.config.drain_seconds)
         self.trainer.pause_training()
         self.state.enter(Phase.LEAVING, "handing over slots")
         await self.member.announce(Phase.LEAVING)
         await self.keeper.drain(self.config.drain_seconds)
         if self.keeper.held:
-            log.error("slot.abandoned", slots=sorted(self.keeper.held), reason="nobody took them over in time")
-        await self.keeper.announce()
+            log.warning("slot.not_taken", slots=sorted(self.keeper.held), kept_in=str(self.writer.store.folder))
+            self.state.enter(Phase.LEAVING, "writing a checkpoint")
+            tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
+            await asyncio.to_thread(self.writer.write, tensors, meta)
+        await self.keeper.announce()  # what is still held is in the checkpoint; the lease says so until it runs out
 
     # -- the training thread ---------------------------------------------------------------------------------------
 
@@ -176,6 +191,10 @@ class WorkerPeer:
         if due:
             self.publishing.publish(worker, due)
             self._published |= dict.fromkeys(due, worker.step)
+        every = self.config.checkpoint_every or CHECKPOINT_EVERY
+        if worker.step - self._saved_step >= every and not self.writer.busy:
+            self._saved_step = worker.step
+            self.writer.write_soon(*self._checkpoint_of(worker), self.links.loop)
         if report.skipped:
             self.state.count(Count.STEPS_SKIPPED, "not_finite")
             log.warning("step.skipped", step=worker.step, reason="gradients are not finite")
@@ -183,12 +202,31 @@ class WorkerPeer:
             step=worker.step,
             tokens=0,  # it sees none; composers count theirs
             loss=float("nan"),
+            rows=report.rows,
             seconds={
                 StepPart.OPTIMIZER: report.seconds,
                 StepPart.EXCHANGE: time.perf_counter() - began,
                 StepPart.WAITING: self.trainer.take_served_seconds(),
             },
         )
+
+    def _checkpoint_of(self, worker: Worker) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return slots_to_save(self.publishing, worker, dict(self.keeper.held))
+
+    # -- disk ------------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> dict[int, Snapshot]:
+        """Slots of the newest checkpoint; one that is not a worker's, or damaged, is as good as none."""
+        checkpoint = self.writer.store.latest()
+        if checkpoint is None:
+            return {}
+        try:
+            saved = saved_snapshots(checkpoint)
+        except Refused as error:
+            log.warning("checkpoint.skipped", error=str(error))
+            return {}
+        log.info("checkpoint.restored", step=checkpoint.step, slots=sorted(saved))
+        return saved
 
 
 def _like(worker: Worker) -> StandIn:
