@@ -23,7 +23,16 @@ from .codecs import tensor_bytes
 from .copies import CopyPublisher, CopyStandIn, deflated, inflated
 from .experts import DenseExpert
 from .interface import check_tensor
-from .ternary import Ternary, check_packed, check_scales, lookup_trits, pack_trits, packed_nbytes, ternarise
+from .ternary import (
+    Ternary,
+    check_packed,
+    check_scales,
+    lookup_trits,
+    masters_from,
+    pack_trits,
+    packed_nbytes,
+    ternarise,
+)
 
 _NAMES = ("down_scales", "down_trits", "gate_up_scales", "gate_up_trits")
 
@@ -58,6 +67,10 @@ class TernaryStandIn(CopyStandIn):
 
     def dense(self) -> tuple[Tensor, Tensor]:
         return self._dense("gate_up", 2 * self.width, self.hidden), self._dense("down", self.hidden, self.width)
+
+    def masters(self) -> tuple[Tensor, Tensor]:
+        """float32 gate_up (2F, D) and down (D, F) with exactly this ternary form, for an expert that is trained so."""
+        return self._masters("gate_up", 2 * self.width, self.hidden), self._masters("down", self.hidden, self.width)
 
     def payload_to(self, gate_up: Tensor, down: Tensor) -> bytes:
         """What leads from this copy to that of other masters of the same shapes.
@@ -105,6 +118,10 @@ class TernaryStandIn(CopyStandIn):
     def _dense(self, part: str, rows: int, columns: int) -> Tensor:
         codes = lookup_trits(self._tensors[f"{part}_trits"], rows * columns, torch.float32)
         return codes.view(rows, columns).mul_(self._tensors[f"{part}_scales"].float().unsqueeze(1))
+
+    def _masters(self, part: str, rows: int, columns: int) -> Tensor:
+        codes = lookup_trits(self._tensors[f"{part}_trits"], rows * columns, torch.int8).view(rows, columns)
+        return masters_from(Ternary(codes, self._tensors[f"{part}_scales"]))
 
 
 class TernaryPublisher(CopyPublisher):

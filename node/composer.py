@@ -31,6 +31,7 @@ from .model.build import build_model
 from .optimizer import make_optimizer
 from .owning import ExpertOwner, expert_type
 from .sketching import SketchCollector
+from .slot_formats import experts_like
 
 NextBatch = Callable[[], Tensor]
 
@@ -156,7 +157,7 @@ class Composer(ExpertOwner):
         standins = self.standins(slot)
         if standins[0].width != self.shape.width:
             return self.first_experts(slot)
-        return [expert_type(self.train)(*standin.dense()) for standin in standins]
+        return experts_like(standins, self.train)
 
     def standins(self, slot: int) -> list[StandIn]:
         if slot in self.publishers:

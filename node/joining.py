@@ -10,7 +10,7 @@ from functools import partial
 from ..protocol.rounds import latest_commit, majority, quorum, tally
 from .composer import Composer
 from .exchange import Exchange
-from .links import ACTIVE_PHASES, Links
+from .links import Links
 from .logs import get_logger
 from .outer import Held, OuterDriver
 from .trainer import Trainer
@@ -98,9 +98,6 @@ async def _standins(links: Links, exchange: Exchange, progress: Callable[[str], 
 
 def swarm_step(links: Links) -> int:
     """Where the run is: the median step of the composers that train; 0 if none does."""
-    steps = [
-        record.step
-        for peer, record in links.view().peers.items()
-        if record.role == "composer" and record.phase in ACTIVE_PHASES and peer != links.peer_id
-    ]
+    links.view()
+    steps = [step for peer, step in links.active_steps.items() if peer != links.peer_id]
     return int(statistics.median_low(steps)) if steps else 0

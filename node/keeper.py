@@ -342,12 +342,19 @@ class SlotKeeper(Generic[O]):
         """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
         if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + 1):
             raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
-        await asyncio.wrap_future(self._trainer.ask(lambda owner: owner.freeze(slot)))
+        full = self._links.manifest.ownership.handover == "full"
+
+        def freeze(owner: O) -> None:
+            owner.freeze(slot)
+            if not full:  # what is published may be all that travels
+                self._exchange.publish(owner, [slot])
+
+        await asyncio.wrap_future(self._trainer.ask(freeze))
         old = self._granted.pop(slot, None)
         if old is not None:
             old.cancel()
         self._granted[slot] = self._links.loop.call_later(self._rules.lease, self._resume, slot)
-        return await self.serve_snapshot(slot, full=True)
+        return await self.serve_snapshot(slot, full=full)
 
     def _resume(self, slot: int) -> None:
         self._granted.pop(slot, None)

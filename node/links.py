@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -78,6 +78,7 @@ class Links:
     record_seconds: float  # how long a record of ours lives without renewal
     news: News = field(default_factory=News)
     num_active: int = 0  # composers that take part in rounds, as of the last view; read by the training thread
+    active_steps: Mapping[str, int] = field(default_factory=dict)  # the steps they say they are at; never changed
     _view: View | None = None
     _view_number: int = -1
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -93,7 +94,9 @@ class Links:
         if self._view is None or self.news.number != self._view_number or now - self._view.time > VIEW_SECONDS:
             self._view_number = self.news.number
             self._view = self.directory.view()
-            self.num_active = len(self.active_composers())
+            active = self.active_composers()
+            self.num_active = len(active)
+            self.active_steps = {peer: self._view.peers[peer].step for peer in active}
         return self._view
 
     def active_composers(self, *, waiting: bool = False) -> list[str]:

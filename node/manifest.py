@@ -123,8 +123,10 @@ class OwnershipSpec(Spec, frozen=True, kw_only=True):
     replication: Count = 2  # one owner and replication - 1 standbys
     lease_seconds: Positive = 20.0
     snapshot_every: Count = 50  # owner's steps between snapshots for standbys
-    # What newcomers and standbys get: `full` is float32 with optimizer state, the others are weights only.
-    snapshot_format: Literal["full", "bfloat16", "int8", "nf4", "ternary"] = "full"
+    # What newcomers and standbys get: `full` is float32 with optimizer state, the others are weights only, and of those
+    # `standin` is no more than what has been published.
+    snapshot_format: Literal["full", "bfloat16", "int8", "nf4", "ternary", "standin"] = "full"
+    handover: Literal["full", "snapshot"] = "full"  # what the next owner gets of one that is still there
 
 
 class PrivacySpec(Spec, frozen=True, kw_only=True):

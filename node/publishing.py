@@ -108,7 +108,9 @@ class Publishing(Generic[O]):
             positions = self.order.positions(slot, published.epoch, epoch)
             layers = moved([self._load(data) for data in published.layers], positions)
         if tensors is not None:
-            tensors = unpacked(renamed(tensors, self.order.positions(slot, tensors_epoch, epoch)), owner)
+            positions = self.order.positions(slot, tensors_epoch, epoch)
+            standins = owner.standins(slot) if layers is None else layers
+            tensors = unpacked(renamed(tensors, positions), owner, standins)
         owner.adopt(slot, tensors, layers)
         publisher = self._book.own(slot, epoch, point)
         return publisher.announce(owner.step, owner.standins(slot))

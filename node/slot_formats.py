@@ -1,20 +1,27 @@
 """A slot's state as it travels: in full, or its weights alone in the run's wire format.
 
-In full, float32 with the optimizer's two moments, a slot costs 12 bytes a weight; a handover always does. A newcomer's
-or a standby's copy may be a run's `snapshot_format` instead: `<i>.wire`, one blob of `kernels/formats.py` for each
-expert. Experts that are trained ternary come out of the ternary format exactly as they compute. The optimizer then
+In full, float32 with the optimizer's two moments, a slot costs 12 bytes a weight. Where `snapshot_format` names another
+format, copies for newcomers and standbys are `<i>.wire`, one blob of `kernels/formats.py` for each expert; with
+`standin` they are nothing at all beside the published stand-ins, which travel with every slot anyway. Experts that are
+trained ternary come out of the ternary format, and of ternary stand-ins, exactly as they compute. The optimizer then
 starts anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..kernels.codecs import tensor_bytes
+from ..kernels.experts import DenseExpert
 from ..kernels.formats import decode_expert, encode_expert
-from .manifest import Manifest
-from .owning import ExpertOwner, SlotTensors
+from ..kernels.standin import StandIn
+from ..kernels.ternary import TernaryExpert
+from ..kernels.ternary_standin import TernaryStandIn
+from .manifest import Manifest, TrainSpec
+from .owning import ExpertOwner, SlotTensors, expert_type
 
 
 def packed(tensors: SlotTensors, manifest: Manifest) -> SlotTensors:
@@ -22,7 +29,9 @@ def packed(tensors: SlotTensors, manifest: Manifest) -> SlotTensors:
     spec = manifest.ownership.snapshot_format
     if spec == "full" or any(name.endswith(".wire") for name in tensors):
         return tensors
-    out = {}
+    out: SlotTensors = {}
+    if spec == "standin":
+        return out
     for name, gate_up in tensors.items():
         place, _, rest = name.partition(".")
         if rest == "gate_up":
@@ -31,13 +40,22 @@ def packed(tensors: SlotTensors, manifest: Manifest) -> SlotTensors:
     return out
 
 
-def unpacked(tensors: SlotTensors, owner: ExpertOwner) -> SlotTensors:
+def unpacked(tensors: SlotTensors, owner: ExpertOwner, published: Sequence[StandIn]) -> SlotTensors:
     """The inverse of `packed`, as far as the format keeps what there was.
 
+    Args:
+        published: the slot's stand-ins, by position.
+
     Raises:
-        ValueError: a blob is damaged or of another expert's size.
+        ValueError: a blob is damaged or of another expert's size, or there is nothing beside narrow stand-ins.
     """
-    out: dict[str, Tensor] = {}
+    shape, out = owner.shape, dict[str, Tensor]()
+    if not tensors:
+        if any(standin.width != shape.width for standin in published):
+            raise ValueError("a slot without weights, whose stand-ins are narrow")
+        for position, expert in enumerate(experts_like(published, owner.train)):
+            out[f"{position}.gate_up"], out[f"{position}.down"] = expert.gate_up, expert.down
+        return out
     for name, value in tensors.items():
         place, _, rest = name.partition(".")
         if rest != "wire":
@@ -45,6 +63,15 @@ def unpacked(tensors: SlotTensors, owner: ExpertOwner) -> SlotTensors:
             continue
         if value.dtype != torch.uint8 or value.dim() != 1:
             raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not bytes")
-        gate_up, down = decode_expert(tensor_bytes(value), owner.shape.hidden, owner.shape.width)
+        masters = expert_type(owner.train) is TernaryExpert
+        gate_up, down = decode_expert(tensor_bytes(value), shape.hidden, shape.width, masters=masters)
         out[f"{place}.gate_up"], out[f"{place}.down"] = gate_up, down
     return out
+
+
+def experts_like(standins: Sequence[StandIn], train: TrainSpec) -> list[DenseExpert]:
+    """Experts that compute what these stand-ins, which have their width, compute."""
+    kind = expert_type(train)
+    # Of ternary weights the ternary form is smaller: their masters are wanted, not they.
+    as_masters = kind is TernaryExpert
+    return [kind(*(s.masters() if as_masters and isinstance(s, TernaryStandIn) else s.dense())) for s in standins]

@@ -6,6 +6,7 @@ Its positions are in the order of handles; it does not know which layer an exper
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .owning import ExpertOwner, expert_type
 
 @dataclass(frozen=True)
 class WorkReport:
-    """One step of a worker: the slots stepped, the effective tokens their gradients are means over, the rows seen."""
+    """One step of a worker: the slots stepped, the tokens that their sketches stand for, the rows seen."""
 
     slots: tuple[int, ...]
     tokens: int
@@ -45,7 +46,8 @@ class Worker(ExpertOwner):
     """Experts that live on sketches.
 
     Args:
-        senders: how many composers send sketches now; a slot is stepped as soon as it has heard all of them.
+        composers: those that train or have finished, and the steps they say they are at. A slot is stepped as soon as
+            it has heard all that are not done.
         device: to keep and train experts on.
         clock: monotonic seconds.
     """
@@ -54,17 +56,18 @@ class Worker(ExpertOwner):
         self,
         manifest: Manifest,
         *,
-        senders: Callable[[], int],
+        composers: Callable[[], Mapping[str, int]],
         device: torch.device | str = "cpu",
         fit_seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(manifest, fit_seed=fit_seed)
-        self._senders, self._clock = senders, clock
+        self._composers, self._clock = composers, clock
         self.device = torch.device(device)
         self.optimizer = make_optimizer(self.train, {})
         self._experts: dict[int, list[DenseExpert]] = {}
         self._waiting: dict[int, _Waiting] = {}
+        self._told: dict[str, int] = {}  # by sender, the step of its last sketch
         self.slot_steps: dict[int, int] = {}  # by slot, the composers' step that it was last stepped for
 
     def hear(self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int) -> None:
@@ -73,16 +76,28 @@ class Worker(ExpertOwner):
         waiting.senders.add(sender)
         waiting.rows += sum(sketch.num_rows for sketch in sketches.values())
         waiting.tokens += tokens
-        self.step = max(self.step, min(step, self.train.steps))
+        self._told[sender] = step
+        self._follow()
+
+    def _steps(self) -> dict[str, int]:
+        """Where each composer is: as its record says, which may be seconds old, or its sketches."""
+        return {peer: max(step, self._told.get(peer, 0)) for peer, step in self._composers().items()}
+
+    def _follow(self) -> None:
+        """The schedule is at the composers' lower median step: one that lies about its own does not move it."""
+        steps = self._steps()
+        self._told = {peer: step for peer, step in self._told.items() if peer in steps}
+        if steps:
+            self.step = max(self.step, min(statistics.median_low(steps.values()), self.train.steps))
 
     def ready(self) -> list[int]:
         """Slots to step now: all composers were heard, or those that are missing have been waited for long enough."""
-        now, senders = self._clock(), max(1, self._senders())
+        now, missing = self._clock(), {peer for peer, step in self._steps().items() if step < self.train.steps}
         patience = self.manifest.sketch.patience_seconds
         return [
             slot
             for slot, waiting in self._waiting.items()
-            if slot not in self._frozen and (len(waiting.senders) >= senders or now - waiting.since > patience)
+            if slot not in self._frozen and (missing <= waiting.senders or now - waiting.since > patience)
         ]
 
     def has_work(self) -> bool:
@@ -138,4 +153,6 @@ class Worker(ExpertOwner):
         raise ValueError("a worker knows no layers: it cannot seed a slot, it fetches it")
 
     def standins(self, slot: int) -> list[StandIn]:
+        if slot not in self.publishers:
+            raise ValueError(f"slot {slot} is not owned, and a worker runs no stand-ins")
         return [publisher.published for publisher in self.publishers[slot]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class WorkerPeer:
         self.config, self.state, self.identity, self.facts = config, state, identity, run
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self._saved_step = 0
-        self._published: dict[int, int] = {}  # by slot, the step of its last delta
+        self._unpublished: Counter[int] = Counter()  # by slot, composers' steps since its last delta
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
         """Train until told to stop; returns the exit code."""
@@ -98,7 +99,7 @@ class WorkerPeer:
         manifest = self.facts.manifest
         worker = Worker(
             manifest,
-            senders=lambda: links.num_active,
+            composers=lambda: links.active_steps,
             device=device_of(self.config.device),
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
         )
@@ -153,7 +154,7 @@ class WorkerPeer:
 
     def _set_phase(self) -> None:
         self.state.beat()
-        self.links.view()  # keeps `num_active` current
+        self.links.view()  # keeps `active_steps` current
         self.keeper.step = self.worker.step
         if self.worker.step >= self.facts.manifest.train.steps:
             self.state.enter(Phase.FINISHED)
@@ -183,14 +184,13 @@ class WorkerPeer:
     def _after_step(self, worker: Worker, report: WorkReport) -> None:
         began = time.perf_counter()
         every = self.facts.manifest.standin.publish_every
-        due = [
-            slot
-            for slot in report.slots
-            if slot in worker.owned and worker.step - self._published.get(slot, -every) >= every
-        ]
+        # Counted here: the schedule's step may jump, and stands still at the end, while some composers train on.
+        self._unpublished.update(dict.fromkeys(report.slots, self.facts.manifest.sketch.every))
+        due = [slot for slot in report.slots if self._unpublished[slot] >= every]
         if due:
             self.publishing.publish(worker, due)
-            self._published |= dict.fromkeys(due, worker.step)
+            for slot in due:
+                del self._unpublished[slot]
         every = self.config.checkpoint_every or CHECKPOINT_EVERY
         if worker.step - self._saved_step >= every and not self.writer.busy:
             self._saved_step = worker.step
