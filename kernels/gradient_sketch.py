@@ -86,6 +86,17 @@ class _MatrixPlan:
         return (matrix.t() if self.transposed else matrix).float()
 
 
+def largest_rank(hidden: int, width: int) -> int:
+    """At which d gate_up, and with it d down, comes back exactly."""
+    return min(2 * width, hidden)
+
+
+def sketch_numel(hidden: int, width: int, rank: int) -> int:
+    """Numbers in one expert's flat sketch: k (long + 2 short) for each matrix, about 3 k (D + F) for both."""
+    sizes = ((2 * width, hidden), (hidden, width))
+    return sum(min(rank, *shape) * (max(shape) + _CORANGE_FACTOR * min(shape)) for shape in sizes)
+
+
 class Projections:
     """What composers and owner must agree on: sizes, rank and seed. Shared by all experts of a shape.
 
@@ -103,8 +114,8 @@ class Projections:
     def __init__(self, hidden: int, width: int, rank: int, seed: int, *, device: torch.device | str = "cpu") -> None:
         if hidden < 1 or width < 1:
             raise ValueError(f"an expert of {width} x {hidden} has no gradient")
-        if not 1 <= rank <= min(2 * width, hidden):
-            raise ValueError(f"rank {rank} is not within 1 and {min(2 * width, hidden)}")
+        if not 1 <= rank <= largest_rank(hidden, width):
+            raise ValueError(f"rank {rank} is not within 1 and {largest_rank(hidden, width)}")
         if not 0 <= seed < 1 << 128:
             raise ValueError(f"seed {seed} is not within 0 and 2**128")
         self.hidden, self.width, self.rank, self.seed = hidden, width, rank, seed

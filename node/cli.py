@@ -5,9 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import logging
 import platform
-import re
 import sys
-import time
 import tomllib
 import traceback
 from collections.abc import Sequence
@@ -30,9 +28,6 @@ if TYPE_CHECKING:
 
 RUN = Group("Run", sort_key=0)
 GLOBAL = Group("Settings file", sort_key=9)
-
-# Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
-MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
 
 app = App(
     name="shoal",
@@ -70,6 +65,7 @@ def found(
     min_composers: Annotated[int, Parameter(group=RUN)] = 1,
     lease_seconds: Annotated[float, Parameter(group=RUN)] = 20.0,
     private_layers: Annotated[int, Parameter(group=RUN)] = 0,
+    sketch_budget: Annotated[int | None, Parameter(group=RUN, metavar="BYTES_PER_STEP")] = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", group=RUN, metavar="PART.FIELD=VALUE")] = (),
     role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
     peer: PeerOptions = None,
@@ -98,6 +94,9 @@ def found(
     private_layers:
         How many Mixture-of-Experts layers, counted from the input, are not shared out: every composer holds all their
         experts in full, which takes memory, and no activations of these layers leave a composer.
+    sketch_budget:
+        How much a composer may send in one training step to teach the experts of others. If a tenth of what there is to
+        say fits, it is said row by row, else in sums of gradients; docs/sketches.md has both. By default rows, all.
     set_:
         Any other fact of the manifest, in place of the preset's: `--set sketch.budget_bytes=200000`,
         `--set standin.kind=narrow`. May be given several times; docs/sketches.md lists those of sketches.
@@ -105,7 +104,19 @@ def found(
         Whether the first peer trains too.
     """
     config = replace(peer or PeerConfig(), role=role)
-    manifest = _new_manifest(config, preset, name, steps, min_composers, lease_seconds, private_layers, set_)
+    from .founding import new_manifest
+
+    manifest = new_manifest(
+        config,
+        preset,
+        name=name,
+        steps=steps,
+        min_composers=min_composers,
+        lease_seconds=lease_seconds,
+        private_layers=private_layers,
+        sketch_budget=sketch_budget,
+        settings=set_,
+    )
     return _start(config, manifest)
 
 
@@ -284,65 +295,6 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
 
     code: int = run_peer(config, manifest)
     return code
-
-
-def _new_manifest(
-    config: PeerConfig,
-    preset_name: str,
-    name: str | None,
-    steps: int | None,
-    min_composers: int,
-    lease_seconds: float,
-    private_layers: int,
-    settings: Sequence[str],
-) -> Manifest:
-    import msgspec
-
-    from ..protocol.handles import key_digest
-    from ..protocol.identity import Identity
-    from .handle_key import found_key
-    from .manifest import Manifest, OwnershipSpec, PrivacySpec, with_settings
-    from .model.presets import preset
-
-    name = name or preset_name
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
-        raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
-    parts = preset(preset_name)
-    train = parts.train
-    if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
-        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
-    if min_composers < 1:
-        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
-    train = msgspec.structs.replace(train, min_composers=min_composers)
-    if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
-        raise ConfigError(
-            f"lease_seconds = {lease_seconds:g} is not possible",
-            fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
-        )
-    model = msgspec.structs.replace(parts.model, private_layers=private_layers)
-    if private_layers:
-        from .model.init import expert_shape
-
-        try:
-            expert_shape(model)
-        except ValueError as error:
-            raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
-    config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    manifest = Manifest(
-        name=name,
-        founder=Identity.load_or_create(config.identity_path).peer_id,
-        created_at=int(time.time()),
-        model=model,
-        data=parts.data,
-        train=train,
-        outer=parts.outer,
-        standin=parts.standin,
-        ownership=OwnershipSpec(lease_seconds=lease_seconds),
-        privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
-    )
-    return with_settings(manifest, settings)
 
 
 @app.meta.default

@@ -134,6 +134,9 @@ class PeerConfig:
             _require(
                 getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
             )
+        if self.role == "worker":
+            _require(self.own != "none", "own", self, "leave it out: a worker that owns no experts has nothing to do")
+            _require(self.max_slots != 0, "max_slots", self, "give at least 1: a worker is there to own experts")
         for name in ("dht_port", "transport_port", "http_port"):
             _require(
                 0 <= getattr(self, name) <= 65535, name, self, "choose a port from 1 to 65535, or 0 for any free one"

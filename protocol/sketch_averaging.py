@@ -8,8 +8,9 @@ A sketch is linear in the gradient, so the owner rebuilds from `u` as from one c
 for how many tokens it stands. Each slot has its own groups: a bucket by slot and interval, a base that names the owner
 and its lease. The owner asks for averages with empty parts, so it uploads only what it reduces itself.
 
-A round that did not complete is not tried again: its composer adds the same sum to its next interval's. Members can
-disagree about whether it did, so that rarely a sum counts twice or not at all; it is then still one honest gradient.
+A round that did not complete is not tried again, and what its members brought is lost: the next interval has other
+projections (`sketch_intervals.py`), so sums of the two do not add up. Members can disagree about whether a round did
+complete; a sum is then lost that its composer believes to be delivered, but none ever counts twice.
 
 Rejected: hivemind's auxiliary peers (they reduce but get nothing back); a composer that collects for the owner (one
 peer's uplink carries all, and nobody can tell what it added); one round for all slots (each has another receiver).
@@ -44,7 +45,7 @@ class SketchAverager(Averager):
 
     Args:
         num_slots, numel: how many vectors there are, and float32 elements in each.
-        sketcher: names everything else that must be equal for sketches to be summable, e.g. "rank 16 seed 7". Peers
+        sketcher: names everything else that must be equal for sketches to be summable, e.g. "rank 16". Peers
             with another one do not meet.
         codec: of parts on the wire. Means over tokens are small, and float16 loses what is below 6e-8; int8 has scales.
         matchmaking_seconds, timeout_seconds: as for `OuterAverager`.
@@ -69,7 +70,7 @@ class SketchAverager(Averager):
     ) -> None:
         if num_slots < 1 or numel < 1:
             raise ValueError(f"{num_slots} slots of {numel} elements")
-        self._num_slots = num_slots
+        self.num_slots = num_slots
         super().__init__(
             dht=dht,
             identity=identity,
@@ -128,9 +129,9 @@ class SketchAverager(Averager):
         self.abandon(self._round(slot, interval))
 
     def _round(self, slot: int, interval: int) -> int:
-        if not 0 <= slot < self._num_slots or not 0 <= interval < MAX_ROUND // self._num_slots:
-            raise ValueError(f"no slot {slot} of {self._num_slots}, or no interval {interval}")
-        return interval * self._num_slots + slot
+        if not 0 <= slot < self.num_slots or not 0 <= interval < MAX_ROUND // self.num_slots:
+            raise ValueError(f"no slot {slot} of {self.num_slots}, or no interval {interval}")
+        return interval * self.num_slots + slot
 
 
 def credited_tokens(outcome: Outcome) -> float:

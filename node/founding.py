@@ -1,0 +1,89 @@
+"""Founding: the manifest of a new run, from a preset and what the founder wants otherwise."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from ..protocol.handles import key_digest
+from ..protocol.identity import Identity
+from .config import PeerConfig
+from .errors import ConfigError
+from .handle_key import found_key
+from .manifest import Manifest, OwnershipSpec, PrivacySpec, with_settings
+from .model.init import expert_shape
+from .model.presets import preset
+from .sketch_choice import within_budget
+
+# Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
+MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
+
+
+def new_manifest(
+    config: PeerConfig,
+    preset_name: str,
+    *,
+    name: str | None = None,
+    steps: int | None = None,
+    min_composers: int = 1,
+    lease_seconds: float = 20.0,
+    private_layers: int = 0,
+    sketch_budget: int | None = None,
+    settings: Sequence[str] = (),
+) -> Manifest:
+    """A run to be founded by the peer of `config`, whose identity and handle key are made if need be.
+
+    Args:
+        sketch_budget: bytes that a composer may send for sketches in one step; None leaves that to `settings`.
+        settings: see `with_settings`; they win over everything else.
+
+    Raises ConfigError or ManifestError for what is not possible.
+    """
+    name = name or preset_name
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
+        raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
+    parts = preset(preset_name)
+    train = parts.train
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
+        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
+    if min_composers < 1:
+        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
+    train = msgspec.structs.replace(train, min_composers=min_composers)
+    config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    manifest = Manifest(
+        name=name,
+        founder=Identity.load_or_create(config.identity_path).peer_id,
+        created_at=int(time.time()),
+        model=msgspec.structs.replace(parts.model, private_layers=private_layers),
+        data=parts.data,
+        train=train,
+        outer=parts.outer,
+        standin=parts.standin,
+        ownership=OwnershipSpec(lease_seconds=lease_seconds),
+        privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
+    )
+    if settings:
+        manifest = with_settings(manifest, settings)
+    lease_seconds = manifest.ownership.lease_seconds
+    if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
+        raise ConfigError(
+            f"lease_seconds = {lease_seconds:g} is not possible",
+            fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
+        )
+    if manifest.model.private_layers:
+        try:
+            expert_shape(manifest.model)
+        except ValueError as error:
+            raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
+    if sketch_budget is not None:
+        try:
+            manifest = within_budget(manifest, sketch_budget)
+        except ValueError as error:
+            raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
+        manifest = with_settings(manifest, settings)  # what was said in so many words holds
+    return manifest
