@@ -1,44 +1,71 @@
 """How many slots fit into a worker's memory.
 
-A slot's experts cost, for each weight, the master and two moments of AdamW and a gradient in float32, the published
-stand-in, and while one is published or stepped a few dense copies of a single expert, which are small beside it.
+A slot's experts cost, for each weight, the master, two moments of AdamW and a gradient in float32, and what its
+stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
+Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
+memory.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
+from .errors import ConfigError
+from .manifest import StandInSpec
 from .model.init import ExpertShape
 
-BYTES_PER_WEIGHT = 4 * 4 + 1  # master, two moments, gradient; stand-in
-SLACK = 1.25  # copies in flight, the allocator, snapshots being packed
+TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
+COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint
+COPY_BYTES = 1  # a weight: a stand-in that is a copy
+NARROW_BYTES = 4 * 4  # a weight of a narrow stand-in: published, fitted, two moments
+COPY_REPLAY_ROWS = 256  # inputs kept by an expert whose stand-in is a copy
+SLACK = 1.15  # dense copies of one expert while it is stepped or published, the allocator, snapshots being packed
 FREE_SHARE = 0.8  # of what is free now
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`; `auto` is a GPU if there is one."""
+    """The device called `name`; `auto` is a GPU if there is one. ConfigError if there is no such device."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        name = "cuda" if gpus else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"device = {name!r}: this machine has {gpus} GPUs that torch can use", fix="give cpu or auto")
+    return device
 
 
-def slot_bytes(shape: ExpertShape) -> int:
+def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device) -> int:
     """Memory that one owned slot takes."""
     weights = 3 * shape.hidden * shape.width * shape.num_layers
-    return int(SLACK * BYTES_PER_WEIGHT * weights)
+    narrow = standin.kind == "narrow"
+    beside = NARROW_BYTES * standin.width_fraction if narrow else COPY_BYTES
+    rows = standin.replay_rows if narrow else min(standin.replay_rows, COPY_REPLAY_ROWS)
+    each = TRAINED_BYTES + beside
+    if device.type == "cpu":
+        each += COPIED_BYTES + beside
+    return int(SLACK * (each * weights + rows * (2 * shape.hidden + 4) * shape.num_layers))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device now."""
+def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
+    """Memory that is free on a device now; of the CPU's, no more than this container may still take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+    except FileNotFoundError:
+        return available  # not in a container, or one of an older kernel
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def slots_that_fit(shape: ExpertShape, device: torch.device, max_memory_gib: float | None) -> int:
+def slots_that_fit(shape: ExpertShape, standin: StandInSpec, device: torch.device, max_memory_gib: float | None) -> int:
     """Slots that a worker can own with what memory is free, or with `max_memory_gib` if that is less."""
     usable = FREE_SHARE * free_bytes(device)
     if max_memory_gib is not None:
         usable = min(usable, max_memory_gib * (1 << 30))
-    return min(shape.num_experts, int(usable // slot_bytes(shape)))
+    return min(shape.num_experts, int(usable // slot_bytes(shape, standin, device)))

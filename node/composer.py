@@ -30,7 +30,7 @@ from .manifest import Manifest
 from .model.build import build_model
 from .optimizer import make_optimizer
 from .owning import ExpertOwner, expert_type
-from .sketching import SketchCollector
+from .sketching import Collector
 from .slot_formats import experts_like
 
 NextBatch = Callable[[], Tensor]
@@ -70,7 +70,7 @@ class Composer(ExpertOwner):
         self.tokens = 0
         self.swarm_counts: Tensor | None = None  # (L, E) routed tokens of the other composers, newest known
         self.last_counts: Tensor | None = None  # (L, E) of this composer's last step
-        self.collector: SketchCollector | None = None  # of rows for experts that others own; None sends no sketches
+        self.collector: Collector | None = None  # hears of rows for experts that others own; None sends no sketches
         self._computed: tuple[float, int, float] | None = None  # loss, tokens and seconds of `compute`
         self.optimizer = make_optimizer(self.train, self.backbone)
         for slot in sorted(owned):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..protocol.errors import Refused
 from ..protocol.messages import StandInSnapshot
 from ..protocol.ownership import Copy
 from .blobs import from_bytes, to_bytes
@@ -49,12 +50,14 @@ class CopyStore:
             self._published[slot] = snapshot.published
 
     async def load(self, slot: int) -> Snapshot:
-        """A copy that is held. Refused or OSError if it is damaged."""
+        """A copy that is held. Refused or OSError if it is damaged, Refused if it was replaced meanwhile."""
         copy, published = self.held[slot], self._published.get(slot)
         if slot in self._saved:
             return self._saved[slot]
         path = self._path(slot)
         tensors = await asyncio.to_thread(lambda: from_bytes(path.read_bytes(), what=f"copy of slot {slot}"))
+        if self.held.get(slot) is not copy:  # the file may be the new one, whose experts are in another order
+            raise Refused("replaced", f"the copy of slot {slot} has just been replaced")
         return Snapshot(copy, tensors, published)
 
     def drop(self, slot: int) -> None:

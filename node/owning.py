@@ -30,8 +30,14 @@ from ..kernels.ternary import TernaryExpert
 from .manifest import Manifest, TrainSpec
 from .model.init import ExpertShape, expert_shape
 from .optimizer import checked_state, put_state, take_state
+from .step_record import StepRecorder, Used
 
 SlotTensors = dict[str, Tensor]
+
+# Bounds that no honest sketch comes near (sampling leaves it worth a tenth of a token at least) and within which
+# float32 neither overflows nor divides by zero: one peer must not be able to spoil the step for all.
+LARGEST_GRADIENT = 1e12  # norm, summed over tokens
+FEWEST_TOKENS = 1e-3  # effective ones, of one sketch
 
 
 def expert_type(train: TrainSpec) -> type[DenseExpert]:
@@ -61,6 +67,7 @@ class ExpertOwner(ABC):
         self.num_slots = self.shape.num_experts
         self.step = 0
         self.publishers: dict[int, list[Publisher]] = {}
+        self.recorder = StepRecorder()
         self._fit_seed = fit_seed
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
         self._sums: dict[tuple[int, int], _Sum] = {}  # by slot and position
@@ -118,6 +125,25 @@ class ExpertOwner(ABC):
         """
         for position, sketch in sketches.items():
             self.absorb(slot, position, sketch, tokens)
+            self.recorder.note(slot, position, Used(sender, step, tokens, self._kappa(slot, position), sketch))
+
+    def hear_mean(
+        self, sender: str, slot: int, gradients: Mapping[int, tuple[Tensor, Tensor]], *, tokens: float, step: int
+    ) -> None:
+        """Take in the mean gradients of a slot's experts, d gate_up and d down by position, over all composers' tokens.
+
+        Args:
+            sender: one of these composers.
+            tokens: that the mean is over.
+            step: of the sender, up to which its part goes.
+
+        Raises:
+            ValueError: the slot is not owned, or see `absorb_gradient`; other positions may have taken theirs in.
+        """
+        self.experts_of(slot)
+        for position, (d_gate_up, d_down) in gradients.items():
+            routed = bool(d_gate_up.any() or d_down.any())
+            self.absorb_gradient(slot, position, d_gate_up * tokens, d_down * tokens, tokens=tokens, rows=int(routed))
 
     def absorb(self, slot: int, position: int, sketch: RowSketch, tokens: int) -> None:
         """Take in what another peer's tokens teach one expert; the next step uses it.
@@ -127,7 +153,7 @@ class ExpertOwner(ABC):
             tokens: over which they were routed, whether to this expert or not.
 
         Raises:
-            ValueError: the slot is not owned, or the gradient is not finite; nothing has changed then.
+            ValueError: the slot is not owned, or see `absorb_gradient`; nothing has changed then.
         """
         expert = self.experts_of(slot)[position]
         published = self.publishers[slot][position]
@@ -159,17 +185,20 @@ class ExpertOwner(ABC):
         d_gate_up: Tensor,
         d_down: Tensor,
         *,
-        tokens: int,
+        tokens: float,
         rows: int,
         effective: float = 1.0,
     ) -> None:
         """Like `absorb`, with the gradient itself, summed over tokens; it counts as `effective` of them.
 
         Raises:
-            ValueError: not finite.
+            ValueError: not finite, absurdly large, or of tokens that come to nothing; nothing has changed then.
         """
-        if not bool(d_gate_up.isfinite().all() and d_down.isfinite().all()):
-            raise ValueError(f"the gradient of a sketch for slot {slot} is not finite")
+        norm = math.hypot(*(float(torch.linalg.vector_norm(d)) for d in (d_gate_up, d_down)))
+        if not norm <= LARGEST_GRADIENT:  # also true for NaN
+            raise ValueError(f"the gradient of a sketch for slot {slot} has the norm {norm:.3g}")
+        if effective and effective * tokens < FEWEST_TOKENS:
+            raise ValueError(f"a sketch for slot {slot} counts as {effective * tokens:.3g} tokens")
         held = self._sums.get((slot, position))
         if held is None:
             held = self._sums[slot, position] = _Sum(torch.zeros_like(d_gate_up), torch.zeros_like(d_down))
@@ -204,12 +233,12 @@ class ExpertOwner(ABC):
     # -- stand-ins -------------------------------------------------------------------------------------------------
 
     def publish(self, slots: Collection[int] | None = None) -> dict[int, list[bytes]]:
-        """Refit the stand-ins of owned `slots` and return, per slot, one delta per position.
+        """Refit the stand-ins of owned `slots` (all but frozen ones) and return, per slot, one delta per position.
 
         Each delta is against what was published before, and is applied to it here exactly as receivers will.
         """
         deltas: dict[int, list[bytes]] = {}
-        for slot in sorted(self.owned if slots is None else slots):
+        for slot in sorted(self.owned - self._frozen if slots is None else slots):
             layers = []
             for publisher, expert in zip(self.publishers[slot], self.experts_of(slot), strict=True):
                 publisher.refit(expert)

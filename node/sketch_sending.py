@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 
 from ..protocol import messages
+from ..protocol.auditing import SentLog
 from ..protocol.envelope import seal
 from ..protocol.errors import PeerUnreachable, Refused, TransportError
 from ..protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSketch
-from ..protocol.sketches import SenderRate, split
+from ..protocol.sketches import Rules, SenderRate, split
+from ..protocol.transport.call_wire import CallReason
 from .composer import Composer
 from .exchange import Exchange
 from .links import Links
@@ -26,6 +28,12 @@ from .state import Count
 log = get_logger(__name__)
 
 CALL_SECONDS = 20.0
+# What is counted by its name; an owner could make up any number of others.
+_REASONS = frozenset(CallReason) | frozenset({
+    "early-epoch", "early-version", "forged", "implausible", "malformed", "not-a-member", "not-owner",
+    "oversized", "repeated", "stale-epoch", "stale-version", "too-many-steps", "too-many-tokens", "unknown-call",
+    "unknown-handle", "unreachable",
+})  # fmt: skip
 
 
 class SketchSender:
@@ -36,6 +44,7 @@ class SketchSender:
         self._every = links.manifest.sketch.every
         self._under_way: set[str] = set()  # owners; added to on the training thread, taken from on the loop's
         self._rates: dict[str, SenderRate] = {}
+        self.sent = SentLog()  # on the loop
 
     # -- training thread -------------------------------------------------------------------------------------------
 
@@ -55,7 +64,9 @@ class SketchSender:
         batches: dict[tuple[str, int, int], list[SlotSketch]] = defaultdict(list)
         rows = 0
         for slot, collected in self._collector.take(shares).items():
-            if collected.tokens:
+            if collected.steps > Rules.max_steps:  # it would be refused, with all that travels beside it
+                self._lost("too-many-steps", 1)
+            elif collected.tokens:
                 target = targets[slot]
                 rows += sum(layer.num_rows for layer in collected.layers)
                 sketch = self._packed(slot, target.epoch, target.seq, collected)
@@ -83,12 +94,15 @@ class SketchSender:
 
     async def _send(self, owner: str, batches: list[SketchBatch]) -> None:
         rate = self._rates[owner]
+        waiting = deque(batches)
         try:
-            for batch in batches:
-                await self._send_one(owner, batch, rate)
+            while waiting:
+                await self._send_one(owner, waiting[0], rate)
+                waiting.popleft()
         except (PeerUnreachable, Refused, TransportError, TimeoutError, ValueError) as error:
             rate.failed(time.monotonic())
-            self._links.state.count(Count.SKETCHES_LOST, "unreachable")
+            reason = error.reason if isinstance(error, Refused) else "unreachable"
+            self._lost(reason, sum(len(batch.slots) for batch in waiting))
             log.info("sketch.not_delivered", owner=owner, error=str(error))
         finally:
             self._under_way.discard(owner)
@@ -97,9 +111,19 @@ class SketchSender:
         links = self._links
         body = seal(links.identity, links.run_id, batch.kind, messages.encode(batch))
         links.state.count(Count.BYTES, batch.kind, "out", by=len(body))
+        for sketch in batch.slots:
+            self.sent.sent(sketch.slot, batch.step, batch.tokens, ((e.handle, e.rows) for e in sketch.experts))
         answer = await links.transport.call(links.addrs(owner), batch.kind, body, deadline_seconds=CALL_SECONDS)
         reply = messages.decode(answer, SketchReply)
         rate.replied(reply, time.monotonic())
+        refused = {slot for slot, _ in reply.refused}
+        if len(batch.slots) == reply.accepted + len(refused):  # else more were refused than a reply lists
+            for sketch in batch.slots:
+                if sketch.slot not in refused:
+                    self.sent.taken(sketch.slot, batch.step, (e.handle for e in sketch.experts))
         for slot, reason in reply.refused:
-            links.state.count(Count.SKETCHES_LOST, reason)
+            self._lost(reason, 1)
             log.debug("sketch.refused_by_owner", owner=owner, slot=slot, reason=reason)
+
+    def _lost(self, reason: str, slots: int) -> None:
+        self._links.state.count(Count.SKETCHES_LOST, reason if reason in _REASONS else "other", by=slots)

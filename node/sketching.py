@@ -10,16 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..kernels.sketch import RowBuffer, RowSketch, row_bytes
+from ..protocol.messages import MAX_SKETCH_BYTES
 from .manifest import SketchSpec
 from .model.init import ExpertShape
 
 # Rows that one expert's buffer holds at most: bounds memory where an owner stays away. 8 MiB at hidden size 2048.
 MAX_BUFFERED_ROWS = 2048
+# Nor does it hold more than travel in one message.
+MAX_BUFFERED_BYTES = MAX_SKETCH_BYTES - 4096
+
+
+class Collector(Protocol):
+    """What a composer tells of its steps, whatever becomes of it: rows, or sketches of gradients."""
+
+    def begin_step(self, tokens: int) -> None:
+        """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
+        ...
+
+    def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
+        """Rows of one expert; the shard's `SketchTap`."""
+        ...
+
+    def forget(self, slot: int) -> None:
+        """A slot is owned here from now on, or no longer: what was collected for it is of no use."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,9 +79,9 @@ class SketchCollector:
     def _buffer(self, slot: int, layer: int) -> RowBuffer:
         buffer = self._buffers.get((slot, layer))
         if buffer is None:
-            buffer = self._buffers[slot, layer] = RowBuffer(
-                self._shape.hidden, self._spec.codec, max_rows=MAX_BUFFERED_ROWS, generator=self._generator
-            )
+            hidden, codec = self._shape.hidden, self._spec.codec
+            max_rows = max(1, min(MAX_BUFFERED_ROWS, MAX_BUFFERED_BYTES // row_bytes(hidden, codec)))
+            buffer = self._buffers[slot, layer] = RowBuffer(hidden, codec, max_rows=max_rows, generator=self._generator)
         return buffer
 
     def take(self, slots: Mapping[int, float]) -> dict[int, Collected]:
@@ -70,19 +90,31 @@ class SketchCollector:
         Args:
             slots: by slot, the share of its rows that its owner can take.
         """
-        rows = {slot: [len(self._buffers.get((slot, layer), ())) for layer in self._layers] for slot in slots}
+        wanted = {
+            slot: [rate * len(self._buffer(slot, layer)) for layer in self._layers] for slot, rate in slots.items()
+        }
+        total = sum(map(sum, wanted.values()))
         share = 1.0
-        total = sum(map(sum, rows.values()))
         if self._spec.budget_bytes and total:
-            share = min(1.0, self._spec.budget_bytes / (total * row_bytes(self._shape.hidden, self._spec.codec)))
-        return {slot: self._take(slot, rows[slot], share * rate) for slot, rate in slots.items()}
+            rows = max(1, self._spec.budget_bytes // row_bytes(self._shape.hidden, self._spec.codec))
+            share = min(1.0, rows / total)
+        # Whole rows: each buffer's number is rounded up or down by chance, right on average, so that together they keep
+        # to the budget. Rounding all of them up would not, where buffers are many and their rows few.
+        upto = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        taken = {}
+        for slot, counts in wanted.items():
+            keep = []
+            for count in counts:
+                before, upto = math.floor(upto), upto + share * count
+                keep.append(math.floor(upto) - before)
+            taken[slot] = self._take(slot, None if share * slots[slot] >= 1.0 else keep)
+        return taken
 
-    def _take(self, slot: int, rows: list[int], share: float) -> Collected:
-        layers = []
-        for layer in self._layers:
-            buffer = self._buffer(slot, layer)
-            keep = None if share >= 1.0 else math.ceil(share * rows[layer])
-            layers.append(buffer.take(keep, self._generator))
+    def _take(self, slot: int, keep: list[int] | None) -> Collected:
+        layers = [
+            self._buffer(slot, layer).take(None if keep is None else keep[layer], self._generator)
+            for layer in self._layers
+        ]
         tokens, steps = self._taken.get(slot, (0, 0))
         self._taken[slot] = self._tokens, self._steps
         return Collected(tuple(layers), self._tokens - tokens, self._steps - steps)

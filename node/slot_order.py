@@ -65,8 +65,8 @@ class HandleOrder:
         """Keep a composer's table; tables of the slot's other leases are forgotten. Refused if it is not that table."""
         if (table.slot, table.epoch, len(table.entries)) != (slot, epoch, self.num_layers):
             raise Refused("malformed", f"not a table of the {self.num_layers} handles of slot {slot} at epoch {epoch}")
-        self._tables = {key: kept for key, kept in self._tables.items() if key[0] != slot or key[2] == epoch}
-        self._tables[slot, from_epoch, epoch] = table
+        tables = {key: kept for key, kept in self._tables.items() if key[0] != slot or key[2] == epoch}
+        self._tables = {**tables, (slot, from_epoch, epoch): table}  # anew: the training thread reads the old
 
     def positions(self, slot: int, from_epoch: int, epoch: int) -> tuple[int, ...]:
         table = self._tables.get((slot, from_epoch, epoch))
@@ -86,7 +86,9 @@ class HandleOrder:
 
 
 def moved(values: Sequence[T], positions: Sequence[int]) -> list[T]:
-    """Values by place, brought to their positions."""
+    """Values by place, brought to their positions. ValueError if there are too few or too many."""
+    if len(values) != len(positions):
+        raise ValueError(f"{len(values)} values for {len(positions)} positions")
     out = list(values)
     for value, position in zip(values, positions, strict=True):
         out[position] = value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..kernels.experts import DenseExpert
 from ..kernels.sketch import RowSketch
@@ -19,6 +20,9 @@ from ..kernels.standin import StandIn
 from .manifest import Manifest
 from .optimizer import make_optimizer
 from .owning import ExpertOwner, expert_type
+from .step_record import StepRecord
+
+CLIP_EPSILON = 1e-6  # of torch's clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class WorkReport:
     """One step of a worker: the slots stepped, the tokens that their sketches stand for, the rows seen."""
 
     slots: tuple[int, ...]
-    tokens: int
+    tokens: float
     rows: int
     seconds: float
     skipped: bool = False  # gradients were not finite
@@ -39,7 +43,8 @@ class _Waiting:
     since: float  # monotonic seconds, of the first
     senders: set[str]
     rows: int = 0
-    tokens: int = 0
+    tokens: float = 0
+    complete: bool = False  # nothing more is to come: it was a mean over all composers
 
 
 class Worker(ExpertOwner):
@@ -79,6 +84,20 @@ class Worker(ExpertOwner):
         self._told[sender] = step
         self._follow()
 
+    def hear_mean(
+        self, sender: str, slot: int, gradients: Mapping[int, tuple[Tensor, Tensor]], *, tokens: float, step: int
+    ) -> None:
+        super().hear_mean(sender, slot, gradients, tokens=tokens, step=step)
+        waiting = self._waiting.setdefault(slot, _Waiting(self._clock(), set()))
+        waiting.tokens += tokens
+        waiting.complete = True
+        self._told[sender] = step
+        self._follow()
+
+    def record_step(self, slot: int, positions: tuple[int, ...], finish: Callable[[StepRecord | None], None]) -> None:
+        """Put the next whole step of an owned slot's experts on file."""
+        self.recorder.begin(slot, positions, finish, waiting=any(of == slot for of, _ in self._sums))
+
     def _steps(self) -> dict[str, int]:
         """Where each composer is: as its record says, which may be seconds old, or its sketches."""
         return {peer: max(step, self._told.get(peer, 0)) for peer, step in self._composers().items()}
@@ -97,7 +116,8 @@ class Worker(ExpertOwner):
         return [
             slot
             for slot, waiting in self._waiting.items()
-            if slot not in self._frozen and (missing <= waiting.senders or now - waiting.since > patience)
+            if slot not in self._frozen
+            and (waiting.complete or missing <= waiting.senders or now - waiting.since > patience)
         ]
 
     def has_work(self) -> bool:
@@ -115,11 +135,15 @@ class Worker(ExpertOwner):
         stepped = [t for slot in slots for expert in self.experts_of(slot) for t in (expert.gate_up, expert.down)]
         norm = torch.nn.utils.clip_grad_norm_(stepped, self.train.grad_clip)
         sound = math.isfinite(norm.item())
+        for slot in slots:
+            self.recorder.before_step(self, slot)
         if sound:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        clip = min(1.0, self.train.grad_clip / (norm.item() + CLIP_EPSILON)) if sound else 1.0
         for slot in slots:
             self.slot_steps[slot] = self.step
+            self.recorder.after_step(self, slot, learning_rate=lr, clip=clip, sound=sound)
         return WorkReport(
             tuple(slots),
             tokens=sum(waiting.tokens for waiting in heard),
@@ -148,6 +172,7 @@ class Worker(ExpertOwner):
         del self._experts[slot]
         self._waiting.pop(slot, None)
         self.slot_steps.pop(slot, None)
+        self.recorder.forget(slot)
 
     def first_experts(self, slot: int) -> list[DenseExpert]:
         raise ValueError("a worker knows no layers: it cannot seed a slot, it fetches it")

@@ -25,6 +25,8 @@ from shoal.node.manifest import Manifest
 from shoal.node.membership import Membership
 from shoal.node.outer import Held, OuterDriver
 from shoal.node.serving import Library
+from shoal.node.sketch_sending import SketchSender
+from shoal.node.sketching import SketchCollector
 from shoal.node.slot_order import LayerOrder
 from shoal.node.state import PeerState, Phase
 from shoal.node.trainer import Trainer
@@ -129,6 +131,9 @@ class LoopbackPeer:
         self.thread = threading.Thread(target=self.trainer.run)
         self.thread.start()
         self.epoch = 0
+        self.member: Membership | None = None  # once it is one
+        self.library: Library | None = None
+        self.sender: SketchSender | None = None  # of composers that `send_sketches`
 
     @property
     def peer_id(self) -> str:
@@ -136,7 +141,15 @@ class LoopbackPeer:
 
     def _after_step(self, composer: Composer, report: StepReport) -> None:
         self.exchange.after_step(composer)
+        if self.sender is not None:
+            self.sender.after_step(composer)
         self.outer.after_step(composer)
+
+    def send_sketches(self) -> None:
+        """From now on tell owners what this composer's tokens teach."""
+        collector = SketchCollector(self.links.manifest.sketch, self.composer.shape, seed=secrets.randbits(30))
+        self.composer.collector = collector
+        self.sender = SketchSender(self.links, self.exchange, collector)
 
     def step(self, steps: int = 1) -> None:
         """Take inner steps, from any thread but the trainer's and the loop's."""
@@ -232,6 +245,7 @@ async def _connect(dht: Any, folder: Path, manifest: Manifest, meeting: Meeting)
     library.stock(peer.trainer, peer.outer, peer.exchange, peer.keeper)
     member.on_deltas, member.on_counts = peer.exchange.on_deltas, peer.exchange.on_counts
     member.on_round_open, member.on_records = peer.outer.on_round_open, peer.exchange.on_leases
+    peer.member, peer.library = member, library
     links.state.enter(Phase.TRAINING)
     await member.start()
     links.spawn(member.run())

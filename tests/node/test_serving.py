@@ -11,6 +11,7 @@ from loopback import HANDLE_KEY, MANIFEST_BYTES, SECONDS, Loopback, loopback
 from shoal.node.blobs import fragment_from_bytes, from_bytes
 from shoal.node.gather import _fetch_all
 from shoal.node.links import Links
+from shoal.node.slot_order import moved, renamed
 from shoal.protocol import messages, resources
 from shoal.protocol.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
@@ -80,11 +81,12 @@ def test_slots_and_standins(swarm: Loopback, onlooker: Links) -> None:
     state = messages.decode(fetched(swarm, onlooker, resources.snapshot(slot)), SlotState)
     assert (state.slot, state.epoch) == (slot, owner.keeper.held[slot])
     ours = owner.ask(lambda composer: composer.snapshot(slot))
-    theirs = from_bytes(state.tensors, what="slot")
+    order = Handles(HANDLE_KEY).order(slot, state.epoch, LAYERS)
+    theirs = renamed(from_bytes(state.tensors, what="slot"), order)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     snapshot = messages.decode(fetched(swarm, onlooker, resources.standin(slot)), StandInSnapshot)
-    assert list(snapshot.layers) == [s.to_bytes() for s in owner.ask(lambda composer: composer.standins(slot))]
+    assert moved(snapshot.layers, order) == [s.to_bytes() for s in owner.ask(lambda composer: composer.standins(slot))]
     assert len(snapshot.layers) == LAYERS
 
 

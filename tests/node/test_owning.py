@@ -1,0 +1,361 @@
+"""What owners of experts share: gradients in the units of a mean over all tokens, and slots that move whole or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from shoal.kernels.experts import DenseExpert
+from shoal.kernels.sketch import RowSketch, expert_gradient, kappa_for
+from shoal.node.manifest import Manifest, SketchSpec
+from shoal.node.owning import ExpertOwner, SlotTensors
+from sketches import OTHER, gradient, rows, sketch_of, state_of, worker_of
+from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of, train
+from torch import Tensor
+
+KINDS = ("composer", "worker")
+HALF = torch.finfo(torch.float16).eps  # relative error of a row's values
+
+
+def plain(**train: Any) -> Manifest:
+    """A run whose sketches are not corrected."""
+    return msgspec.structs.replace(manifest_of(train=train), sketch=SketchSpec(kappa=0.0))
+
+
+def owner_of(kind: str, manifest: Manifest) -> ExpertOwner:
+    return composer_of(manifest, owned=(0, 1)) if kind == "composer" else worker_of(manifest)
+
+
+def grads(expert: DenseExpert) -> tuple[Tensor, Tensor]:
+    assert expert.gate_up.grad is not None
+    assert expert.down.grad is not None
+    return expert.gate_up.grad, expert.down.grad
+
+
+def close(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    """Equal but for the rounding of rows to float16."""
+    for a, b in zip(got, wanted, strict=True):
+        assert float((a.double() - b).norm()) <= 8 * HALF * float(b.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_mean_over_own_and_sketched_tokens(kind: str) -> None:
+    owner = owner_of(kind, plain())
+    experts = owner.experts_of(1)
+    own_tokens = 40 if kind == "composer" else 0
+    own = [rows(own_tokens // 2) for _ in experts]
+    sent = [[rows(7), rows(16)] for _ in experts]
+    tokens = (25, 60)  # of each sender, whichever way they were routed
+    for position, expert in enumerate(experts):
+        weights = expert.gate_up, expert.down
+        if own_tokens:
+            sums = gradient(*weights, *own[position])
+            for weight, total in zip(weights, sums, strict=True):
+                weight.grad = (total / own_tokens).float()
+        for count, (x, dy) in zip(tokens, sent[position], strict=True):
+            owner.hear(OTHER, 1, {position: sketch_of(x, dy)}, tokens=count, step=1)
+    owner._set_gradients(own_tokens, [1])
+    for position, expert in enumerate(experts):
+        x, dy = (torch.cat(column) for column in zip(own[position], *sent[position], strict=True))
+        joint = gradient(expert.gate_up, expert.down, x, dy)
+        close(grads(expert), tuple(g / (own_tokens + sum(tokens)) for g in joint))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sampled_sketch_counts_as_what_it_is_worth(kind: str) -> None:
+    owner = owner_of(kind, plain())
+    expert = owner.experts_of(0)[0]
+    whole, part = sketch_of(*rows(12)), sketch_of(*rows(40), keep=10)
+    assert 0.0 < part.effective < 1.0
+    owner.absorb(0, 0, whole, 30)
+    owner.absorb(0, 0, part, 50)
+    owner._set_gradients(0, [0])
+    total = 30 + part.effective * 50
+    weights = expert.gate_up.detach().double(), expert.down.detach().double()
+    both = [expert_gradient(*weights, sketch) for sketch in (whole, part)]
+    wanted = tuple((a + part.effective * b) / total for a, b in zip(*both, strict=True))
+    close(grads(expert), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_nobody_could_send_are_worth_nothing(kind: str) -> None:
+    """Of a sketch with no rows of some not even the tokens count; one of none because none was routed says zero."""
+    owner = owner_of(kind, plain())
+    expert = owner.experts_of(0)[0]
+    x, dy = rows(8)
+    owner.absorb(0, 0, sketch_of(x, dy), 20)
+    owner.absorb(0, 0, sketch_of(*rows(9), keep=0), 1000)
+    owner.absorb(0, 0, sketch_of(*rows(0)), 20)
+    owner._set_gradients(0, [0])
+    close(grads(expert), tuple(g / 40 for g in gradient(expert.gate_up, expert.down, x, dy)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_nobody_routed_to_are_left_alone(kind: str) -> None:
+    """They neither decay nor go on by old momentum."""
+    owner = owner_of(kind, plain(learning_rate=0.1))
+    expert = owner.experts_of(0)[1]
+    for weight in (expert.gate_up, expert.down):
+        owner.optimizer.state[weight] = {
+            "step": torch.tensor(3.0), "exp_avg": torch.ones_like(weight), "exp_avg_sq": torch.ones_like(weight)
+        }  # fmt: skip
+    before = owner.snapshot(0)
+    owner.absorb(0, 1, sketch_of(*rows(0)), 50)
+    owner.absorb(0, 0, sketch_of(*rows(5)), 50)
+    owner._set_gradients(0, owner.owned)
+    assert expert.gate_up.grad is None
+    assert expert.down.grad is None
+    owner.optimizer.step()
+    after = owner.snapshot(0)
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("1."))
+    assert not torch.equal(after["0.down"], before["0.down"])
+    assert not torch.equal(after["0.gate_up"], before["0.gate_up"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_frozen_slot_is_told_is_forgotten(kind: str) -> None:
+    owner = owner_of(kind, plain())
+    owner.freeze(0)
+    owner.absorb(0, 0, sketch_of(*rows(5)), 50)
+    owner._set_gradients(0, owner.owned)
+    expert = owner.experts_of(0)[0]
+    assert expert.down.grad is None
+    owner.thaw(0)
+    x, dy = rows(6)
+    owner.absorb(0, 0, sketch_of(x, dy), 10)
+    owner._set_gradients(0, owner.owned)
+    close(grads(expert), tuple(g / 10 for g in gradient(expert.gate_up, expert.down, x, dy)))
+
+
+def test_a_frozen_slot_publishes_only_when_asked() -> None:
+    """Its next owner goes on from what travelled; a later delta would make everybody fetch."""
+    worker = worker_of(plain())
+    worker.freeze(1)
+    assert set(worker.publish()) == {0}
+    assert set(worker.publish([1])) == {1}
+
+
+def rescaled(sketch: RowSketch, **changes: Any) -> RowSketch:
+    fields = {name: getattr(sketch, name) for name in sketch.__dataclass_fields__}
+    return RowSketch(**fields | changes)
+
+
+def huge() -> tuple[RowSketch, int]:
+    return sketch_of(*(1e9 * values for values in rows(8)), codec="int8"), 10
+
+
+def worthless() -> tuple[RowSketch, int]:
+    return rescaled(sketch_of(*rows(40), keep=10), effective=1e-60), 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lie", [huge, worthless])
+def test_one_sketch_cannot_spoil_the_step_of_all(kind: str, lie: Callable[[], tuple[RowSketch, int]]) -> None:
+    """What would end in infinity or 0 / 0 is refused with nothing changed."""
+    owner = owner_of(kind, plain())
+    expert = owner.experts_of(0)[0]
+    x, dy = rows(8)
+    owner.absorb(0, 0, sketch_of(x, dy), 20)
+    before = owner.publishers[0][0].state_dict()
+    sketch, tokens = lie()
+    with pytest.raises(ValueError, match="a sketch for slot 0"):
+        owner.absorb(0, 0, sketch, tokens)
+    assert same(owner.publishers[0][0].state_dict(), before)
+    owner._set_gradients(0, [0])
+    close(grads(expert), tuple(g / 20 for g in gradient(expert.gate_up, expert.down, x, dy)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_gradients_that_are_not_finite_are_refused_with_nothing_changed(value: float) -> None:
+    worker = worker_of(plain())
+    shapes = torch.zeros(2 * WIDTH, HIDDEN), torch.zeros(HIDDEN, WIDTH)
+    for bad in range(2):
+        lie = [t.clone() for t in shapes]
+        lie[bad][3, 5] = value
+        with pytest.raises(ValueError, match="slot 0"):
+            worker.absorb_gradient(0, 0, *lie, tokens=10, rows=3)
+    assert not worker._sums
+
+
+def test_what_is_not_owned_takes_nothing() -> None:
+    for kind in KINDS:
+        with pytest.raises(ValueError, match="slot 3 is not owned"):
+            owner_of(kind, plain()).absorb(3, 0, sketch_of(*rows(5)), 10)
+
+
+# -- the correction ----------------------------------------------------------------------------------------------------
+
+
+def test_kappa_follows_the_fidelity_that_was_measured_last() -> None:
+    """Before the first measure there is none, and so no correction."""
+    manifest = manifest_of(standin={"kind": "narrow", "width_fraction": 0.125})
+    worker = worker_of(manifest)
+    assert worker._kappa(0, 0) == 0.0
+    worker.fidelity()
+    [*measured] = worker.fidelity_of(0)
+    assert len(measured) == LAYERS
+    assert [worker._kappa(0, p) for p in range(LAYERS)] == [kappa_for(f) for f in measured]
+    assert worker._kappa(0, 0) > 0
+    fixed = msgspec.structs.replace(manifest, sketch=SketchSpec(kappa=7.0))
+    assert worker_of(fixed)._kappa(0, 0) == 7.0
+
+
+@pytest.mark.parametrize("curvature", ["isotropic", "diagonal"])
+def test_the_correction_is_made_against_what_is_published(curvature: Any) -> None:
+    manifest = msgspec.structs.replace(
+        manifest_of(standin={"kind": "narrow", "width_fraction": 0.5}),
+        sketch=SketchSpec(kappa=3.0, curvature=curvature),
+    )
+    worker = worker_of(manifest)
+    expert, published = worker.experts_of(1)[0], worker.publishers[1][0].published
+    sketch = sketch_of(*rows(20))
+    worker.absorb(1, 0, sketch, 64)
+    worker._set_gradients(0, [1])
+    double = [w.detach().double() for w in (expert.gate_up, expert.down)]
+    corrected = expert_gradient(*double, sketch, kappa=3.0, standin=published.dense(), curvature=curvature)
+    close(grads(expert), tuple(g / 64 for g in corrected))
+    uncorrected = expert_gradient(*double, sketch)
+    assert float((grads(expert)[1] - uncorrected[1] / 64).norm()) > 0.01 * float(uncorrected[1].norm() / 64)
+
+
+# -- slots come and go -------------------------------------------------------------------------------------------------
+
+
+def stepped(kind: str, manifest: Manifest) -> ExpertOwner:
+    """An owner whose experts of slot 1 have trained and published."""
+    owner = owner_of(kind, manifest)
+    for step in range(3):
+        sketches = {position: sketch_of(*rows(12)) for position in range(LAYERS)}
+        owner.hear(OTHER, 1, sketches, tokens=32, step=step)
+        owner.train_step()
+        owner.publish([1])
+    return owner
+
+
+def same(a: SlotTensors, b: SlotTensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("standin", ["lowbit", "narrow", "ternary"])
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("source", KINDS)
+def test_a_slot_moves_to_the_bit(source: str, target: str, standin: str) -> None:
+    """Between composers and workers alike: weights, moments, what was published, and what is made of them next."""
+    manifest = manifest_of(standin={"kind": standin})
+    first = stepped(source, manifest)
+    second = worker_of(manifest, slots=()) if target == "worker" else composer_of(manifest, owned=())
+    tensors, published = first.snapshot(1), first.standins(1)
+    assert any(name.endswith("exp_avg_sq") for name in tensors)
+    second.adopt(1, tensors, published)
+    assert same(second.snapshot(1), tensors)
+    shapes = {id(t) for expert in second.experts_of(1) for t in (expert.gate_up, expert.down)}
+    assert shapes <= {id(t) for t in second.optimizer.param_groups[0]["params"]}
+    second.step = first.step
+    sketches = {position: sketch_of(*rows(9)) for position in range(LAYERS)}
+    for owner in (first, second):
+        owner.hear(OTHER, 1, sketches, tokens=20, step=4)
+        owner._set_gradients(0, [1])
+        for group in owner.optimizer.param_groups:
+            group["lr"] = 1e-2
+            for parameter in group["params"]:  # a composer has others
+                if id(parameter) not in {id(t) for e in owner.experts_of(1) for t in (e.gate_up, e.down)}:
+                    parameter.grad = None
+        owner.optimizer.step()
+    assert same(first.weights(1), second.weights(1))
+    assert not same(first.weights(1), {name: tensors[name] for name in first.weights(1)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_shares_no_memory_with_the_owner(kind: str) -> None:
+    manifest = manifest_of()
+    owner = stepped(kind, manifest)
+    tensors = owner.snapshot(1)
+    kept = {name: value.clone() for name, value in tensors.items()}
+    owner.hear(OTHER, 1, {p: sketch_of(*rows(12)) for p in range(LAYERS)}, tokens=32, step=9)
+    owner.train_step()
+    owner.publish([1])
+    assert same(tensors, kept)
+    other = worker_of(manifest, slots=())
+    other.adopt(1, tensors, [s.to("cpu") for s in owner.standins(1)])
+    other.hear(OTHER, 1, {p: sketch_of(*rows(12)) for p in range(LAYERS)}, tokens=32, step=9)
+    other.train_step()
+    assert same(tensors, kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_released_slot_leaves_nothing_behind(kind: str) -> None:
+    owner = stepped(kind, manifest_of())
+    owner.fidelity()
+    owner.absorb(1, 0, sketch_of(*rows(5)), 10)
+    gone = [t for expert in owner.experts_of(1) for t in (expert.gate_up, expert.down)]
+    owner.freeze(1)
+    owner.release(1)
+    assert owner.owned == {0}
+    assert not any(t is p for group in owner.optimizer.param_groups for p in group["params"] for t in gone)
+    assert not any(t in owner.optimizer.state for t in gone)
+    assert not any(slot == 1 for slot, _ in (*owner._sums, *owner._fidelity))
+    assert 1 not in owner._frozen
+    with pytest.raises(ValueError, match="slot 1"):
+        owner.snapshot(1)
+
+
+DAMAGE: dict[str, Callable[[SlotTensors], object]] = {
+    "a weight is missing": lambda t: t.pop("1.down"),
+    "a weight is NaN": lambda t: t["0.gate_up"].view(-1)[7].fill_(math.nan),
+    "a weight is of another size": lambda t: t.update({"0.down": torch.zeros(HIDDEN, WIDTH + 1)}),
+    "a weight is float64": lambda t: t.update({"0.down": t["0.down"].double()}),
+    "a moment is missing": lambda t: t.pop("1.down.exp_avg"),
+    "a moment is infinite": lambda t: t["1.down.exp_avg"].view(-1)[0].fill_(math.inf),
+    "a second moment is negative": lambda t: t["1.gate_up.exp_avg_sq"].view(-1)[0].fill_(-1.0),
+    "the publisher's state is missing": lambda t: [t.pop(n) for n in list(t) if n.startswith("1.publisher")],
+    "the publisher's state is damaged": lambda t: t.update(
+        {n: v[:1] for n, v in t.items() if n.startswith("1.publisher") and v.dim()}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_snapshot_changes_nothing(name: str, kind: str) -> None:
+    manifest = manifest_of()
+    source = stepped("worker", manifest)
+    tensors, published = source.snapshot(1), source.standins(1)
+    DAMAGE[name](tensors)
+    owner: ExpertOwner = worker_of(manifest, slots=(0,)) if kind == "worker" else composer_of(manifest, owned=(0,))
+    before, groups = owner.snapshot(0), [list(map(id, g["params"])) for g in owner.optimizer.param_groups]
+    with pytest.raises(ValueError, match=r"."):
+        owner.adopt(1, tensors, published)
+    assert owner.owned == {0}
+    assert same(owner.snapshot(0), before)
+    assert groups == [list(map(id, g["params"])) for g in owner.optimizer.param_groups]
+    owner.adopt(1, *state_of(manifest))
+    if kind == "composer":
+        assert math.isfinite(train(owner, 1)[0])  # type: ignore[arg-type]
+
+
+def test_weights_alone_start_the_optimizer_anew() -> None:
+    """As they come out of a wire format."""
+    worker = stepped("worker", manifest_of())
+    weights, published = worker.weights(1), worker.standins(1)
+    other = worker_of(slots=())
+    other.adopt(1, weights, published)
+    assert same(other.weights(1), weights)
+    assert not other.optimizer.state
+    with pytest.raises(ValueError, match="slot 1 is owned already"):
+        other.adopt(1, weights, published)
+
+
+def test_a_worker_cannot_make_up_a_slot() -> None:
+    worker = worker_of(slots=())
+    tensors, published = state_of(worker.manifest)
+    with pytest.raises(ValueError, match="cannot seed"):
+        worker.adopt(0, None, published)
+    with pytest.raises(ValueError, match="runs no stand-ins"):
+        worker.adopt(0, tensors, None)
+    with pytest.raises(ValueError, match="1 published stand-ins"):
+        worker.adopt(0, tensors, published[:1])
+    assert not worker.owned
