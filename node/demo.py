@@ -342,6 +342,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     console = Console()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that it stops its peers then too
     with _folder(arguments.dir) as folder:
         demo = Demo(arguments, folder, console)
         try:
