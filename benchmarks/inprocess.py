@@ -1,8 +1,8 @@
-"""A swarm in one process: the node's own composers, codecs and merging, with function calls in place of a network.
+"""A swarm in one process: the node's own composers, workers, codecs and merging, with function calls for a network.
 
-Every composer takes one inner step in turn; deltas pass through their wire bytes, and rounds through the pure merging
-code. There is no lateness and no loss, so what this shows is the method, and what the real node loses against it is
-the network's doing.
+Every composer takes one inner step in turn; deltas and sketches pass through their wire bytes, and rounds through the
+pure merging code. Sketches of a step reach the owner before it takes that step: there is no lateness and no loss. So
+what this shows is the method, and what the real node loses against it is the network's doing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from torch import Tensor
 
 from ..node.composer import Composer
 from ..node.manifest import Manifest
+from ..node.owning import ExpertOwner
+from ..node.publishing import FIDELITY_EVERY, FIRST_FIDELITY
+from ..node.worker import Worker
 from ..protocol.merging import Facts, shares, weights
+from .delivery import GradientDelivery, RowDelivery
+from .seeding import Seed
 
 NextBatch = Callable[[], Tensor]
 
@@ -26,22 +31,57 @@ class Bytes:
 
     deltas: int = 0  # published once each; gossip's copies are not counted
     outer: int = 0  # pseudo-gradients in and averages out, at the codec's width
+    sketches: int = 0
 
 
 class InProcessSwarm:
-    """`len(batches)` composers; composer i owns the slots of `owned[i]`.
+    """`len(batches)` composers; composer i owns the slots of `owned[i]`, worker j those of `workers[j]`.
 
     If every composer owns every slot this is DiLoCo with full replicas: experts are then averaged in each round too.
+    Sketches are as `manifest.sketch` has them; without any, experts learn from their owner's tokens alone.
+
+    Args:
+        seed: what everybody starts from; by default the run's initial weights.
     """
 
-    def __init__(self, manifest: Manifest, batches: Sequence[NextBatch], owned: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        batches: Sequence[NextBatch],
+        owned: Sequence[Sequence[int]],
+        *,
+        workers: Sequence[Sequence[int]] = (),
+        seed: Seed | None = None,
+    ) -> None:
         self.manifest = manifest
-        self.replicas = all(set(slots) == set(owned[0]) for slots in owned)
+        self.replicas = bool(owned[0]) and all(set(slots) == set(owned[0]) for slots in owned)
         self.composers = [
-            Composer(manifest, owned=slots, next_batch=batch, fit_seed=i)
+            Composer(manifest, owned=slots if seed is None else (), next_batch=batch, fit_seed=i)
             for i, (slots, batch) in enumerate(zip(owned, batches, strict=True))
         ]
+        if seed is not None:
+            for slots, composer in zip(owned, self.composers, strict=True):
+                seed.start(composer, slots)
+        self.workers = [Worker(manifest, composers=self._steps, fit_seed=len(owned) + j) for j in range(len(workers))]
+        if self.workers:
+            start = seed or Seed.of(self.composers[0])
+            for slots, worker in zip(workers, self.workers, strict=True):
+                start.start_worker(worker, slots, self.composers[0])
         self.bytes = Bytes()
+        self._publications = 0
+        self.delivery: RowDelivery | GradientDelivery | None = None
+        if manifest.sketch.kind != "none" and not self.replicas:
+            delivery = RowDelivery if manifest.sketch.kind == "rows" else GradientDelivery
+            owners = {slot: owner for owner in self.owners for slot in owner.owned}
+            self.delivery = delivery(manifest, self.composers, owners)
+
+    @property
+    def owners(self) -> list[ExpertOwner]:
+        """Whoever may own slots."""
+        return [*self.composers, *self.workers]
+
+    def _steps(self) -> dict[str, int]:
+        return {str(i): composer.step for i, composer in enumerate(self.composers)}
 
     def run(self, steps: int) -> Iterator[float]:
         """Train for `steps` inner steps each; yields the composers' mean loss after every step."""
@@ -49,7 +89,7 @@ class InProcessSwarm:
         due_every = max(1, outer.every_steps // outer.fragments)
         rounds = 0
         for step in range(1, steps + 1):
-            losses = [composer.train_step().loss for composer in self.composers]
+            losses = self._step(step)
             self._share_counts()
             if step % publish_every == 0 and not self.replicas:
                 self._publish()
@@ -61,6 +101,17 @@ class InProcessSwarm:
             if len(self.composers) > 1 and self.composers[0].steps_since_commit(fragment):
                 self._round(fragment)
 
+    def _step(self, step: int) -> list[float]:
+        for composer in self.composers:
+            composer.compute()
+        if self.delivery is not None and step % self.delivery.every == 0:
+            self.bytes.sketches += self.delivery.deliver()
+        losses = [composer.apply().loss for composer in self.composers]
+        for worker in self.workers:
+            if worker.has_work():
+                worker.train_step()
+        return losses
+
     def _share_counts(self) -> None:
         counts = [c.last_counts for c in self.composers]
         known = [c for c in counts if c is not None]
@@ -70,11 +121,14 @@ class InProcessSwarm:
                 composer.swarm_counts = total - own
 
     def _publish(self) -> None:
-        for sender in self.composers:
+        self._publications += 1
+        for sender in self.owners:
+            if self._publications % FIDELITY_EVERY == FIRST_FIDELITY:
+                sender.fidelity()  # as the node measures it: before it publishes
             for slot, layers in sender.publish().items():
                 self.bytes.deltas += sum(map(len, layers))
                 for receiver in self.composers:
-                    if receiver is sender or slot in receiver.owned:
+                    if slot in receiver.owned:
                         continue
                     for standin, delta in zip(receiver.standins(slot), layers, strict=True):
                         standin.apply(delta)
@@ -109,9 +163,9 @@ class InProcessSwarm:
         for index, flat in enumerate(self.composers[0].common):
             whole.reset_fragment(index, flat, self.composers[0].momentum[index])
         with torch.no_grad():
-            for composer in self.composers:
-                for slot in composer.owned:
-                    for ours, theirs in zip(whole.model.experts_of(slot), composer.model.experts_of(slot), strict=True):
+            for owner in self.owners:
+                for slot in owner.owned:
+                    for ours, theirs in zip(whole.model.experts_of(slot), owner.experts_of(slot), strict=True):
                         ours.gate_up.copy_(theirs.gate_up)
                         ours.down.copy_(theirs.down)
         return whole

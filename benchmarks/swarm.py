@@ -26,10 +26,10 @@ from .quality import Comparison, Result, markdown
 
 @dataclass(frozen=True)
 class PeerCost:
-    """What one composer spent."""
+    """What one composer or worker spent."""
 
     name: str
-    bytes_out_per_token: dict[str, float]  # by kind
+    bytes_out_per_token: dict[str, float]  # by kind; over a composer's own tokens, or those of all for a worker
     step_seconds: dict[str, float]  # by part, summed
     blocked_seconds: float  # the training loop waited for the network
     training_rss_bytes: int  # resident memory of the training process; all of torch and transformers included
@@ -37,10 +37,9 @@ class PeerCost:
     rounds: dict[str, float]
 
 
-def cost(peer: Peer) -> PeerCost:
-    """Read off a running peer."""
+def cost(peer: Peer, tokens: int) -> PeerCost:
+    """Read off a running peer; its bytes are divided by `tokens`."""
     status: dict[str, Any] = peer.status or {}
-    tokens = max(1, int(status["tokens"]))
     sent = {b["kind"]: b["bytes"] / tokens for b in status["bytes"] if b["direction"] == "out"}
     process = psutil.Process(peer.process.pid)
     return PeerCost(
@@ -50,7 +49,7 @@ def cost(peer: Peer) -> PeerCost:
         status["blocked_seconds"],
         process.memory_info().rss,
         sum(child.memory_info().rss for child in process.children(recursive=True)),
-        status["outer"]["rounds"],
+        (status.get("outer") or {}).get("rounds", {}),
     )
 
 
@@ -59,13 +58,17 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
     demo = Demo(arguments, folder, console)
     try:
         found = ["found", "--preset", arguments.preset, "--name", "bench", "--steps", str(arguments.steps)]
+        for setting in arguments.set:
+            found += ["--set", setting]
         founder = demo.start("bootstrap", [*found, "--min-composers", str(arguments.composers)])
         demo.wait([founder], frozenset({"ready"}), "founding", START_SECONDS)
         invite = str(founder.get("invite"))
         composers = demo.join(invite)
         demo.wait(composers, frozenset({"ready", "training", "finished"}), "joining", START_SECONDS)
         demo.watch(composers)
-        costs = [cost(peer) for peer in composers]
+        tokens = [max(1, int(peer.get("tokens", 0))) for peer in composers]
+        costs = [cost(peer, trained) for peer, trained in zip(composers, tokens, strict=True)]
+        costs += [cost(peer, sum(tokens)) for peer in demo.peers if peer.get("role") == "worker"]
         seconds = max(float(peer.get("phase_seconds", 0.0)) for peer in composers)
         demo.call("export", ["export", invite, str(folder / "checkpoint")])
     finally:
@@ -77,10 +80,10 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
 
 
 def report(costs: list[PeerCost]) -> str:
-    """Costs per composer as Markdown."""
+    """Costs per peer as Markdown."""
     kinds = sorted({kind for c in costs for kind in c.bytes_out_per_token})
     lines = [
-        "| composer | " + " | ".join(f"{kind} B/token" for kind in kinds) + " | forward, backward s | optimizer s | "
+        "| peer | " + " | ".join(f"{kind} B/token" for kind in kinds) + " | forward, backward s | optimizer s | "
         "exchange s | blocked s | training MB | children MB | rounds |",
         "|---" * (len(kinds) + 8) + "|",
     ]
@@ -99,7 +102,9 @@ def main() -> None:
     """Run all three and print the tables."""
     parser = argparse.ArgumentParser(prog="./dev bench swarm", description=__doc__.split("\n\n")[0])
     parser.add_argument("--composers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0, help="own all routed experts in place of composers")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE", help="a fact of the manifest")
     parser.add_argument("--preset", default="bench")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per peer")
@@ -124,7 +129,7 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "swarm.md").write_text(text + "\n")
-        told = {"results": [asdict(r) for r in results], "composers": [asdict(c) for c in costs]}
+        told = {"results": [asdict(r) for r in results], "peers": [asdict(c) for c in costs]}
         (arguments.out / "swarm.json").write_text(json.dumps(told, indent=1))
 
 

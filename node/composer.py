@@ -60,12 +60,25 @@ class _Round:
 
 
 class Composer(ExpertOwner):
-    """One learner. `owned` slots hold full experts; `next_batch` yields int64 tokens of shape (B, context_length)."""
+    """One learner. `owned` slots hold full experts; `next_batch` yields int64 tokens of shape (B, context_length).
 
-    def __init__(self, manifest: Manifest, *, owned: Collection[int], next_batch: NextBatch, fit_seed: int = 0) -> None:
+    `secret` is what the initial experts of the run follow from beside its seed.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        owned: Collection[int],
+        next_batch: NextBatch,
+        fit_seed: int = 0,
+        secret: bytes = b"",
+    ) -> None:
         super().__init__(manifest, fit_seed=fit_seed)
         self.next_batch = next_batch
-        self.model = build_model(manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train))
+        self.model = build_model(
+            manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train), secret=secret
+        )
         self.backbone = self.model.backbone
         self.tokens = 0
         self.swarm_counts: Tensor | None = None  # (L, E) routed tokens of the other composers, newest known

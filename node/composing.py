@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..protocol.auditing import BYTES_PER_WEIGHT, SentLog
 from ..protocol.averaging import OuterAverager
 from ..protocol.fragments import partition
 from ..protocol.handles import Handles
 from ..protocol.identity import Identity
 from ..protocol.merging import digest as digest_of
+from ..protocol.messages import MAX_SKETCH_BYTES
 from ..protocol.ownership import Copy
+from .auditor import Auditor
 from .background import NetworkThread
 from .checkpoint import Checkpoint, CheckpointStore
 from .checkpoint_writer import CheckpointWriter
@@ -21,7 +25,12 @@ from .composer import Composer, StepReport
 from .config import PeerConfig
 from .copies import Snapshot
 from .data import Batches, load_corpus, seed_of_peer
+from .deposing import Deposing
 from .exchange import Exchange
+from .gradient_collecting import GradientCollector
+from .gradient_receiving import GradientReceiver
+from .gradient_rounds import GradientRounds, form_of, sketch_averager
+from .gradient_sending import GradientSender
 from .joining import catch_up, swarm_step
 from .keeper import SlotKeeper
 from .links import Links
@@ -53,7 +62,7 @@ HEADER_BYTES = 1 << 20
 
 
 class ComposerPeer:
-    """Construct it on the main thread before any other thread: the averager forks here.
+    """Construct it on the main thread before any other thread: the averagers fork here.
 
     `run` is the training thread until the peer has left.
     """
@@ -71,6 +80,7 @@ class ComposerPeer:
             matchmaking_seconds=spec.matchmaking_seconds,
             timeout_seconds=spec.timeout_seconds,
         )
+        self.sketch_averager = sketch_averager(dht, identity, run)
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
 
@@ -80,6 +90,8 @@ class ComposerPeer:
             return self._run(network, links, member, library, stop)
         finally:
             self.averager.shutdown()
+            if self.sketch_averager is not None:
+                self.sketch_averager.shutdown()
 
     def _run(
         self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest
@@ -88,13 +100,14 @@ class ComposerPeer:
             torch.set_num_threads(self.config.threads)
         self.state.enter(Phase.SYNCING, "building the model")
         self.batches = self._batches()
+        assert library.handle_key is not None
         composer = Composer(
             self.facts.manifest,
             owned=(),
             next_batch=self.batches.next,
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
+            secret=library.handle_key,
         )
-        assert library.handle_key is not None
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         held, saved = self._restore(composer, order)
         self.composer = composer
@@ -112,13 +125,27 @@ class ComposerPeer:
             saved=saved,
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
-        self.sender: SketchSender | None = None
+        self.sender: SketchSender | GradientSender | None = None
         if self.facts.manifest.sketch.kind == "rows":
             seed = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
             composer.collector = SketchCollector(self.facts.manifest.sketch, composer.shape, seed=seed)
             self.sender = SketchSender(links, self.exchange, composer.collector)
+        elif self.sketch_averager is not None:
+            form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)
+            composer.collector = GradientCollector(form)
+            self.sender = GradientSender(links, self.trainer, self.exchange, composer.collector, rounds)
+            GradientReceiver(links, self.trainer, self.exchange, self.keeper, form, rounds)
+            member.on_sketch_open = rounds.on_sketch_open
         self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
-        links.transport.answer_calls(self.receiver.answer)
+        if self.facts.manifest.sketch.kind == "rows":
+            links.transport.answer_calls(self.receiver.answer)
+        self.deposing = Deposing(links, audits=True)
+        sent = self.sender.sent if isinstance(self.sender, SketchSender) else SentLog()
+        max_record_bytes = BYTES_PER_WEIGHT * weights + MAX_SKETCH_BYTES + HEADER_BYTES
+        self.auditor = Auditor(
+            links, self.trainer, self.exchange, self.deposing, sent, max_record_bytes=max_record_bytes
+        )
+        member.on_accusation = self.deposing.on_accusation
         self.links, self.member = links, member
         library.stock(self.trainer, self.outer, self.exchange, self.keeper)
         member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
@@ -151,6 +178,8 @@ class ComposerPeer:
     def _check(self) -> None:
         self.links.check()
         self.averager.require_alive()
+        if self.sketch_averager is not None:
+            self.sketch_averager.require_alive()
 
     async def _join(self) -> None:
         await catch_up(
@@ -162,7 +191,7 @@ class ComposerPeer:
         await self.member.announce()
 
     async def _take_part(self, stop: StopRequest) -> None:
-        tasks = [asyncio.create_task(w) for w in (self.keeper.run(), self.outer.run(), self.exchange.run())]
+        tasks = [asyncio.create_task(w) for w in self._work()]
         try:
             while not stop.requested:
                 self._set_phase()
@@ -175,6 +204,9 @@ class ComposerPeer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _work(self) -> list[Coroutine[Any, Any, None]]:
+        return [self.keeper.run(), self.outer.run(), self.exchange.run(), self.auditor.run()]
 
     async def _start_where_the_swarm_is(self) -> None:
         step = swarm_step(self.links)
@@ -237,6 +269,7 @@ class ComposerPeer:
         self.exchange.after_step(composer)
         if self.sender is not None:
             self.sender.after_step(composer)
+        self.auditor.after_step(composer)
         self.outer.after_step(composer)
         every = self.config.checkpoint_every or CHECKPOINT_EVERY
         if composer.step % every == 0 and not self.writer.busy:

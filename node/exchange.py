@@ -20,7 +20,7 @@ from torch import Tensor
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.messages import DeltaBatch, ExpertCounts, StandInSnapshot, SurrogateDelta
-from ..protocol.surrogates import SEED
+from ..protocol.surrogates import SEED, Point
 from .composer import Composer
 from .links import COUNTS_TOPIC, Links
 from .logs import get_logger
@@ -54,7 +54,8 @@ class Exchange(Publishing[Composer]):
     def __init__(
         self, links: Links, trainer: Trainer[Composer], composer: Composer, order: LayerOrder, *, max_standin_bytes: int
     ) -> None:
-        super().__init__(links, trainer, order, composer.standins(0)[0])
+        self.like, self.shape = composer.standins(0)[0], composer.shape
+        super().__init__(links, trainer, order, self.like)
         self.layers = order
         self._max_standin_bytes = max_standin_bytes
         for slot in range(composer.num_slots):
@@ -128,6 +129,13 @@ class Exchange(Publishing[Composer]):
         self._book.follow(slot, owner.standins(slot), point)
         self._versions[slot] = 0
         self._leases.pop(slot, None)
+        if owner.collector is not None:
+            owner.collector.forget(slot)  # what it was trained on here is nothing that its next owner has to learn
+
+    def followed_standins(self, slot: int) -> tuple[Point | None, list[bytes]]:
+        """The stand-ins that run here for a slot of somebody else, by layer, and which they are."""
+        subscriber = self._book.subscribers.get(slot)
+        return (None, []) if subscriber is None else (subscriber.point, [s.to_bytes() for s in subscriber.layers])
 
     def published(self, owner: Composer, slot: int) -> StandInSnapshot | None:
         own = super().published(owner, slot)
@@ -181,6 +189,11 @@ class Exchange(Publishing[Composer]):
             self._book.lease(slot, owner, epoch, time.monotonic())
         self._run_changed(composer)
 
+    def _disown(self, owner: str) -> None:
+        for subscriber in self._book.subscribers.values():
+            if subscriber.owner == owner:
+                subscriber.disown()
+
     def _run_changed(self, composer: Composer) -> None:
         """Let the model run the stand-ins that the book holds now, and report what it refused."""
         for slot, subscriber in self._book.subscribers.items():
@@ -224,6 +237,12 @@ class Exchange(Publishing[Composer]):
         if new:
             self._leases.update({slot: (owner, epoch) for slot, owner, epoch in new})
             self._trainer.ask(lambda composer: self._learn_leases(composer, new))
+
+    def distrust(self, owner: str) -> None:
+        """Follow a peer's deltas no more; the slots that it had wait for their next owner."""
+        self._leases = {slot: claim for slot, claim in self._leases.items() if claim[0] != owner}
+        self._trainer.ask(lambda _: self._disown(owner))
+        self.on_leases()
 
     async def fetch_standin(self, slot: int, owner: str) -> bool:
         """Replace a slot's stand-ins by what its owner has published. False if that did not work."""

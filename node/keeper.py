@@ -30,10 +30,10 @@ from ..protocol.ownership import (
     Watch,
     Yield,
     decide,
-    desired_owners,
     grants_handover,
 )
 from ..protocol.records import Lease, LeaseRecord
+from ..protocol.standing import situation_of
 from ..protocol.transport.downloads import Resource
 from .blobs import from_bytes, to_bytes
 from .copies import CopyStore, Snapshot
@@ -50,9 +50,6 @@ log = get_logger(__name__)
 
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
-OWNING_ROLES = frozenset({"composer", "worker"})
-# A peer in one of these phases is not counted on to take slots.
-ABSENT_PHASES = frozenset({"starting", "joining", "failed", "stopped"})
 SNAPSHOT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
@@ -152,20 +149,13 @@ class SlotKeeper(Generic[O]):
             log.error("slot.out_of_epochs", slot=slot)
 
     def _situation(self) -> Situation:
-        view = self._links.view()
-        now = self._links.clock()
-        owners = {p: r for p, r in view.peers.items() if r.role in OWNING_ROLES and r.phase not in ABSENT_PHASES}
-        leaving = {peer for peer, record in owners.items() if record.phase == "leaving"}
-        capacities = {peer: 0 if peer in leaving else record.capacity for peer, record in owners.items()}
-        capacities[self._links.peer_id] = 0 if self._leaving else self.capacity
-        desired = desired_owners(self.num_slots, capacities, self._links.manifest.ownership.replication)
-        self._watch.observe(now, {**view.last_holders, **view.leases}, desired)
-        return Situation(
-            now=now,
+        return situation_of(
+            self._links.view(),
+            self._watch,
+            now=self._links.clock(),
             capacity=0 if self._leaving else self.capacity,
-            desired=desired,
-            live={peer for peer in owners if peer not in leaving},
-            leaving=leaving,
+            num_slots=self.num_slots,
+            replication=self._links.manifest.ownership.replication,
             held=self.held,
             copies=self._copies.held,
             busy=self._busy,
@@ -235,9 +225,7 @@ class SlotKeeper(Generic[O]):
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
         if snapshot is None:
-            log.error(
-                "slot.lost", slot=slot, epoch=action.epoch, restart="from its published stand-ins or the run's seed"
-            )
+            log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
             self._links.state.count(Count.LOST_SLOTS)
             snapshot = await self._rebuild(slot)
         else:
@@ -309,10 +297,14 @@ class SlotKeeper(Generic[O]):
         self, slot: int, part: Callable[[O, int, int], SlotTensors], *, full: bool
     ) -> Resource | None:
         copy = Copy(self.held[slot], self.step)
-        tensors, published = await asyncio.wrap_future(
-            self._trainer.ask(lambda owner: (part(owner, slot, copy.epoch), self._exchange.published(owner, slot)))
-        )
-        return await self._resource(slot, copy, tensors, published, full=full)
+
+        def take(owner: O) -> tuple[SlotTensors, StandInSnapshot | None] | None:
+            if slot not in owner.owned:
+                return None  # let go of meanwhile
+            return part(owner, slot, copy.epoch), self._exchange.published(owner, slot)
+
+        taken = await asyncio.wrap_future(self._trainer.ask(take))
+        return None if taken is None else await self._resource(slot, copy, *taken, full=full)
 
     async def _resource(
         self, slot: int, copy: Copy, tensors: SlotTensors, published: StandInSnapshot | None, *, full: bool

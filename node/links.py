@@ -104,6 +104,11 @@ class Links:
         phases = ACTIVE_PHASES | {"ready"} if waiting else ACTIVE_PHASES
         return [p for p, r in self.view().peers.items() if r.role == "composer" and r.phase in phases]
 
+    def distrust(self, peer: str) -> None:
+        """See a peer's leases no more."""
+        self.directory.distrust([peer])
+        self._view = None
+
     def votes(self, fragment: int) -> dict[str, VoteRecord]:
         """By voter, what composers hold of a fragment. Anybody can sign a vote; those of others do not count.
 

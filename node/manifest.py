@@ -136,6 +136,17 @@ class PrivacySpec(Spec, frozen=True, kw_only=True):
     handle_key_digest: Annotated[str, Meta(pattern=r"^(?:[0-9a-f]{64})?\Z")] = ""
 
 
+class TrustSpec(Spec, frozen=True, kw_only=True):
+    """How owners are audited (docs/trust.md)."""
+
+    audit_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 200  # own steps between a composer's audits; 0 = never
+    # Of a recomputed update, in norm: what machines that add up in another order may differ by.
+    tolerance: Positive = 1e-2
+    # Of a published stand-in on routed rows: an honest narrow one may be hardly better than nothing early on, another
+    # expert's is worse than nothing.
+    min_fidelity: Annotated[float, Meta(ge=-1e6, le=1.0)] = 0.02
+
+
 class Manifest(Spec, frozen=True, kw_only=True):
     """All of it. Canonical bytes are hashed into the run id and signed by `founder`."""
 
@@ -151,6 +162,7 @@ class Manifest(Spec, frozen=True, kw_only=True):
     sketch: SketchSpec = SketchSpec()
     ownership: OwnershipSpec = OwnershipSpec()
     privacy: PrivacySpec = PrivacySpec()
+    trust: TrustSpec = TrustSpec()
 
 
 class ManifestError(ShoalError):
@@ -279,8 +291,49 @@ def read_signed(signed: bytes, expected_run_id: str | None = None) -> SignedMani
 
 def _decode(data: bytes) -> Manifest:
     try:
-        return decode_payload(_decoder, data, "manifest")
+        manifest = decode_payload(_decoder, data, "manifest")
     except Refused as error:
         if "unknown field" in error.cause:
             raise UnknownFields(error.cause, fix="use the software version that founded the run") from error
         raise ManifestError(error.cause, fix="correct that field, or use the version that founded the run") from error
+    _check_weights(manifest)
+    if manifest.sketch.kind == "gradient":
+        _check_gradient_sketches(manifest)
+    return manifest
+
+
+def _check_weights(manifest: Manifest) -> None:
+    """Raise ManifestError where an expert could not be made of what travels."""
+    kind = manifest.standin.kind
+    if manifest.train.expert_weights == "ternary" and kind == "lowbit":
+        raise ManifestError(
+            "for experts that are trained ternary a 4-bit copy is larger, and coarser, than a ternary one",
+            fix="set standin.kind to ternary",
+        )
+    if manifest.ownership.snapshot_format == "standin" and kind == "narrow":
+        raise ManifestError(
+            "narrow stand-ins are not all of an expert, and ownership.snapshot_format says to send nothing else",
+            fix="set ownership.snapshot_format to int8, or standin.kind to lowbit",
+        )
+
+
+def _check_gradient_sketches(manifest: Manifest) -> None:
+    """Raise ManifestError for what no peer could sketch gradients with."""
+    from ..kernels.gradient_sketch import largest_rank  # not above: most commands read manifests without torch
+    from .model.init import expert_shape  # and this needs the present module
+
+    if manifest.standin.kind == "narrow":
+        raise ManifestError(
+            "gradient sketches need stand-ins as wide as the experts, and narrow ones are not",
+            fix="set standin.kind to lowbit or ternary, or sketch.kind to rows",
+        )
+    try:
+        shape = expert_shape(manifest.model)
+    except ValueError as error:
+        raise ManifestError(f"the model cannot be built: {error}", fix="correct the model's config") from error
+    largest = largest_rank(shape.hidden, shape.width)
+    if manifest.sketch.rank > largest:
+        raise ManifestError(
+            f"sketch.rank {manifest.sketch.rank} is more than {largest}, all there is to the gradient of such experts",
+            fix=f"set sketch.rank to {largest} at most",
+        )

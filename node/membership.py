@@ -8,7 +8,7 @@ from collections.abc import Callable
 from .. import __version__
 from ..protocol import messages
 from ..protocol.errors import DirectoryError, PeerUnreachable, Refused, TransportError
-from ..protocol.messages import DeltaBatch, ExpertCounts, RoundOpen
+from ..protocol.messages import Accusation, DeltaBatch, ExpertCounts, RoundOpen, SketchOpen
 from ..protocol.records import RECORD_TYPES, PeerRecord, Role
 from .links import COUNTS_TOPIC, DELTA_TOPIC, NEWS_TOPIC, Links
 from .logs import get_logger
@@ -53,6 +53,8 @@ class Membership:
         self.on_deltas: Callable[[str, DeltaBatch], None] | None = None
         self.on_counts: Callable[[str, ExpertCounts], None] | None = None
         self.on_round_open: Callable[[str, RoundOpen], None] | None = None
+        self.on_sketch_open: Callable[[str, SketchOpen], None] | None = None
+        self.on_accusation: Callable[[str, Accusation], None] | None = None
         self.on_records: Callable[[], None] | None = None
 
     async def start(self) -> None:
@@ -83,6 +85,10 @@ class Membership:
             self.on_counts(envelope.sender, message)
         elif isinstance(message, RoundOpen) and self.on_round_open is not None:
             self.on_round_open(envelope.sender, message)
+        elif isinstance(message, SketchOpen) and self.on_sketch_open is not None:
+            self.on_sketch_open(envelope.sender, message)
+        elif isinstance(message, Accusation) and self.on_accusation is not None:
+            self.on_accusation(envelope.sender, message)
 
     async def announce(self, phase: Phase | None = None) -> None:
         """Say how this peer is, now. `phase` overrides the state's, to say `leaving` before anything else does."""

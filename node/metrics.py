@@ -242,11 +242,25 @@ METRICS: tuple[MetricSpec, ...] = (
         read=_each("sketch_rows"),
     ),
     MetricSpec(
+        name="shoal_sketch_rounds",
+        kind="counter",
+        labels=("outcome",),
+        help="Rounds of gradient sketches, one a slot and interval, by how they ended for this peer.",
+        read=_each("sketch_rounds"),
+    ),
+    MetricSpec(
         name="shoal_sketches_lost",
         kind="counter",
         labels=("reason",),
         help="Sketches of slots that were sent and that their owner did not take.",
         read=_each("sketches_lost"),
+    ),
+    MetricSpec(
+        name="shoal_audits",
+        kind="counter",
+        labels=("outcome",),
+        help="Audits of other peers' experts by this peer; docs/trust.md lists the outcomes.",
+        read=_each("audits"),
     ),
     # Disk.
     MetricSpec(

@@ -5,7 +5,7 @@ Threads and processes, in the order in which they start (what forks comes before
     main thread     starts everything, then is the training thread
     HTTP thread     metrics, health, status page
     DHT process     forked by hivemind; with it the Go daemon p2pd
-    averager        forked; outer rounds
+    averagers       forked; outer rounds, and rounds of gradient sketches
     network thread  one asyncio loop: membership, ownership, exchange, rounds
     transport       spawned; the py-libp2p host
 
@@ -154,7 +154,7 @@ class _Peer:
             elif config.role == "worker":
                 from .working import WorkerPeer
 
-                work = WorkerPeer(config, state, self.identity, run)
+                work = WorkerPeer(config, state, self.identity, run, dht)
             else:
                 work = None
             network = NetworkThread()
@@ -260,7 +260,8 @@ class _Peer:
             num_slots = capacity = shape.num_experts
             self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
             if config.role == "worker":
-                capacity = slots_that_fit(shape, device_of(config.device), config.max_memory)
+                device = device_of(config.device)
+                capacity = slots_that_fit(shape, run.manifest.standin, device, config.max_memory)
                 if not capacity:
                     raise ConfigError(
                         "not one slot of this run's experts fits the memory",

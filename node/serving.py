@@ -18,6 +18,7 @@ from .links import Links
 from .state import Count
 
 if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would be most of its start
+    from .audit_record import AuditDesk
     from .composer import Composer
     from .exchange import Exchange
     from .keeper import SlotKeeper
@@ -40,6 +41,7 @@ class Library:
         self.handle_key: bytes | None = None
         self._shelves: tuple[Trainer[Composer], OuterDriver, Exchange] | None = None
         self._keeper: SlotKeeper[Any] | None = None
+        self._desk: AuditDesk | None = None
 
     def stock(
         self, trainer: Trainer[Composer], outer: OuterDriver, exchange: Exchange, keeper: SlotKeeper[Composer]
@@ -48,9 +50,9 @@ class Library:
         self._shelves = (trainer, outer, exchange)
         self._keeper = keeper
 
-    def stock_slots(self, keeper: SlotKeeper[Worker]) -> None:
+    def stock_slots(self, keeper: SlotKeeper[Worker], desk: AuditDesk) -> None:
         """From now on answer for a worker too: it has slots, and nothing else."""
-        self._keeper = keeper
+        self._keeper, self._desk = keeper, desk
 
     async def answer(self, query: FetchQuery) -> Resource | None:
         """One fetch. None: there is no such thing here. Refused: there is, but not for this peer or not now."""
@@ -80,12 +82,15 @@ class Library:
             if kind is ResourceKind.REBUILT:
                 return await self._keeper.serve_rebuilt(index)
             return await self._keeper.serve_standin(index)
+        if kind is ResourceKind.AUDIT:
+            assert wanted.pair is not None
+            return None if self._desk is None else await self._desk.serve(index, *wanted.pair, requester)
         if self._shelves is None:
             return None
         trainer, outer, exchange = self._shelves
         if kind is ResourceKind.HANDLES:
-            assert wanted.epochs is not None
-            table = exchange.layers.handles.table(index, *wanted.epochs, exchange.layers.num_layers)
+            assert wanted.pair is not None
+            table = exchange.layers.handles.table(index, *wanted.pair, exchange.layers.num_layers)
             return Resource(messages.encode(table))
         if index >= len(outer.held):
             return None

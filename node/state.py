@@ -50,7 +50,9 @@ class Count(StrEnum):
     LOST_SLOTS = "lost_slots"  # (): slots that no peer had a copy of and that restarted from the run's seed
     BLOCKED_SECONDS = "blocked_seconds"  # (): training stood still for the network, see StepPart.WAITING
     SKETCH_ROWS = "sketch_rows"  # (direction,): rows sent to owners, or learned from
+    SKETCH_ROUNDS = "sketch_rounds"  # (outcome,): rounds of one slot's gradient sketches that this peer was in
     SKETCHES_LOST = "sketches_lost"  # (reason,): slots' sketches that were sent and not taken
+    AUDITS = "audits"  # (outcome,): of other peers' slots, see protocol/auditing.py
     STEPS_SKIPPED = "steps_skipped"  # (reason,): e.g. non-finite gradients
 
 
@@ -342,6 +344,8 @@ class PeerState:
                 "gossip_dropped": self._labelled(Count.GOSSIP_DROPPED),
                 "refusals": self._labelled(Count.REFUSALS),
                 "sketch_rows": self._labelled(Count.SKETCH_ROWS),
+                "sketch_rounds": self._labelled(Count.SKETCH_ROUNDS),
+                "audits": self._labelled(Count.AUDITS),
                 "sketches_lost": self._labelled(Count.SKETCHES_LOST),
                 "blocked_seconds": self._total(Count.BLOCKED_SECONDS),
                 "checkpoint": self._checkpoint,

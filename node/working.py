@@ -20,6 +20,7 @@ from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.identity import Identity
 from ..protocol.messages import HandleTable
+from .audit_record import AuditDesk
 from .capacity import device_of, slot_bytes
 from .checkpoint import CheckpointStore
 from .checkpoint_writer import CheckpointWriter
@@ -27,6 +28,9 @@ from .composing import CHECKPOINT_EVERY, HEADER_BYTES, POLL_SECONDS, SNAPSHOT_BY
 from .config import PeerConfig
 from .copies import Snapshot
 from .data import seed_of_peer
+from .deposing import Deposing
+from .gradient_receiving import GradientReceiver
+from .gradient_rounds import GradientRounds, form_of, sketch_averager
 from .keeper import SlotKeeper
 from .links import Links
 from .logs import get_logger
@@ -41,6 +45,8 @@ from .trainer import Trainer
 from .worker import Worker, WorkReport
 
 if TYPE_CHECKING:
+    import hivemind
+
     from .background import NetworkThread
     from .peer import Run, StopRequest
 
@@ -84,16 +90,29 @@ class WorkerPublishing(Publishing[Worker]):
 
 
 class WorkerPeer:
-    """`run` is the training thread until the peer has left."""
+    """Construct it on the main thread before any other thread: a run with gradient sketches has an averager to fork.
 
-    def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run) -> None:
+    `run` is the training thread until the peer has left.
+    """
+
+    def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run, dht: hivemind.DHT) -> None:
         self.config, self.state, self.identity, self.facts = config, state, identity, run
+        self.averager = sketch_averager(dht, identity, run)
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self._saved_step = 0
         self._unpublished: Counter[int] = Counter()  # by slot, composers' steps since its last delta
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
         """Train until told to stop; returns the exit code."""
+        try:
+            return self._run(network, links, member, library, stop)
+        finally:
+            if self.averager is not None:
+                self.averager.shutdown()
+
+    def _run(
+        self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest
+    ) -> int:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         manifest = self.facts.manifest
@@ -119,10 +138,21 @@ class WorkerPeer:
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
         self.receiver = SketchReceiver(links, self.trainer, self.publishing, self.keeper, worker)
+        self.gradients: GradientReceiver[Worker] | None = None
+        if self.averager is not None:
+            rounds = GradientRounds(links, self.averager)
+            self.gradients = GradientReceiver(
+                links, self.trainer, self.publishing, self.keeper, form_of(self.facts), rounds
+            )
+            member.on_sketch_open = rounds.on_sketch_open
         self.links, self.member = links, member
-        library.stock_slots(self.keeper)
-        links.transport.answer_calls(self.receiver.answer)
-        log.info("worker.capacity", slots=member.capacity, slot_bytes=slot_bytes(shape), device=str(worker.device))
+        library.stock_slots(self.keeper, AuditDesk(links, self.trainer, self.publishing, self.keeper))
+        self.deposing = Deposing(links, audits=False)
+        member.on_accusation = self.deposing.on_accusation
+        if manifest.sketch.kind == "rows":
+            links.transport.answer_calls(self.receiver.answer)
+        size = slot_bytes(shape, manifest.standin, worker.device)
+        log.info("worker.capacity", slots=member.capacity, slot_bytes=size, device=str(worker.device))
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
         life.add_done_callback(lambda _: self.trainer.stop())
         self.trainer.start_training()
@@ -146,6 +176,8 @@ class WorkerPeer:
                 for task in done:
                     task.result()  # they end by failing only; that ends the peer, with the reason
                 self.links.check()
+                if self.averager is not None:
+                    self.averager.require_alive()
             await self._leave()
         finally:
             for task in tasks:
@@ -158,7 +190,7 @@ class WorkerPeer:
         self.keeper.step = self.worker.step
         if self.worker.step >= self.facts.manifest.train.steps:
             self.state.enter(Phase.FINISHED)
-        elif self.receiver.rows and self.state.phase is Phase.READY:
+        elif (self.receiver.rows or (self.gradients and self.gradients.learned)) and self.state.phase is Phase.READY:
             self.state.enter(Phase.TRAINING)
             seconds = time.time() - psutil.Process().create_time()
             log.info("worker.useful", seconds_since_start=round(seconds, 2))
@@ -185,7 +217,9 @@ class WorkerPeer:
         began = time.perf_counter()
         every = self.facts.manifest.standin.publish_every
         # Counted here: the schedule's step may jump, and stands still at the end, while some composers train on.
-        self._unpublished.update(dict.fromkeys(report.slots, self.facts.manifest.sketch.every))
+        sketch = self.facts.manifest.sketch
+        steps = sketch.gradient_every if sketch.kind == "gradient" else sketch.every
+        self._unpublished.update(dict.fromkeys(report.slots, steps))
         due = [slot for slot in report.slots if self._unpublished[slot] >= every]
         if due:
             self.publishing.publish(worker, due)

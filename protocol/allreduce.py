@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import torch
@@ -181,6 +182,9 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         return await asyncio.shield(task)  # one receiver's disconnect must not cancel the others' part
 
     async def _ban_sender(self, peer_id: PeerID) -> None:
+        received = self.tensor_part_reducer.num_parts_received[self.sender_peer_ids.index(peer_id)]
+        if received == self.tensor_part_reducer.num_parts:
+            return  # all its parts are in: it may hang up
         if peer_id not in self.banned_senders:
             self.account.blame(peer_id.to_base58(), "did not send all its parts")
         await super()._ban_sender(peer_id)
@@ -219,27 +223,27 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
     async def _exchange_with(self, peer_id: PeerID, peer_index: int) -> None:
         sizes = self._part_sizes[peer_index]
         stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(self._generate_input_for_peer(peer_index))
-        part_index = 0
 
-        def decode(message: averaging_pb2.AveragingData) -> tuple[Tensor, int, int]:
+        def decode(message: averaging_pb2.AveragingData, size: int) -> tuple[Tensor, int, int]:
             if message.code != averaging_pb2.AVERAGED_PART:
                 raise AllreduceException(f"answered {averaging_pb2.MessageCode.Name(message.code)}")
-            if part_index >= len(sizes):
-                raise Refused("too_many_parts", f"returned more than {len(sizes)} parts")
-            part = self._codec.decode(message.tensor_part, sizes[part_index])
+            part = self._codec.decode(message.tensor_part, size)
             included = int.from_bytes(message.peer_id[:64], "little")
             if message.weight != self._share_of(included):
                 raise Refused("share_mismatch", "weighs the members otherwise than their facts say")
             return part, included, len(message.tensor_part.buffer)
 
-        async for message in aiter_with_timeout(stream, self.reducer_timeout):
-            part, included, received = await asyncio.to_thread(decode, message)
-            self.account.bytes_received += received
-            self._note_inputs(included, sizes[part_index])
-            self.tensor_part_container.register_processed_part(peer_index, part_index, part)
-            part_index += 1
-        if part_index != len(sizes):
-            raise AllreduceException(f"returned {part_index} of {len(sizes)} parts")
+        async with aclosing(stream):  # also ends the sending, which reads what the average is about to replace
+            answers = aiter_with_timeout(stream, self.reducer_timeout)
+            for part_index, size in enumerate(sizes):
+                try:
+                    message = await anext(answers)
+                except StopAsyncIteration:
+                    raise AllreduceException(f"returned {part_index} of {len(sizes)} parts") from None
+                part, included, received = await asyncio.to_thread(decode, message, size)
+                self.account.bytes_received += received
+                self._note_inputs(included, size)
+                self.tensor_part_container.register_processed_part(peer_index, part_index, part)
 
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
         if not self._shares[self._own_index]:

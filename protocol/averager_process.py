@@ -38,6 +38,7 @@ from .allreduce import Account, TruthfulRunner
 from .errors import BadSignature, DirectoryError, Refused
 from .facts import RoundFacts, open_facts
 from .fragments import Fragment
+from .hanging_up import until_hung_up
 from .matchmaking import RoundMatchmaking, Search, round_of_bucket
 from .merging import Weighting, shares, weights
 from .outcome import Order, Report, Status
@@ -174,7 +175,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             yield averaging_pb2.MessageFromLeader(code=averaging_pb2.BAD_GROUP_KEY)
             return
         matchmaking = self._matchmakings[fragment_of(round_, len(self._matchmakings))]
-        async for message in matchmaking.rpc_join_group(request, context):
+        async for message in until_hung_up(matchmaking.rpc_join_group(request, context), self._times.request):
             yield message
 
     def run(self) -> None:
@@ -207,7 +208,8 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
         try:
             opening = await anext(stream)
             await self._until_formed(opening.group_id)
-            async for message in super().rpc_aggregate_part(achain(as_aiter(opening), stream), context):
+            answers = super().rpc_aggregate_part(achain(as_aiter(opening), stream), context)
+            async for message in until_hung_up(answers, self._times.reducer):
                 yield message
         finally:
             self._serving -= 1

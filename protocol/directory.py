@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -81,6 +81,7 @@ class Directory:
     ) -> None:
         self.run_id = run_id
         self.refusals: Counter[str] = Counter()
+        self.distrusted: frozenset[str] = frozenset()  # peers whose leases are not in any view
         self.failures: Counter[str] = Counter()
         self._dht = dht
         self._identity = identity
@@ -137,12 +138,26 @@ class Directory:
         return resolve(
             now,
             peers=(entry.record for entry in self._cache.values() if isinstance(entry.record, PeerRecord)),
-            leases=(entry.record for entry in self._cache.values() if isinstance(entry.record, LeaseRecord)),
+            leases=self._leases(),
             votes=(
                 (entry.sender, entry.record) for entry in self._cache.values() if isinstance(entry.record, VoteRecord)
             ),
             strongest=self._strongest,
+            distrusted=self.distrusted,
         )
+
+    def distrust(self, peers: Collection[str]) -> None:
+        """Leave these peers' leases, past and to come, out of every view."""
+        self.distrusted |= set(peers)
+        self._strongest = {slot: c for slot, c in self._strongest.items() if c.owner not in self.distrusted}
+        for slot, claim in claims_of(self._leases()):  # what they had hidden
+            if slot not in self._strongest or wins(claim, self._strongest[slot]):
+                self._strongest[slot] = claim
+
+    def _leases(self) -> Iterator[LeaseRecord]:
+        for entry in self._cache.values():
+            if isinstance(entry.record, LeaseRecord) and entry.sender not in self.distrusted:
+                yield entry.record
 
     def receive(self, data: bytes) -> bool:
         """Take a sealed record that came by gossip. Returns whether it was news; refusals are counted, never raised."""
@@ -248,7 +263,7 @@ class Directory:
             self.refusals["full"] += 1
             return False
         self._cache[key] = entry
-        if isinstance(entry.record, LeaseRecord):
+        if isinstance(entry.record, LeaseRecord) and entry.sender not in self.distrusted:
             for slot, claim in claims_of([entry.record]):
                 known = self._strongest.get(slot)
                 if known is None or (known.owner == claim.owner and known.epoch == claim.epoch) or wins(claim, known):

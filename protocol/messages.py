@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta
 
-from .envelope import decode_payload
+from .envelope import PeerId, decode_payload
 from .errors import Refused
 
 MAX_GOSSIP_BYTES = 900_000  # gossipsub refuses RPCs over 1 MiB; the rest is for the envelope and for framing
@@ -24,6 +24,7 @@ MAX_SLOTS = 1 << 16
 MAX_LAYERS = 512
 HANDLE_BYTES = 8
 MAX_REFUSALS = 1024  # listed in one reply
+MAX_AUDITED_SKETCHES = 4096  # of one expert and step
 
 Slot = Annotated[int, Meta(ge=0, lt=MAX_SLOTS)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 48)]
@@ -94,6 +95,15 @@ class RoundOpen(Message, frozen=True):
     round: Round
     attempt: Annotated[int, Meta(ge=0, lt=1 << 16)]  # rounds without a commit are tried again
     fragment: Fragment
+    step: Step
+
+
+class SketchOpen(Message, frozen=True):
+    """The sender brings the gradient sketches of an interval: whoever has some of it, or owns what they are of, too."""
+
+    kind: ClassVar[str] = "sketch-open"
+
+    interval: Round  # since the run began; names the seed of the projections
     step: Step
 
 
@@ -225,11 +235,61 @@ class HandleTable(Message, frozen=True):
             raise ValueError("positions are not a permutation")
 
 
+class AuditedSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A sketch as an owner says that it used it."""
+
+    sender: PeerId
+    step: Step  # of the sender's SketchBatch
+    tokens: Positive  # of that batch
+    kappa: Annotated[float, Meta(ge=0.0, le=1e6)]  # of the correction
+    rows: Annotated[bytes, Meta(max_length=MAX_SKETCH_BYTES)]  # as sent
+
+
+class AuditedExpert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one step did to one expert."""
+
+    handle: Handle
+    before: Annotated[bytes, Meta(min_length=8)]  # safetensors: masters, optimizer state as `<matrix>.<name>`
+    sketches: Annotated[tuple[AuditedSketch, ...], Meta(max_length=MAX_AUDITED_SKETCHES)]  # in the order of use
+    after: Annotated[bytes, Meta(min_length=8)]  # safetensors: masters
+    standin: bytes  # StandIn.to_bytes(), published when the step was taken
+
+
+class AuditRecord(Message, frozen=True):
+    """One step of a slot, so that another peer can take it again: answer to `audit/<slot>/<epoch>/<seed>`."""
+
+    kind: ClassVar[str] = "audit-record"
+    max_bytes: ClassVar[int] = 1 << 30
+
+    slot: Slot
+    epoch: Epoch
+    seq: Sequence  # of the stand-ins that were published when the step was taken
+    step: Step  # of the owner, by which the learning rate goes
+    learning_rate: Annotated[float, Meta(ge=0.0, le=1e6)]
+    clip: Annotated[float, Meta(gt=0.0, le=1.0)]  # what the mean gradient was multiplied by
+    experts: Annotated[tuple[AuditedExpert, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
+
+    def __post_init__(self) -> None:
+        _check_distinct("handle", [expert.handle for expert in self.experts])
+
+
+class Accusation(Message, frozen=True):
+    """The sender has audited an owner and found it to lie. Nobody need believe it: see `auditing.py`."""
+
+    kind: ClassVar[str] = "accusation"
+    max_bytes: ClassVar[int] = 1024
+
+    owner: PeerId
+    slot: Slot
+    epoch: Epoch
+    reason: Reason
+
+
 M = TypeVar("M", bound=Message)
 
 _TYPES: tuple[type[Message], ...] = (
-    DeltaBatch, RoundOpen, ExpertCounts, News, StandInSnapshot, SlotState, FragmentState,
-    SketchBatch, SketchReply, HandleTable,
+    DeltaBatch, RoundOpen, SketchOpen, ExpertCounts, News, StandInSnapshot, SlotState, FragmentState,
+    SketchBatch, SketchReply, HandleTable, AuditRecord, Accusation,
 )  # fmt: skip
 KINDS = {message.kind: message for message in _TYPES}
 

@@ -12,6 +12,10 @@ a slot does not have yet.
 **Epochs.** Every change of owner raises a slot's epoch by one. Of two claims the higher epoch wins, then the smaller
 peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
 
+**Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
+abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
+liar names, which may leave no room above it, but one above its predecessor's, which it can have come by honestly.
+
 **Turns.** Nobody coordinates a takeover; time does. When a lease has run out, holders of a copy act in desired order,
 one `grace` after another (those whose copy is from an earlier epoch, or who are not listed, after the listed ones);
 then everybody else who has room, desired owner first: the swarm has lost the expert, and that is loud. If two act at
@@ -32,6 +36,7 @@ from .view import LeaseClaim, wins
 SLACK = 1.25  # of the fair share, see above
 MAX_EPOCH = (1 << 48) - 1  # that messages carry; a claim beyond cannot be published
 UNKNOWN_OWNER = "~"  # of an epoch learned otherwise; loses every tie, being greater than any peer id
+DEPOSED_OWNER = "~deposed"  # of a slot whose owner is distrusted; any live claim beats it
 
 
 def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: int) -> list[list[str]]:
@@ -204,6 +209,8 @@ class Watch:
     wanted_since: dict[int, float] = field(default_factory=dict)  # this peer is the desired owner, without a break
     unlisted_since: dict[int, float] = field(default_factory=dict)  # this peer is neither owner nor standby
     free_since: dict[int, float] = field(default_factory=dict)  # first look at a slot that nobody ever claimed
+    fair: dict[int, int] = field(default_factory=dict)  # epochs that the claims' owners can have come by honestly
+    distrusted: set[str] = field(default_factory=set)  # peers
 
     def observe(self, now: float, claims: Mapping[int, LeaseClaim], desired: Sequence[Sequence[str]]) -> None:
         """Takes in the directory's claims (live and last known, this peer's too) and the desired owners.
@@ -211,14 +218,27 @@ class Watch:
         Call before every `decide`.
         """
         for slot, claim in claims.items():
+            if claim.owner in self.distrusted:
+                continue
             known = self.claims.get(slot)
             renewed = known is not None and (claim.owner, claim.epoch) == (known.owner, known.epoch)
-            if known is None or wins(claim, known) or (renewed and claim.expires_at > known.expires_at):
+            # If the liar had jumped over somebody who holds the slot still, that was no change of owner.
+            hidden = known is not None and known.owner == DEPOSED_OWNER and claim.expires_at > now
+            if known is None or hidden or wins(claim, known) or (renewed and claim.expires_at > known.expires_at):
+                if known is None or known.owner != claim.owner:
+                    self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + 1)
                 self.claims[slot] = claim
         for slot, peers in enumerate(desired):
             _since(self.wanted_since, slot, now, bool(peers) and peers[0] == self.me)
             _since(self.unlisted_since, slot, now, self.me not in peers)
             _since(self.free_since, slot, now, slot not in self.claims)
+
+    def distrust(self, now: float, peer: str) -> None:
+        """From now on ignore a peer's claims. Slots that it had are abandoned, at an epoch that it can have had."""
+        self.distrusted.add(peer)
+        for slot, claim in self.claims.items():
+            if claim.owner == peer:
+                self.claims[slot] = LeaseClaim(owner=DEPOSED_OWNER, epoch=self.fair[slot], version=0, expires_at=now)
 
     def recall(self, now: float, epochs: Mapping[int, int], owner: str = UNKNOWN_OWNER) -> None:
         """Takes in epochs by slot that the directory has forgotten, so that a claim made now is above them.

@@ -12,6 +12,9 @@ handle-key              the run's handle key (handles.py): for composers only
 handles/<slot>/<from_epoch>/<to_epoch>
                         how the experts of a copy in the handle order of `from_epoch` are called under the lease of
                         `to_epoch`, not earlier: for the owner (HandleTable)
+audit/<slot>/<epoch>/<seed>
+                        the owner's next step of a slot that it holds at `epoch`, on file; of its experts those that
+                        `auditing.chosen` draws by the asker's `seed`: for composers (AuditRecord)
 """
 
 from __future__ import annotations
@@ -35,8 +38,10 @@ class ResourceKind(enum.Enum):
     REBUILT = "rebuilt"
     HANDLE_KEY = "handle-key"
     HANDLES = "handles"
+    AUDIT = "audit"
 
 
+_PAIRED = frozenset({ResourceKind.HANDLES, ResourceKind.AUDIT})
 _RUN_WIDE = frozenset({ResourceKind.MANIFEST, ResourceKind.HANDLE_KEY})
 _MAX_EPOCH = (1 << 48) - 1  # that messages carry
 
@@ -47,11 +52,11 @@ class Resource:
 
     kind: ResourceKind
     index: int | None = None
-    epochs: tuple[int, int] | None = None  # of `handles`: from, to
+    pair: tuple[int, int] | None = None  # of `handles`: epochs from and to; of `audit`: epoch and seed
 
     @property
     def name(self) -> str:
-        return "/".join([self.kind.value, *(str(n) for n in (self.index, *(self.epochs or ())) if n is not None)])
+        return "/".join([self.kind.value, *(str(n) for n in (self.index, *(self.pair or ())) if n is not None)])
 
 
 _NAME = re.compile(r"([a-z][a-z-]{0,15})(?:/(0|[1-9][0-9]{0,7})(?:/(0|[1-9][0-9]{0,14})/(0|[1-9][0-9]{0,14}))?)?")
@@ -97,6 +102,10 @@ def handles(slot: int, from_epoch: int, to_epoch: int) -> str:
     return Resource(ResourceKind.HANDLES, slot, (from_epoch, to_epoch)).name
 
 
+def audit(slot: int, epoch: int, seed: int) -> str:
+    return Resource(ResourceKind.AUDIT, slot, (epoch, seed)).name
+
+
 def parse_resource(name: str) -> Resource:
     """What a peer asks for. Raises Refused with reason "unknown-resource"; each resource has exactly one name."""
     match = _NAME.fullmatch(name)
@@ -105,12 +114,13 @@ def parse_resource(name: str) -> Resource:
         raise Refused("unknown-resource", f"there is no {name[:40]!r}")
     kind = kinds[match[1]]
     index = None if match[2] is None else int(match[2])
-    epochs = None if match[3] is None else (int(match[3]), int(match[4]))
+    pair = None if match[3] is None else (int(match[3]), int(match[4]))
     if (
         (index is None) != (kind in _RUN_WIDE)
-        or (epochs is None) != (kind is not ResourceKind.HANDLES)
+        or (pair is None) != (kind not in _PAIRED)
         or (index is not None and index >= MAX_SLOTS)
-        or (epochs is not None and not epochs[0] <= epochs[1] <= _MAX_EPOCH)
+        or (pair is not None and not (pair[0] <= _MAX_EPOCH and pair[1] <= _MAX_EPOCH))
+        or (pair is not None and kind is ResourceKind.HANDLES and pair[0] > pair[1])
     ):
         raise Refused("unknown-resource", f"there is no {name[:40]!r}")
-    return Resource(kind, index, epochs)
+    return Resource(kind, index, pair)

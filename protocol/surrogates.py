@@ -81,7 +81,6 @@ class SlotPublisher:
     The stand-ins themselves belong to the caller; pass the published ones of all layers, in order, each time.
 
     Args:
-        slot: which.
         epoch: of the owner's lease.
         seq: of the published state that it goes on from.
     """
@@ -102,8 +101,8 @@ class SlotPublisher:
         if not deltas or len(deltas) != len(published):
             raise ValueError(f"{len(deltas)} deltas for {len(published)} layers")
         self.seq += 1
-        digest = state_digest(published)
-        return SurrogateDelta(self.slot, self.epoch, self.seq, step, tuple(deltas), digest, tuple(fidelity))
+        state = state_digest(published)
+        return SurrogateDelta(self.slot, self.epoch, self.seq, step, tuple(deltas), state, tuple(fidelity))
 
     def announce(self, step: int, published: Sequence[StandIn]) -> SurrogateDelta:
         """Where the slot stands, without a delta. Send after taking over and when no delta is due for long."""
@@ -121,7 +120,6 @@ class SlotSubscriber(Generic[S]):
     `layers` may hold other objects after `receive`, `lease` or `install`: read it again when `version` has changed.
 
     Args:
-        slot: which.
         layers: its stand-ins, one per MoE layer; taken over.
         load: StandIn.from_bytes; raises ValueError.
         point: where they stand.
@@ -163,8 +161,7 @@ class SlotSubscriber(Generic[S]):
         if (epoch, owner) == (self.epoch, self.owner) or epoch < self.epoch:
             return
         self.owner, self.epoch = owner, epoch
-        # what the former owner sent last may never come, and need not
-        self._waiting.clear()
+        self._waiting.clear()  # what the former owner sent last may never come, and need not
         self._target, self._must_fetch = self.point, False
         early, self._early = self._early, {}
         for sender, delta in early.items():
@@ -173,6 +170,13 @@ class SlotSubscriber(Generic[S]):
             elif sender == owner and delta.epoch == epoch:
                 self.receive(sender, delta, now)
         self._note(now)
+
+    def disown(self) -> None:
+        """The owner is not believed any more, whatever epoch it named: any lease may follow. The stand-ins stay."""
+        self.owner, self.epoch, self._must_fetch = "", 0, False
+        self.point = self._target = Point(0, self.point.seq)
+        self._waiting = {}
+        self._note(0.0)
 
     def receive(self, sender: str, delta: SurrogateDelta, now: float) -> None:
         """Takes in a delta or an announcement.
@@ -336,8 +340,7 @@ class SurrogateBook(Generic[S]):
         """Starts publishing a slot under a new lease.
 
         Args:
-            slot: which.
-            epoch: of the lease.
+                epoch: of the lease.
             point: of the published state that the owner goes on from, if not the one followed here until now.
         """
         followed = self.subscribers.pop(slot, None)

@@ -27,6 +27,7 @@ class View:
     leases: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot; the one owner of each
     votes: Mapping[int, Mapping[str, VoteRecord]] = field(default_factory=dict)  # by fragment, then voter
     known_epochs: Mapping[int, int] = field(default_factory=dict)  # by slot; the highest ever seen, live or not
+    distrusted: frozenset[str] = frozenset()  # peers whose leases were left out
     last_holders: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot without owner; who held it last
 
 
@@ -52,6 +53,7 @@ def resolve(
     leases: Iterable[LeaseRecord],
     votes: Iterable[tuple[str, VoteRecord]],
     strongest: Mapping[int, LeaseClaim],
+    distrusted: frozenset[str] = frozenset(),
 ) -> View:
     """Build a view from the newest record of each writer.
 
@@ -63,6 +65,7 @@ def resolve(
         peers, leases: expired ones are left out of the view.
         votes: (voter, record).
         strongest: by slot, the strongest claim ever seen.
+        distrusted: peers that have no part in `leases` and `strongest`.
     """
     owners: dict[int, LeaseClaim] = {}
     for slot, claim in claims_of(record for record in leases if record.expires_at > now):
@@ -80,6 +83,7 @@ def resolve(
         peers={peer.peer_id: peer for peer in peers if peer.expires_at > now},
         leases=owners,
         votes=by_fragment,
+        distrusted=distrusted,
         known_epochs={slot: claim.epoch for slot, claim in strongest.items()},
         last_holders={slot: claim for slot, claim in strongest.items() if slot not in owners},
     )

@@ -49,11 +49,17 @@ class MoEModel(nn.Module):
     """
 
     def __init__(
-        self, spec: ModelSpec, network: PreTrainedModel, blocks: Sequence[MoEBlock], shards: Sequence[ExpertShard]
+        self,
+        spec: ModelSpec,
+        network: PreTrainedModel,
+        blocks: Sequence[MoEBlock],
+        shards: Sequence[ExpertShard],
+        secret: bytes,
     ) -> None:
         """Use `build_model`. `network` is materialised and has `shards` where `blocks` had their experts, by depth."""
         super().__init__()
         self.spec = spec
+        self._secret = secret
         self.network = network
         # The network registers the shards already; plain tuples keep them from being registered twice.
         self._all_shards: tuple[ExpertShard, ...] = tuple(shards)
@@ -119,7 +125,7 @@ class MoEModel(nn.Module):
 
     def initial_expert(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """Seeded initial weights gate_up (2F, D) and down (D, F) of any slot's expert."""
-        return expert_weights(self.spec, layer, slot)
+        return expert_weights(self.spec, layer, slot, self._secret)
 
     def set_tap(self, tap: OwnedRowsTap | None) -> None:
         """From the next forward on, call tap(layer, slot, x_ND, gate_N) with the rows routed to owned experts."""
@@ -147,7 +153,12 @@ class MoEModel(nn.Module):
 
 
 def build_model(
-    spec: ModelSpec, *, owned: Collection[int], standin: StandInSpec, expert: type[DenseExpert] = DenseExpert
+    spec: ModelSpec,
+    *,
+    owned: Collection[int],
+    standin: StandInSpec,
+    expert: type[DenseExpert] = DenseExpert,
+    secret: bytes = b"",
 ) -> MoEModel:
     """The model of a run as one composer holds it, with seeded initial weights.
 
@@ -155,6 +166,7 @@ def build_model(
         owned: slots held in full, in every MoE layer that has slots; may be empty or all.
         standin: what runs in place of the others, made from their seeded weights one expert at a time.
         expert: what an owned one computes with. Private ones compute with their masters, like all of the backbone.
+        secret: of the run's composers; the initial weights of experts follow from it and the seed.
 
     Raises:
         ValueError: the config cannot be built, its family is not supported, no layer would have slots, or a slot does
@@ -185,12 +197,12 @@ def build_model(
     held = frozenset(owned)
     for depth, shard in enumerate(shards[: len(private)]):
         for number in range(shape.num_experts):
-            shard.adopt(number, *private_weights(spec, depth, number))
+            shard.adopt(number, *private_weights(spec, depth, number, secret))
     for shard in shards[len(private) :]:
         for slot in range(shape.num_experts):
-            gate_up, down = expert_weights(spec, shard.layer, slot)
+            gate_up, down = expert_weights(spec, shard.layer, slot, secret)
             if slot in held:
                 shard.adopt(slot, gate_up, down)
             else:
                 shard.set_standin(slot, initial_standin(standin.kind, gate_up, down, width))
-    return MoEModel(spec, network, blocks, shards)
+    return MoEModel(spec, network, blocks, shards, secret)

@@ -11,6 +11,9 @@ The backbone is initialised by the family's own `_init_weights`, whose random fi
 the streams above: every family keeps its rules (norms at one, padding rows at zero, state-space biases) without a table
 of them here. Routed experts are drawn from N(0, initializer_range^2), as all families do, each from a stream named by
 its place in the whole network: making layers private changes no initial weight.
+
+Seed and config are public. Who knows all first weights can tell by them, for long, which expert is which; so a run whose
+experts are trained by peers that shall not know that keys the streams of experts with a secret of its composers.
 """
 
 from __future__ import annotations
@@ -94,31 +97,32 @@ def backbone_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expert_weights(spec: ModelSpec, layer: int, slot: int) -> tuple[Tensor, Tensor]:
+def expert_weights(spec: ModelSpec, layer: int, slot: int, secret: bytes = b"") -> tuple[Tensor, Tensor]:
     """Initial gate_up (2F, D), gate rows first, and down (D, F) of one expert, float32.
 
-    `layer` counts the MoE layers that have slots. Raises ValueError for an expert that does not exist.
+    `layer` counts the MoE layers that have slots, `secret` is the run's (64 bytes at most). Raises ValueError for an
+    expert that does not exist.
     """
     shape = expert_shape(spec)
     if not (0 <= layer < shape.num_layers and 0 <= slot < shape.num_experts):
         raise ValueError(f"no expert {slot} in layer {layer}: {shape.num_experts} slots, {shape.num_layers} layers")
-    return _seeded(shape, spec.seed, spec.private_layers + layer, slot)
+    return _seeded(shape, spec.seed, spec.private_layers + layer, slot, secret)
 
 
-def private_weights(spec: ModelSpec, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+def private_weights(spec: ModelSpec, layer: int, expert: int, secret: bytes = b"") -> tuple[Tensor, Tensor]:
     """Like `expert_weights`, for the private layers, which `layer` counts from 0."""
     shape = expert_shape(spec)
     if not (0 <= layer < spec.private_layers and 0 <= expert < shape.num_experts):
         raise ValueError(f"no expert {expert} in private layer {layer} of {spec.private_layers}")
-    return _seeded(shape, spec.seed, layer, expert)
+    return _seeded(shape, spec.seed, layer, expert, secret)
 
 
-def _seeded(shape: ExpertShape, seed: int, moe_layer: int, expert: int) -> tuple[Tensor, Tensor]:
+def _seeded(shape: ExpertShape, seed: int, moe_layer: int, expert: int, secret: bytes) -> tuple[Tensor, Tensor]:
     """`moe_layer` counts all MoE layers."""
     gate_up = torch.empty(2 * shape.width, shape.hidden)
     down = torch.empty(shape.hidden, shape.width)
-    fill_normal(gate_up, 0.0, shape.std, random_stream(seed, f"expert/{moe_layer}/{expert}/gate_up"))
-    fill_normal(down, 0.0, shape.std, random_stream(seed, f"expert/{moe_layer}/{expert}/down"))
+    fill_normal(gate_up, 0.0, shape.std, random_stream(seed, f"expert/{moe_layer}/{expert}/gate_up", secret))
+    fill_normal(down, 0.0, shape.std, random_stream(seed, f"expert/{moe_layer}/{expert}/down", secret))
     return gate_up, down
 
 
@@ -178,9 +182,9 @@ class _SeededFills(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return random_stream(self._seed, f"backbone/{self._module}/{self._calls}")
 
 
-def random_stream(seed: int, name: str) -> np.random.Philox:
+def random_stream(seed: int, name: str, secret: bytes = b"") -> np.random.Philox:
     """The raw random bits that belong to one tensor of a run."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16, person=b"shoal init").digest()
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), key=secret, digest_size=16, person=b"shoal init").digest()
     return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 

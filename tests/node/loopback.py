@@ -110,7 +110,7 @@ class LoopbackPeer:
 
     def __init__(self, links: Links, folder: Path, meeting: Meeting) -> None:
         self.links = links
-        self.composer = composer_of(links.manifest, owned=())
+        self.composer = composer_of(links.manifest, owned=(), secret=HANDLE_KEY)
         self.trainer = Trainer(self.composer, self._after_step)
         self.exchange = Exchange(
             links, self.trainer, self.composer, LayerOrder(Handles(HANDLE_KEY), LAYERS), max_standin_bytes=1 << 20

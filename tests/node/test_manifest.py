@@ -16,6 +16,8 @@ from shoal.node.manifest import (
     OuterSpec,
     PrivacySpec,
     ProtocolMismatch,
+    SketchSpec,
+    StandInSpec,
     TrainSpec,
     UnknownFields,
     canonical_bytes,
@@ -23,7 +25,9 @@ from shoal.node.manifest import (
     run_id_of,
     sign,
     verify,
+    with_settings,
 )
+from shoal.node.model.presets import preset
 from shoal.protocol.identity import Identity
 from shoal.protocol.records import open_manifest, open_signed_manifest, seal_manifest
 
@@ -52,7 +56,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-e8416acf5c65"
+    assert run_id_of(manifest()) == "demo-a5ce2b36614f"
 
 
 def test_round_trip() -> None:
@@ -165,6 +169,31 @@ def test_out_of_bounds_fields_are_named(change: dict[str, Any], complaint: str) 
         verify(signed_by(FOUNDER, fields_of(manifest()) | change))
 
 
+@pytest.mark.parametrize(
+    ("sketch", "standin", "fix"),
+    [
+        ({"rank": 129}, "lowbit", "set sketch.rank to 128 at most"),  # of 128 columns and 256 rows
+        ({"rank": 0}, "lowbit", "correct that field"),
+        ({"rank": 128}, "narrow", "set standin.kind to lowbit or ternary, or sketch.kind to rows"),
+    ],
+)
+def test_gradient_sketches_that_nobody_could_make(sketch: dict[str, int], standin: Any, fix: str) -> None:
+    config = preset("small").model.config | {"hidden_size": 128}
+    facts: dict[str, Any] = {"model": ModelSpec(config=config), "standin": StandInSpec(kind=standin)}
+    assert sign(FOUNDER, manifest(**facts | {"sketch": SketchSpec(kind="rows", rank=max(1, sketch["rank"]))}))
+    with pytest.raises(ManifestError) as caught:
+        sign(FOUNDER, manifest(**facts | {"sketch": SketchSpec(kind="gradient", **sketch)}))
+    assert fix in caught.value.fix
+    for kind in ("lowbit", "ternary"):
+        good = manifest(**facts | {"standin": StandInSpec(kind=kind), "sketch": SketchSpec(kind="gradient", rank=128)})
+        assert verify(sign(FOUNDER, good)) == good
+
+
+def test_gradient_sketches_of_a_model_that_cannot_be_built() -> None:
+    with pytest.raises(ManifestError, match="the model cannot be built"):
+        sign(FOUNDER, manifest(model=ModelSpec(config={}), sketch=SketchSpec(kind="gradient")))
+
+
 def test_own_mistakes_show_when_signing() -> None:
     with pytest.raises(ManifestError, match="steps"):
         sign(FOUNDER, manifest(train=TrainSpec(steps=0)))
@@ -201,3 +230,17 @@ def test_other_encodings_of_the_same_content_are_refused() -> None:
 def test_errors_have_codes_of_their_own() -> None:
     kinds = [ManifestError, ManifestOversized, ManifestTampered, UnknownFields, ProtocolMismatch]
     assert len({kind.code for kind in kinds}) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.expert_weights=ternary", "standin.kind=lowbit"),
+        ("ownership.snapshot_format=standin", "standin.kind=narrow"),
+    ],
+)
+def test_what_travels_must_make_an_expert(settings: tuple[str, ...]) -> None:
+    founder = Identity.generate()
+    with pytest.raises(ManifestError):
+        sign(founder, with_settings(manifest(founder), settings))
+    sign(founder, with_settings(manifest(founder), (settings[0], "standin.kind=ternary")))

@@ -49,6 +49,8 @@ def busy_state() -> PeerState:
     state.count(Count.LOST_SLOTS)
     state.count(Count.STEPS_SKIPPED, "non_finite")
     state.count(Count.SKETCH_ROWS, "out", by=300)
+    state.count(Count.SKETCH_ROUNDS, "complete", by=4)
+    state.count(Count.AUDITS, "passed", by=6)
     state.count(Count.SKETCHES_LOST, "busy", by=3)
     return state
 
@@ -83,6 +85,8 @@ def test_values_are_the_states() -> None:
         ("shoal_refusals_total", "reason", "stale_epoch"): 1,
         ("shoal_gossip_dropped_total", "reason", "queue_full"): 2,
         ("shoal_sketch_rows_total", "direction", "out"): 300,
+        ("shoal_sketch_rounds_total", "outcome", "complete"): 4,
+        ("shoal_audits_total", "outcome", "passed"): 6,
         ("shoal_sketches_lost_total", "reason", "busy"): 3,
         ("shoal_transport_restarts_total",): 1,
         ("shoal_clock_offset_seconds",): -0.2,

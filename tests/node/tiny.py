@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from shoal.node.composer import Composer
-from shoal.node.manifest import DataSpec, Manifest, ModelSpec, OuterSpec, StandInSpec, TrainSpec
+from shoal.node.manifest import DataSpec, Manifest, ModelSpec, OuterSpec, SketchSpec, StandInSpec, TrainSpec
 from torch import Tensor
 
 SLOTS, LAYERS, HIDDEN, WIDTH = 4, 2, 32, 24
@@ -35,7 +35,11 @@ CONFIG: dict[str, Any] = {
 
 
 def manifest_of(
-    *, train: dict[str, Any] | None = None, outer: dict[str, Any] | None = None, standin: dict[str, Any] | None = None
+    *,
+    train: dict[str, Any] | None = None,
+    outer: dict[str, Any] | None = None,
+    standin: dict[str, Any] | None = None,
+    sketch: dict[str, Any] | None = None,
 ) -> Manifest:
     """A run of the smallest model. Keywords go to the spec of that name."""
     return Manifest(
@@ -47,6 +51,7 @@ def manifest_of(
         train=TrainSpec(**{"batch_size": BATCH, "steps": 100, "warmup_steps": 4} | (train or {})),
         outer=OuterSpec(**outer or {}),
         standin=StandInSpec(**standin or {}),
+        sketch=SketchSpec(**sketch or {}),
     )
 
 
@@ -63,9 +68,11 @@ def composer_of(
     seed: int | None = None,
     next_batch: Callable[[], Tensor] | None = None,
     fit_seed: int = 0,
+    secret: bytes = b"",
 ) -> Composer:
     """A composer of `manifest`, by default of `manifest_of()`."""
-    return Composer(manifest or manifest_of(), owned=owned, next_batch=next_batch or batches(seed), fit_seed=fit_seed)
+    next_batch = next_batch or batches(seed)
+    return Composer(manifest or manifest_of(), owned=owned, next_batch=next_batch, fit_seed=fit_seed, secret=secret)
 
 
 def train(composer: Composer, steps: int) -> list[float]:

@@ -50,6 +50,27 @@ def test_gossip_is_as_good_and_the_newest_wins(nodes: list[Node]) -> None:
     assert directory.refusals["malformed"] == 1
 
 
+def test_who_is_distrusted_hides_nobody(nodes: list[Node]) -> None:
+    """Its claims are in no view, past and to come, and what they had won over is there again."""
+    clock = Clock()
+    directory = offline(nodes, clock)
+    honest, liar = Identity.generate(), Identity.generate()
+    directory.receive(seal_record(honest, RUN, leases(honest, (0, 4), (1, 2), issued=clock.now)))
+    directory.receive(seal_record(liar, RUN, leases(liar, (0, 99), (2, 5), issued=clock.now)))
+    assert {slot: claim.owner for slot, claim in directory.view().leases.items()} == {
+        0: liar.peer_id, 1: honest.peer_id, 2: liar.peer_id
+    }  # fmt: skip
+    directory.distrust([liar.peer_id])
+    for issued in (0.5, 1.0):
+        view = directory.view()
+        assert {slot: (claim.owner, claim.epoch) for slot, claim in view.leases.items()} == {
+            0: (honest.peer_id, 4), 1: (honest.peer_id, 2)
+        }  # fmt: skip
+        assert view.known_epochs == {0: 4, 1: 2}
+        assert view.distrusted == {liar.peer_id}
+        directory.receive(seal_record(liar, RUN, leases(liar, (0, 100), (1, 100), issued=clock.now + issued)))
+
+
 def test_view_resolution(nodes: list[Node]) -> None:
     clock = Clock()
     directory = offline(nodes, clock)

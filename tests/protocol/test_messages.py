@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from shoal.protocol import messages, resources
 from shoal.protocol.errors import Refused
 from shoal.protocol.messages import (
+    Accusation,
+    AuditedExpert,
+    AuditedSketch,
+    AuditRecord,
     DeltaBatch,
     ExpertCounts,
     ExpertSketch,
@@ -21,6 +25,7 @@ from shoal.protocol.messages import (
     News,
     RoundOpen,
     SketchBatch,
+    SketchOpen,
     SketchReply,
     SlotSketch,
     SlotState,
@@ -37,6 +42,9 @@ DELTA = SurrogateDelta(3, 2, 17, 136, (b"ab", b"c"), bytes(range(16)), (0.5, 0.2
 SNAPSHOT = StandInSnapshot(3, 2, 17, (b"one", b"two"), bytes(range(16)))
 SKETCH = SlotSketch(3, 2, 17, (ExpertSketch(b"handle-a", b"rows"), ExpertSketch(b"handle-b", b"")))
 
+PEER = "12D3KooW" + "A" * 44
+AUDITED = AuditedExpert(b"handle-a", b"before..", (AuditedSketch(PEER, 130, 512, 0.5, b"rows"),), b"after...", b"copy")
+
 GOLDEN: list[tuple[Message, str]] = [
     (
         DELTA,
@@ -47,6 +55,7 @@ GOLDEN: list[tuple[Message, str]] = [
         "919197030211cc8890c410000102030405060708090a0b0c0d0e0f92cb3fe0000000000000cb3fd0000000000000",
     ),
     (RoundOpen(9, 1, 0, 72), "9409010048"),
+    (SketchOpen(300, 72), "92cd012c48"),
     (ExpertCounts(72, ((1, 300), (0, 70000))), "92489292 01cd012c 9200ce00011170".replace(" ", "")),
     (News(b"sealed"), "91c4067365616c6564"),
     (SNAPSHOT, "9503021192c4036f6e65c40374776fc410000102030405060708090a0b0c0d0e0f"),
@@ -66,6 +75,17 @@ GOLDEN: list[tuple[Message, str]] = [
     (
         HandleTable(3, 2, ((b"handle-a", 1), (b"handle-b", 0))),
         "9303029292c40868616e646c652d610192c40868616e646c652d6200",
+    ),
+    (
+        AuditRecord(3, 2, 17, 136, 0.5, 1.0, (AUDITED,)),
+        "97030211cc88cb3fe0000000000000cb3ff00000000000009195c40868616e646c652d61c4086265666f72652e2e9195d934"
+        "313244334b6f6f57414141414141414141414141414141414141414141414141414141414141414141414141414141414141"
+        "4141cc82cd0200cb3fe0000000000000c404726f7773c40861667465722e2e2ec404636f7079",
+    ),
+    (
+        Accusation(PEER, 3, 2, "wrong-update"),
+        "94d934313244334b6f6f57414141414141414141414141414141414141414141414141414141414141414141414141414141"
+        "41414141410302ac77726f6e672d757064617465",
     ),
 ]
 
@@ -96,6 +116,9 @@ def packed(*fields: object) -> bytes:
         (RoundOpen, packed(9, 1, 0, 1 << 60)),
         (RoundOpen, packed(9, 1, 0, 72.0)),
         (RoundOpen, packed(9, 1, 0, 72) + b"\x00"),
+        (SketchOpen, packed(-1, 72)),
+        (SketchOpen, packed(1 << 48, 72)),
+        (SketchOpen, packed(300, 72, 0)),
         (SurrogateDelta, packed(3, 2, 17, 136, (b"ab", b"c"), bytes(16), (0.5,))),
         (SurrogateDelta, packed(3, 2, 17, 136, (b"ab",), bytes(15), (0.5,))),
         (SurrogateDelta, packed(3, 2, 17, 136, (b"ab",), bytes(16), (math.nan,))),
@@ -110,6 +133,15 @@ def packed(*fields: object) -> bytes:
         (ExpertCounts, packed(1, ((-1,),))),
         (StandInSnapshot, packed(3, 2, 17, (), bytes(16))),
         (FragmentState, packed(9, 1, bytes(16))),
+        (AuditRecord, packed(3, 2, 17, 136, 0.5, 1.0, ())),
+        (AuditRecord, packed(3, 2, 17, 136, 0.5, 1.0, (AUDITED, AUDITED))),
+        (AuditRecord, packed(3, 2, 17, 136, 0.5, 0.0, (AUDITED,))),
+        (AuditRecord, packed(3, 2, 17, 136, 0.5, 1.5, (AUDITED,))),
+        (AuditRecord, packed(3, 2, 17, 136, math.nan, 1.0, (AUDITED,))),
+        (AuditRecord, packed(3, 2, 17, 136, -0.5, 1.0, (AUDITED,))),
+        (AuditRecord, packed(3, 2, 17, 136, 0.5, math.inf, (AUDITED,))),
+        (Accusation, packed("somebody", 3, 2, "wrong-update")),
+        (Accusation, packed(PEER, 3, 2, "Because I say so")),
         (SketchBatch, packed(136, 0, 4, (SKETCH,))),
         (SketchBatch, packed(136, 512, 0, (SKETCH,))),
         (SketchBatch, packed(136, 1 << 48, 4, (SKETCH,))),
@@ -197,9 +229,10 @@ def test_resource_names() -> None:
         resources.rebuilt(3),
         resources.handle_key(),
         resources.handles(3, 0, (1 << 48) - 1),
+        resources.audit(3, 2, 1),
     ]
     assert names == ["manifest", "backbone/0", "standin/17", "snapshot/65535", "handover/3",
-                     "rebuilt/3", "handle-key", "handles/3/0/281474976710655"]  # fmt: skip
+                     "rebuilt/3", "handle-key", "handles/3/0/281474976710655", "audit/3/2/1"]  # fmt: skip
     assert [parse_resource(name).name for name in names] == names
     assert parse_resource("standin/17") == Resource(ResourceKind.STANDIN, 17)
     assert parse_resource("handles/3/1/2") == Resource(ResourceKind.HANDLES, 3, (1, 2))
@@ -210,7 +243,8 @@ def test_resource_names() -> None:
     ["", "manifest/0", "standin", "standin/", "standin/-1", "standin/017", "standin/65536", "standin/1/2", "secret/1",
      "standin/1\n", "standin/٣", "../identity", "STANDIN/1", "handle-key/0", "handle_key", "rebuilt", "rebuilt/65536",
      "handles", "handles/3", "handles/3/1", "handles/3/2/1", "handles/3/01/2", "handles/3/1/2/3", "handles/65536/1/2",
-     "handles/3/0/281474976710656", "rebuilt/3/1/2", "handles/3//2", "handles//1/2"],
+     "handles/3/0/281474976710656", "rebuilt/3/1/2", "handles/3//2", "handles//1/2",
+     "audit/3", "audit/3/1", "audit", "audit/3/1/281474976710656", "audit/3/281474976710656/1", "audit/65536/1/1"],
 )  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(Refused) as refused:

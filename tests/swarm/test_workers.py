@@ -4,6 +4,7 @@ import signal
 
 import pytest
 from harness import START_SECONDS, Swarm, backed_up, lost, owned_once
+from shoal.protocol.auditing import LIES
 
 LEASE = 4.0
 
@@ -11,7 +12,9 @@ pytestmark = pytest.mark.timeout(400)
 
 
 def test_all_experts_live_on_workers(swarm: Swarm) -> None:
-    swarm.found("--steps", "100000", "--min-composers", "2", "--lease-seconds", str(LEASE))
+    swarm.found(
+        "--steps", "100000", "--min-composers", "2", "--lease-seconds", str(LEASE), "--set", "trust.audit_every=10"
+    )  # fmt: skip
     first = swarm.join("w1", "--role", "worker")
     composers = [swarm.join(name, "--own", "none", "--data-shard", f"{i}/2") for i, name in enumerate("ab")]
     swarm.wait_for(
@@ -29,6 +32,9 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
     assert first.last["sketch_rows"]["in"] > before["sketch_rows"]["in"]
     assert first.last["fidelity"]
     assert all(not p.last["slots"]["owned"] for p in composers)
+    swarm.wait_for(
+        "audits of it pass", lambda: all(p.status()["audits"].get("passed", 0) >= 3 for p in composers), START_SECONDS
+    )
 
     # A second worker is handed its share, and each keeps copies for the other.
     second = swarm.join("w2", "--role", "worker")
@@ -41,6 +47,7 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
     second.signal(signal.SIGKILL)
     swarm.wait_for("the first takes over", lambda: owned_once([first]), 2 * LEASE + 2)
     assert lost([first]) == 0
+    assert not any(LIES & p.status()["audits"].keys() for p in composers)
 
     # Nobody is left to take its experts: it writes them down, and brings them back.
     orphaned, step = first.epochs(), first.status()["step"]
@@ -54,3 +61,4 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
     assert all(epoch > orphaned[slot] for slot, epoch in again.epochs().items())
     assert lost([again]) == 0
     swarm.wait_for("training goes on", lambda: again.status()["step"] > step + 20, 60)
+    assert not any(LIES & p.status()["audits"].keys() for p in composers)

@@ -1,0 +1,79 @@
+"""Sketches between the owners of an in-process swarm, by function calls: nothing is late, lost or refused.
+
+Rows pass through their wire bytes. Gradient sketches are added up in float32, as averaging without a codec would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..kernels.sketch import RowSketch
+from ..node.composer import Composer
+from ..node.gradient_collecting import CollectedGradient, GradientCollector, GradientForm
+from ..node.manifest import Manifest
+from ..node.owning import ExpertOwner
+from ..node.sketching import SketchCollector
+
+MAX_ROWS = 1 << 16  # of one expert in one sketch
+GRADIENT_BYTES = 2  # a number, at float16's width
+
+
+class RowDelivery:
+    """Row sketches from every composer to the owner of each slot that is not its own, every `sketch.every` steps."""
+
+    def __init__(self, manifest: Manifest, composers: Sequence[Composer], owners: Mapping[int, ExpertOwner]) -> None:
+        self.every = manifest.sketch.every
+        self._owners = owners
+        self._collectors = [
+            SketchCollector(manifest.sketch, composer.shape, seed=i) for i, composer in enumerate(composers)
+        ]
+        self._composers = composers
+        for composer, collector in zip(composers, self._collectors, strict=True):
+            composer.collector = collector
+
+    def deliver(self) -> int:
+        """Bring what has been collected to the owners; returns the bytes of the sketches."""
+        sent = 0
+        for i, (composer, collector) in enumerate(zip(self._composers, self._collectors, strict=True)):
+            slots = [slot for slot in self._owners if slot not in composer.owned]
+            for slot, collected in collector.take(dict.fromkeys(slots, 1.0)).items():
+                wire = [sketch.to_bytes() for sketch in collected.layers]
+                sent += sum(map(len, wire))
+                hidden = composer.shape.hidden
+                sketches = {
+                    layer: RowSketch.from_bytes(data, hidden=hidden, max_rows=MAX_ROWS)
+                    for layer, data in enumerate(wire)
+                }
+                self._owners[slot].hear(str(i), slot, sketches, tokens=collected.tokens, step=composer.step)
+        return sent
+
+
+class GradientDelivery:
+    """One mean gradient per expert, over all composers that sent sketches, every `sketch.gradient_every` steps."""
+
+    def __init__(self, manifest: Manifest, composers: Sequence[Composer], owners: Mapping[int, ExpertOwner]) -> None:
+        self.every = manifest.sketch.gradient_every
+        self._composers, self._owners = composers, owners
+        self._form = GradientForm(run_id=manifest.name, shape=composers[0].shape, rank=manifest.sketch.rank)
+        self._collectors = [GradientCollector(self._form) for _ in composers]
+        for composer, collector in zip(composers, self._collectors, strict=True):
+            composer.collector = collector
+
+    def deliver(self) -> int:
+        """Bring every owner the interval's gradients; returns bytes: every sketch once in, their mean once out."""
+        layers = range(self._form.shape.num_layers)
+        projections = self._form.projections(self._collectors[0].interval)
+        arrived: dict[int, list[CollectedGradient]] = {slot: [] for slot in self._owners}
+        for composer, collector in zip(self._composers, self._collectors, strict=True):
+            slots = [slot for slot in self._owners if slot not in composer.owned]
+            for slot, collected in collector.take(dict.fromkeys(slots, layers)).items():
+                arrived[slot].append(collected)
+        for slot, parts in arrived.items():
+            tokens = sum(part.tokens for part in parts)
+            mean = torch.stack([part.flat for part in parts]).sum(0) / tokens
+            gradients = {layer: projections.rebuild(mean.view(len(layers), -1)[layer]) for layer in layers}
+            owner = self._owners[slot]
+            owner.hear_mean("0", slot, gradients, tokens=tokens, step=self._composers[0].step)
+        return sum((len(parts) + 1) * GRADIENT_BYTES * self._form.numel for parts in arrived.values())

@@ -1,0 +1,60 @@
+"""A common start: what everybody begins with when a run goes on from a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.standin import initial_standin
+from ..node.composer import Composer
+from ..node.owning import SlotTensors
+from ..node.worker import Worker
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A model without optimizer state: the backbone's fragments, each slot's masters, and the steps it has had."""
+
+    backbone: list[Tensor]
+    slots: dict[int, SlotTensors]
+    step: int
+
+    @classmethod
+    def of(cls, composer: Composer) -> Seed:
+        """What a composer that owns everything, or nothing yet, has now; a slot that it does not own is as seeded."""
+        slots = {}
+        for slot in range(composer.num_slots):
+            experts = composer.experts_of(slot) if slot in composer.owned else composer.first_experts(slot)
+            slots[slot] = {
+                f"{layer}.{name}": weights.detach().clone()
+                for layer, expert in enumerate(experts)
+                for name, weights in (("gate_up", expert.gate_up), ("down", expert.down))
+            }
+        return cls([composer.local_fragment(i) for i in range(len(composer.fragments))], slots, composer.step)
+
+    def start(self, composer: Composer, owned: Collection[int]) -> None:
+        """Make a composer that owns nothing go on from here: `owned` in full, stand-ins of all others."""
+        composer.start_at(self.step)
+        for index, flat in enumerate(self.backbone):
+            composer.reset_fragment(index, flat.clone(), torch.zeros_like(flat))
+        spec = composer.manifest.standin
+        width = max(1, round(spec.width_fraction * composer.shape.width))
+        for slot, tensors in self.slots.items():
+            composer.set_standins(
+                slot,
+                [
+                    initial_standin(spec.kind, tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"], width)
+                    for layer in range(composer.shape.num_layers)
+                ],
+            )
+        for slot in owned:
+            composer.adopt(slot, self.slots[slot])
+
+    def start_worker(self, worker: Worker, owned: Collection[int], composer: Composer) -> None:
+        """Make a worker the owner of slots for which `composer` runs stand-ins."""
+        worker.step = self.step
+        for slot in owned:
+            worker.adopt(slot, self.slots[slot], composer.standins(slot))

@@ -1,0 +1,215 @@
+"""The auditor's arithmetic: a worker's step taken again from its record, with the code that workers run.
+
+What can be known without computing is checked before (`protocol/auditing.py`). The owner's word is taken for the state
+before the step, for the sketches of others and for the clip factor, which is over slots that no record shows: only
+bounds of it are checked. What comes out must be what the owner says came out, but for rounding.
+
+    ||after - recomputed||  <=  tolerance ||recomputed - before||  +  ROUNDING ||before||        in every matrix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.experts import run_expert
+from ..kernels.interface import check_tensor
+from ..kernels.sketch import KAPPA_ROUGH, RowSketch
+from ..kernels.standin import StandIn, standin_from_bytes
+from ..protocol.auditing import Finding
+from ..protocol.errors import Refused
+from ..protocol.messages import AuditRecord, SlotState
+from .blobs import from_bytes
+from .manifest import Manifest
+from .model.init import expert_shape
+from .optimizer import checked_state, put_state
+from .owning import SlotTensors, expert_type, under
+from .sketch_receiving import MAX_ROWS
+from .worker import CLIP_EPSILON, Worker
+
+ROUNDING = 1e-6  # of a float32 weight
+RATE_ERROR = 1e-6  # relative
+STEP_FACTOR, STEP_SLACK = 1.25, 200  # composers tell their steps every few seconds
+MIN_ROWS = 32  # fidelity on fewer tells little
+COPIES = frozenset({"lowbit", "ternary"})  # stand-ins that do an expert's work on any rows, not just on routed ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the auditor knows by itself."""
+
+    published: Mapping[int, Mapping[bytes, bytes]]  # by seq and handle, stand-ins as gossiped: the last ones, or two
+    steps: Collection[int]  # where the composers are
+
+
+def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) -> Finding:
+    """Take the step again. Never raises for anything in `record`.
+
+    Args:
+        record: whose claims passed.
+        like: any stand-in of the run.
+    """
+    try:
+        replay = Replay(manifest, record, like)
+        theirs = [from_bytes(expert.after, what="weights") for expert in record.experts]
+        after = [replay._checked_expert(p, _named(p, tensors)) for p, tensors in enumerate(theirs)]
+        sketches = [
+            [
+                RowSketch.from_bytes(sketch.rows, hidden=replay.shape.hidden, max_rows=MAX_ROWS)
+                for sketch in expert.sketches
+            ]
+            for expert in record.experts
+        ]
+        before = [(e.gate_up.detach().clone(), e.down.detach().clone()) for e in replay.experts_of(0)]
+        if record.seq in known.published:
+            published = known.published[record.seq]
+            if any(published.get(expert.handle, expert.standin) != expert.standin for expert in record.experts):
+                return Finding.OTHER_STANDIN
+        if not _on_schedule(record, replay, known.steps):
+            return Finding.WRONG_RATE
+        if manifest.sketch.kind == "rows" and manifest.train.optimizer == "adamw":
+            found = replay.take(sketches)
+            if found is not Finding.PASSED:
+                return found
+            for old, mine, their in zip(before, replay.experts_of(0), after, strict=True):
+                pairs = zip(old, (mine.gate_up, mine.down), (their.gate_up, their.down), strict=True)
+                if not all(_same_update(*each, manifest.trust.tolerance) for each in pairs):
+                    return Finding.WRONG_UPDATE
+        newest = known.published[max(known.published)] if known.published else {}
+        for position, expert in enumerate(record.experts):
+            standin = standin_from_bytes(newest.get(expert.handle, expert.standin), like=like)
+            x_ND = torch.cat([torch.empty(0, replay.shape.hidden), *(s.x.dense() for s in sketches[position])])
+            states = (before[position], (after[position].gate_up, after[position].down))
+            computed = [expert_type(manifest.train)(*state).dense() for state in states]
+            fidelities = [_fidelity(x_ND, weights, standin, manifest, replay.shape.act) for weights in computed]
+            if max(fidelities) < manifest.trust.min_fidelity:
+                return Finding.POOR_STANDIN
+    except (Refused, ValueError):
+        return Finding.MALFORMED
+    return Finding.PASSED
+
+
+def judge_weights(state: SlotState, manifest: Manifest, published: Sequence[bytes], like: StandIn) -> Finding:
+    """Whether published stand-ins do the work of the weights that their owner says it has. Never raises.
+
+    Args:
+        state: answer to `weights/<slot>`.
+        published: as gossiped, in the wire's order.
+    """
+    shape = expert_shape(manifest.model)
+    try:
+        tensors = from_bytes(state.tensors, what="weights")
+        for place, data in enumerate(published):
+            weights = tensors[f"{place}.gate_up"], tensors[f"{place}.down"]
+            sizes = (2 * shape.width, shape.hidden), (shape.hidden, shape.width)
+            for tensor, size in zip(weights, sizes, strict=True):
+                check_tensor("weights", tensor, torch.float32, size)
+            nothing = torch.empty(0, shape.hidden)
+            # These are what the expert computes with already.
+            if _fidelity(nothing, weights, standin_from_bytes(data, like=like), manifest, shape.act) < (
+                manifest.trust.min_fidelity
+            ):
+                return Finding.POOR_STANDIN
+    except (Refused, ValueError, KeyError):
+        return Finding.MALFORMED
+    return Finding.PASSED
+
+
+class Replay(Worker):
+    """A worker of the record's experts alone, as slot 0, in the record's order.
+
+    Raises:
+        ValueError, Refused: the record's state is malformed.
+    """
+
+    def __init__(self, manifest: Manifest, record: AuditRecord, like: StandIn) -> None:
+        super().__init__(manifest, composers=dict)
+        self.record = record
+        self.shape = replace(self.shape, num_layers=len(record.experts))
+        self.step = record.step
+        self._correction = 0.0
+        experts, states = [], []
+        for position, expert in enumerate(record.experts):
+            tensors = _named(position, from_bytes(expert.before, what="state"))
+            experts.append(self._checked_expert(position, tensors))
+            states.append([
+                checked_state(self.optimizer, weights.shape, under(f"{position}.{name}.", tensors))
+                for name, weights in (("gate_up", experts[-1].gate_up), ("down", experts[-1].down))
+            ])  # fmt: skip
+        standins = [standin_from_bytes(expert.standin, like=like) for expert in record.experts]
+        publishers = self._make_publishers(0, experts, standins)
+        held = self._hold(0, experts)
+        self._begin_owning(0, held, publishers)
+        for taken, (gate_up, down) in zip(held, states, strict=True):
+            put_state(self.optimizer, taken.gate_up, gate_up)
+            put_state(self.optimizer, taken.down, down)
+
+    def _kappa(self, slot: int, position: int) -> float:
+        return self._correction
+
+    def take(self, sketches: list[list[RowSketch]]) -> Finding:
+        """The recorded step. ValueError for a sketch that no owner could have taken in."""
+        wanted = self.manifest.sketch.kappa
+        for position, expert in enumerate(self.record.experts):
+            for used, sketch in zip(expert.sketches, sketches[position], strict=True):
+                if used.kappa > KAPPA_ROUGH if wanted < 0 else used.kappa != wanted:
+                    return Finding.WRONG_KAPPA
+                if sketch.pairs > used.tokens:
+                    return Finding.MALFORMED
+                self._correction = used.kappa
+                self.absorb(0, position, sketch, used.tokens)
+        self._set_gradients(0, [0])
+        trained = [w for expert in self.experts_of(0) for w in (expert.gate_up, expert.down) if w.grad is not None]
+        norm = torch.nn.utils.get_total_norm([w.grad for w in trained if w.grad is not None])
+        # Other slots were stepped with these, so the norm was this large at least.
+        most = min(1.0, self.train.grad_clip / (float(norm) + CLIP_EPSILON))
+        if self.record.clip > most * (1 + self.manifest.trust.tolerance):
+            return Finding.WRONG_CLIP
+        for weights in trained:
+            assert weights.grad is not None
+            weights.grad.mul_(self.record.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.record.learning_rate
+        self.optimizer.step()
+        return Finding.PASSED
+
+
+def _named(position: int, tensors: Mapping[str, Tensor]) -> SlotTensors:
+    return {f"{position}.{name}": value for name, value in tensors.items()}
+
+
+def _on_schedule(record: AuditRecord, replay: Replay, steps: Collection[int]) -> bool:
+    """Whether the learning rate is that of the step named, and the slowest composer may not be far beyond that step.
+
+    An owner never goes back, so its step may be far beyond those of composers that have all begun anew.
+    """
+    wanted = replay.learning_rate()
+    if abs(record.learning_rate - wanted) > RATE_ERROR * wanted:
+        return False
+    low, last = min(steps, default=0), replay.train.steps
+    return min(low, last) <= record.step * STEP_FACTOR + STEP_SLACK and record.step <= last
+
+
+@torch.no_grad()
+def _same_update(before: Tensor, mine: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    error, moved, size = (
+        float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (theirs - mine, mine - before, before)
+    )
+    return error <= tolerance * moved + ROUNDING * size  # false for NaN
+
+
+@torch.no_grad()
+def _fidelity(x_ND: Tensor, weights: tuple[Tensor, Tensor], standin: StandIn, manifest: Manifest, act: str) -> float:
+    """1 - ||E(x) - S(x)|| / ||E(x)||, of what the expert computes with; 1 where it cannot be told."""
+    if len(x_ND) < MIN_ROWS and manifest.standin.kind in COPIES:
+        rng = torch.Generator().manual_seed(0)
+        x_ND = torch.cat([x_ND, torch.randn(4 * MIN_ROWS, weights[1].shape[0], generator=rng)])
+    if len(x_ND) < MIN_ROWS:
+        return 1.0
+    y_ND = run_expert(x_ND, *weights, act)
+    size = float(torch.linalg.vector_norm(y_ND))
+    error = float(torch.linalg.vector_norm(y_ND - run_expert(x_ND, *standin.dense(), act)))
+    return 1.0 - error / size if size > 0 else 1.0

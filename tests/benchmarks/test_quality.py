@@ -1,0 +1,72 @@
+"""`./dev bench quality` understands its methods, and runs from the command line to a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shoal.benchmarks.quality import METHODS, Method
+from shoal.node.manifest import Manifest, ManifestError
+from shoal.node.model.presets import preset
+
+
+def manifest() -> Manifest:
+    return Manifest(name="bench", founder="none", created_at=0, model=preset("tiny").model)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_default_methods_exist(name: str) -> None:
+    assert Method.parse(name, manifest()).name == name
+
+
+def test_a_method_says_what_differs_from_the_manifest() -> None:
+    plain = Method.parse("shoal-lowbit", manifest())
+    assert (plain.manifest.standin.kind, plain.manifest.sketch.kind, plain.extreme) == ("lowbit", "none", False)
+    corrected = Method.parse("extreme-narrow+rows:sketch.kappa=5:sketch.codec=float16", manifest())
+    assert corrected.extreme
+    assert corrected.manifest.standin.kind == "narrow"
+    sketch = corrected.manifest.sketch
+    assert (sketch.kind, sketch.kappa, sketch.codec) == ("rows", 5.0, "float16")
+    ternary = Method.parse("shoal-ternary+gradient", manifest()).manifest
+    assert (ternary.train.expert_weights, ternary.sketch.kind) == ("ternary", "gradient")
+    assert Method.parse("lone", manifest()).manifest == manifest()
+
+
+@pytest.mark.parametrize("name", ["shoal", "shoal-wide", "shoal-lowbit+words", "lone+rows", "extreme-", ""])
+def test_other_methods_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no method"):
+        Method.parse(name, manifest())
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ManifestError):
+        Method.parse("lone:sketch.kapa=5", manifest())
+    with pytest.raises(ManifestError):
+        Method.parse("lone:sketch.kappa=-7", manifest())
+
+
+def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> None:
+    methods = ["centralized", "shoal-lowbit+rows", "extreme-lowbit+rows:sketch.kappa=0"]
+    command = [sys.executable, "-m", "shoal.benchmarks.quality", "--methods", ",".join(methods), "--out", str(tmp_path)]
+    size = ["--preset", "tiny", "--composers", "2", "--workers", "3", "--windows", "2"]
+    done = subprocess.run(
+        [*command, *size, "--seed-steps", "1", "--steps", "2", "--set", "sketch.budget_bytes=5000"],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    results = {result["method"]: result for result in json.loads((tmp_path / "quality.json").read_text())}
+    assert list(results) == methods
+    assert all(2.0 < result["loss"] < 6.0 for result in results.values())
+    tokens, headers = 2 * 2 * 4 * 256, 24 * 16 * 3
+    for name in methods[1:]:
+        assert 0 < results[name]["sketch_bytes"] <= 2 * 2 * (5000 + headers)
+        assert f"| {results[name]['sketch_bytes'] / tokens:.1f} |" in done.stdout
+    assert results["centralized"]["sketch_bytes"] == 0
