@@ -12,8 +12,8 @@ the streams above: every family keeps its rules (norms at one, padding rows at z
 of them here. Routed experts are drawn from N(0, initializer_range^2), as all families do, each from a stream named by
 its place in the whole network: making layers private changes no initial weight.
 
-Seed and config are public, and who knows all first weights can tell by them, for long, which expert is which. Peers that
-train experts shall not know it; so the streams of a swarm's experts are keyed with a secret of its composers.
+Seed and config are public, and who knows all first weights can tell by them, for long, which expert is which. Peers
+that train experts shall not know it; so the streams of a swarm's experts are keyed with a secret of its composers.
 """
 
 from __future__ import annotations

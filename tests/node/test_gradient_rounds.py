@@ -238,8 +238,9 @@ def test_the_next_round_of_a_slot_waits_for_the_last_one(
         await asyncio.sleep(0)  # both have begun
         assert await bring(number + 2) == "busy"
         assert not any(future.done() for future in ended)
+        first = await ended[0]  # only then does the next one look for its owner
         receive = other.rounds.round(slot, number + 1, None, tokens=0, owner=owner, epoch=3)
-        return await asyncio.gather(*ended, receive)
+        return [first, *await asyncio.gather(ended[1], receive)]
 
     first, second, received = swarm.call(three())
     assert first == "no-group"  # the owner did not come to that one
