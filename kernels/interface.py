@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .codecs import tensor_bytes
 from .experts import DenseExpert, run_expert
 
 MARK_BYTES = 16
@@ -85,9 +86,13 @@ class StandIn(ABC):
         return cls(read_tensors(data))
 
     def digest(self) -> bytes:
-        """First 16 bytes of sha256 over `to_bytes()`."""
+        """First 16 bytes of sha256 over every tensor's name, dtype, shape and memory, in the order of names."""
         if self._digest is None:
-            self._digest = hashlib.sha256(self.to_bytes()).digest()[:16]
+            sha = hashlib.sha256()
+            for name, tensor in self._tensors.items():
+                sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                sha.update(tensor_bytes(tensor))
+            self._digest = sha.digest()[:16]
         return self._digest
 
     def apply(self, delta: bytes) -> None:

@@ -5,8 +5,8 @@ expert's own output, gate included. With E(x) = down (act(gate x) ⊙ up x) an e
 
     Σ_rows  w · dyᵀ dE/dweights   /   number of tokens         (tokens, not rows: those routed elsewhere have zero)
 
-`expert_gradient` gives the sum; whoever steps divides. Rows are quantised as they come (int8 and a scale each, about 1%
-error in the sum) and sampled last (`sampling.py`): x and dy as the owner will see them, w = 1 / p.
+`sketch_gradient.py` gives the sum; whoever steps divides. Rows are quantised as they come (int8 and a scale each, about
+1% error in the sum) and sampled last (`sampling.py`): x and dy as the owner will see them, w = 1 / p.
 
 Correction. dy was taken at the output S(x) of the expert's stand-in. To first order the gradient at E(x) is
 dy + H (E(x) - S(x)), H the Hessian of the token's loss in the expert's output. H is unknown; its empirical Fisher
@@ -32,10 +32,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .codecs import LARGEST_CODE, LARGEST_SCALE, Int8Rows, quantise_rows, tensor_bytes
-from .experts import _ACTIVATIONS
 from .sampling import inclusion_probabilities, systematic
 
 RowCodec = Literal["int8", "float16"]
@@ -111,10 +109,14 @@ class RowSketch:
         return len(_parts(self.x)[0])
 
     @property
+    def hidden(self) -> int:
+        """D."""
+        return _parts(self.x)[0].shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Length of `to_bytes`."""
-        hidden = _parts(self.x)[0].shape[1]
-        return _HEADER.size + self.num_rows * row_bytes(hidden, self.codec, weighted=self.weights_N is not None)
+        return _HEADER.size + self.num_rows * row_bytes(self.hidden, self.codec, weighted=self.weights_N is not None)
 
     def to_bytes(self) -> bytes:
         """A header of 24 bytes, then x, dy and the weights, if there are any."""
@@ -325,57 +327,3 @@ def kappa_for(fidelity: float) -> float:
     if math.isnan(fidelity):
         return 0.0
     return KAPPA_ROUGH * min(1.0, max(0.0, (NEAR_EXACT - fidelity) / (NEAR_EXACT - ROUGH)))
-
-
-@torch.no_grad()
-def expert_gradient(
-    gate_up: Tensor,
-    down: Tensor,
-    sketch: RowSketch,
-    act: str = "silu",
-    *,
-    kappa: float = 0.0,
-    standin: tuple[Tensor, Tensor] | None = None,
-    curvature: Curvature = "isotropic",
-) -> tuple[Tensor, Tensor]:
-    """Sum over a sketch's rows, each as often as it counts, of the gradients of its token's loss.
-
-    Args:
-        gate_up, down: (2F, D) and (D, F), what the forward computes with; their dtype and device are used throughout.
-        kappa: of the correction (above), for which `standin`, gate_up and down of any width, is needed.
-
-    Returns:
-        Gradients of gate_up and down. Divide by tokens for the gradient of a mean loss.
-
-    Raises:
-        ValueError: shapes disagree, an unknown activation, a kappa that is negative, not finite or without a
-            stand-in, or a result that is not finite.
-    """
-    hidden = _parts(sketch.x)[0].shape[1]
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"activation {act!r} is not one of {', '.join(_ACTIVATIONS)}")
-    if gate_up.shape != (2 * down.shape[1], hidden) or down.shape[0] != hidden:
-        raise ValueError(f"rows of {hidden} for an expert of {tuple(gate_up.shape)} and {tuple(down.shape)}")
-    if not 0.0 <= kappa < math.inf or (kappa and standin is None):
-        raise ValueError(f"cannot correct with kappa {kappa} and {'no' if standin is None else 'a'} stand-in")
-    if curvature not in get_args(Curvature):
-        raise ValueError(f"curvature {curvature!r} is not one of {', '.join(get_args(Curvature))}")
-    activate, activate_backward = _ACTIVATIONS[act]
-    x_ND = sketch.x.dense().to(gate_up)
-    dy_ND = sketch.dy.dense().to(gate_up)
-    weights_N1 = torch.ones_like(x_ND[:, :1]) if sketch.weights_N is None else sketch.weights_N[:, None].to(gate_up)
-
-    hg, hu = linear(x_ND, gate_up).chunk(2, dim=-1)
-    a_NF = activate(hg) * hu
-    if kappa and standin is not None and sketch.num_rows:
-        sg, su = linear(x_ND, standin[0].to(gate_up)).chunk(2, dim=-1)
-        error_ND = linear(a_NF, down) - linear(activate(sg) * su, standin[1].to(gate_up))
-        second_D = (weights_N1 * dy_ND.square()).sum(0) / weights_N1.sum()
-        dy_ND = dy_ND + kappa * (second_D if curvature == "diagonal" else second_D.mean()) * error_ND
-    dy_ND = dy_ND * weights_N1
-    u_NF = dy_ND @ down
-    dh = torch.cat((activate_backward(u_NF * hu, hg), u_NF * activate(hg)), dim=-1)
-    d_gate_up, d_down = dh.t() @ x_ND, dy_ND.t() @ a_NF
-    if not bool(d_gate_up.isfinite().all() and d_down.isfinite().all()):
-        raise ValueError("the gradient of a sketch is not finite")
-    return d_gate_up, d_down

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,35 +23,21 @@ from torch import Tensor
 
 from ..kernels.experts import DenseExpert
 from ..kernels.interface import check_tensor
-from ..kernels.sketch import RowSketch, expert_gradient, kappa_for
+from ..kernels.sketch import RowSketch, kappa_for
 from ..kernels.standin import Publisher, StandIn, make_publisher
 from ..kernels.ternary import TernaryExpert
 from .manifest import Manifest, TrainSpec
 from .model.init import ExpertShape, expert_shape
 from .optimizer import checked_state, put_state, take_state
+from .sketch_sums import SketchSum
 from .step_record import StepRecorder, Used
 
 SlotTensors = dict[str, Tensor]
-
-# Bounds that no honest sketch comes near (sampling leaves it worth a tenth of a token at least) and within which
-# float32 neither overflows nor divides by zero: one peer must not be able to spoil the step for all.
-LARGEST_GRADIENT = 1e12  # norm, summed over tokens
-FEWEST_TOKENS = 1e-3  # effective ones, of one sketch
 
 
 def expert_type(train: TrainSpec) -> type[DenseExpert]:
     """What an owned expert computes with: its masters, or their ternary form."""
     return TernaryExpert if train.expert_weights == "ternary" else DenseExpert
-
-
-@dataclass
-class _Sum:
-    """Gradient of one expert over the sketches since its last step."""
-
-    gate_up: Tensor
-    down: Tensor
-    tokens: float = 0.0  # effective
-    rows: int = 0  # without any, an expert is left alone: it neither decays nor moves by old momentum
 
 
 class ExpertOwner(ABC):
@@ -70,7 +55,8 @@ class ExpertOwner(ABC):
         self.recorder = StepRecorder()
         self._fit_seed = fit_seed
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
-        self._sums: dict[tuple[int, int], _Sum] = {}  # by slot and position
+        self._sums: dict[tuple[int, int], SketchSum] = {}  # by slot and position
+        self.dropped_sketches = 0  # of which what they teach was not finite or absurdly large, ever
         self._fidelity: dict[tuple[int, int], float] = {}  # as last measured
 
     @property
@@ -146,66 +132,46 @@ class ExpertOwner(ABC):
             self.absorb_gradient(slot, position, d_gate_up * tokens, d_down * tokens, tokens=tokens, rows=int(routed))
 
     def absorb(self, slot: int, position: int, sketch: RowSketch, tokens: int) -> None:
-        """Take in what another peer's tokens teach one expert; the next step uses it.
+        """Take in what another peer's tokens teach one expert; the next step uses it, unless it would spoil the step.
 
         Args:
             sketch: of the rows routed to it, possibly none.
             tokens: over which they were routed, whether to this expert or not.
 
         Raises:
-            ValueError: the slot is not owned, or see `absorb_gradient`; nothing has changed then.
+            ValueError: the slot is not owned, or the tokens come to nothing; nothing has changed then.
         """
-        expert = self.experts_of(slot)[position]
-        published = self.publishers[slot][position]
-        kappa = self._kappa(slot, position)
-        gate_up, down = (weights.detach() for weights in expert.dense())
-        standin = None
-        if kappa:
-            standin = tuple(weights.to(gate_up.device) for weights in published.published.dense())
-        d_gate_up, d_down = expert_gradient(
-            gate_up,
-            down,
-            sketch,
-            self.shape.act,
-            kappa=kappa,
-            standin=standin,  # type: ignore[arg-type]
-            curvature=self.manifest.sketch.curvature,
-        )
-        self.absorb_gradient(
-            slot, position, d_gate_up, d_down, tokens=tokens, rows=sketch.num_rows, effective=sketch.effective
-        )
-        x_ND = sketch.x.dense()
-        if len(x_ND):
-            published.observe(x_ND, torch.ones(len(x_ND)))
+        self.experts_of(slot)
+        held = self._sums.get((slot, position)) or SketchSum()
+        held.add(sketch, tokens, self._kappa(slot, position))
+        self._sums[slot, position] = held
+        if held.is_full:
+            self._settle(slot, position)
 
     def absorb_gradient(
-        self,
-        slot: int,
-        position: int,
-        d_gate_up: Tensor,
-        d_down: Tensor,
-        *,
-        tokens: float,
-        rows: int,
-        effective: float = 1.0,
+        self, slot: int, position: int, d_gate_up: Tensor, d_down: Tensor, *, tokens: float, rows: int
     ) -> None:
-        """Like `absorb`, with the gradient itself, summed over tokens; it counts as `effective` of them.
+        """Like `absorb`, with the gradient itself, summed over tokens.
 
         Raises:
             ValueError: not finite, absurdly large, or of tokens that come to nothing; nothing has changed then.
         """
-        norm = math.hypot(*(float(torch.linalg.vector_norm(d)) for d in (d_gate_up, d_down)))
-        if not norm <= LARGEST_GRADIENT:  # also true for NaN
-            raise ValueError(f"the gradient of a sketch for slot {slot} has the norm {norm:.3g}")
-        if effective and effective * tokens < FEWEST_TOKENS:
-            raise ValueError(f"a sketch for slot {slot} counts as {effective * tokens:.3g} tokens")
+        held = self._sums.get((slot, position)) or SketchSum()
+        try:
+            held.add_gradient(d_gate_up, d_down, tokens=tokens, rows=rows)
+        except ValueError as error:
+            raise ValueError(f"slot {slot}: {error}") from error
+        self._sums[slot, position] = held
+
+    def _settle(self, slot: int, position: int) -> SketchSum | None:
+        """What the expert was told, added up; None if nothing was."""
         held = self._sums.get((slot, position))
-        if held is None:
-            held = self._sums[slot, position] = _Sum(torch.zeros_like(d_gate_up), torch.zeros_like(d_down))
-        held.gate_up.add_(d_gate_up, alpha=effective)
-        held.down.add_(d_down, alpha=effective)
-        held.tokens += effective * tokens
-        held.rows += rows
+        if held is not None:
+            publisher, expert = self.publishers[slot][position], self.experts_of(slot)[position]
+            held.settle(expert, publisher, self.shape.act, self.manifest.sketch.curvature)
+            self.dropped_sketches += held.dropped
+            held.dropped = 0
+        return held
 
     def _kappa(self, slot: int, position: int) -> float:
         kappa = self.manifest.sketch.kappa
@@ -219,12 +185,16 @@ class ExpertOwner(ABC):
         """Turn the experts' own mean gradients and the sums of sketches into one mean."""
         for slot in slots:
             for position, expert in enumerate(self.experts_of(slot)):
-                held = self._sums.pop((slot, position), None)
                 if slot in self._frozen:
+                    self._sums.pop((slot, position), None)
                     expert.gate_up.grad = expert.down.grad = None
-                elif held is not None and (held.rows or expert.down.grad is not None):
+                    continue
+                held = self._settle(slot, position)
+                self._sums.pop((slot, position), None)
+                if held is not None and (held.rows or expert.down.grad is not None):
                     total = own_tokens + held.tokens
                     for weights, theirs in ((expert.gate_up, held.gate_up), (expert.down, held.down)):
+                        assert theirs is not None
                         theirs = theirs.to(weights.device)
                         if weights.grad is not None:
                             theirs.add_(weights.grad, alpha=own_tokens)
@@ -240,7 +210,10 @@ class ExpertOwner(ABC):
         deltas: dict[int, list[bytes]] = {}
         for slot in sorted(self.owned - self._frozen if slots is None else slots):
             layers = []
-            for publisher, expert in zip(self.publishers[slot], self.experts_of(slot), strict=True):
+            for position, (publisher, expert) in enumerate(
+                zip(self.publishers[slot], self.experts_of(slot), strict=True)
+            ):
+                self._settle(slot, position)  # rows that wait were taken at what is published now
                 publisher.refit(expert)
                 layers.append(publisher.delta(expert))
             deltas[slot] = layers

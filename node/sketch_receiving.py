@@ -7,6 +7,7 @@ decode, stand-ins that are not too old, no more than fits the queue. Every refus
 from __future__ import annotations
 
 import time
+from collections import Counter
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -112,7 +113,7 @@ class SketchReceiver(Generic[O]):
                 log.info("sketch.first", slot=item.slot, rows=rows)
             self.rows += rows
             self._links.state.count(Count.SKETCH_ROWS, "in", by=rows)
-        outdated: dict[tuple[str, ...], float] = {
-            (f"sketch-{reason}",): number for reason, number in self._inbox.outdated.items()
-        }
+        # What a sketch teaches is known only when it is settled, so these are counted with the next ones.
+        late = self._inbox.outdated + Counter({"not-finite": owner.dropped_sketches})
+        outdated: dict[tuple[str, ...], float] = {(f"sketch-{reason}",): number for reason, number in late.items()}
         self._links.state.absorb("late sketches", Count.REFUSALS, outdated)

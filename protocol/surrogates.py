@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -30,7 +31,7 @@ class StandIn(Protocol):
     """What this module needs of `shoal.kernels.standin.StandIn`."""
 
     def apply(self, delta: bytes) -> None:
-        """Moves to the next state; ValueError, with the state unchanged, if it cannot."""
+        """Moves to the next state; ValueError, with the state unchanged, if it cannot. A `copy()` stays where it is."""
 
     def to_bytes(self) -> bytes: ...
 
@@ -280,7 +281,7 @@ class SlotSubscriber(Generic[S]):
 
     def _apply(self, delta: SurrogateDelta) -> bool:
         """All layers and the digest, or nothing."""
-        before = [layer.to_bytes() for layer in self.layers]
+        before = [copy(layer) for layer in self.layers]
         try:
             for layer, change in zip(self.layers, delta.layers, strict=True):
                 layer.apply(change)
@@ -289,7 +290,7 @@ class SlotSubscriber(Generic[S]):
         else:
             applied = state_digest(self.layers) == delta.digest
         if not applied:
-            self.layers = [self._load(data) for data in before]
+            self.layers = before
             self.version += 1
         return applied
 

@@ -14,7 +14,8 @@ from typing import get_args
 import pytest
 import torch
 from shoal.kernels.experts import run_expert
-from shoal.kernels.sketch import Curvature, RowBuffer, RowSketch, expert_gradient
+from shoal.kernels.sketch import Curvature, RowBuffer, RowSketch
+from shoal.kernels.sketch_gradient import expert_gradient
 from torch import Tensor
 
 Weights = tuple[Tensor, Tensor]

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from shoal.kernels.sampling import inclusion_probabilities, systematic
-from shoal.kernels.sketch import RowBuffer, RowSketch, expert_gradient
+from shoal.kernels.sketch import RowBuffer, RowSketch
+from shoal.kernels.sketch_gradient import expert_gradient
 from torch import Tensor
 
 LIMIT = 6.0  # standard errors

@@ -17,10 +17,10 @@ from shoal.kernels.sketch import (
     RowCodec,
     RowSketch,
     bytes_per_token,
-    expert_gradient,
     kappa_for,
     row_bytes,
 )
+from shoal.kernels.sketch_gradient import expert_gradient
 from torch import Tensor
 
 CODECS: tuple[RowCodec, ...] = ("int8", "float16")

@@ -10,9 +10,11 @@ import msgspec
 import pytest
 import torch
 from shoal.kernels.experts import DenseExpert
-from shoal.kernels.sketch import RowSketch, expert_gradient, kappa_for
+from shoal.kernels.sketch import RowSketch, kappa_for
+from shoal.kernels.sketch_gradient import expert_gradient
 from shoal.node.manifest import Manifest, SketchSpec
 from shoal.node.owning import ExpertOwner, SlotTensors
+from shoal.node.sketch_sums import SETTLE_ROWS
 from sketches import OTHER, gradient, rows, sketch_of, state_of, worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of, train
 from torch import Tensor
@@ -148,25 +150,69 @@ def huge() -> tuple[RowSketch, int]:
     return sketch_of(*(1e9 * values for values in rows(8)), codec="int8"), 10
 
 
-def worthless() -> tuple[RowSketch, int]:
-    return rescaled(sketch_of(*rows(40), keep=10), effective=1e-60), 10
+def endless() -> tuple[RowSketch, int]:
+    return sketch_of(*(1e14 * values for values in rows(8)), codec="int8"), 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lie", [huge, worthless])
+@pytest.mark.parametrize("lie", [huge, endless])
 def test_one_sketch_cannot_spoil_the_step_of_all(kind: str, lie: Callable[[], tuple[RowSketch, int]]) -> None:
-    """What would end in infinity or 0 / 0 is refused with nothing changed."""
+    """What would end in infinity is left out, with its tokens and its rows, and counted."""
     owner = owner_of(kind, plain())
     expert = owner.experts_of(0)[0]
-    x, dy = rows(8)
-    owner.absorb(0, 0, sketch_of(x, dy), 20)
-    before = owner.publishers[0][0].state_dict()
-    sketch, tokens = lie()
-    with pytest.raises(ValueError, match="a sketch for slot 0"):
+    honest = [rows(8), rows(9)]
+    for sketch, tokens in ((sketch_of(*honest[0]), 20), lie(), (sketch_of(*honest[1]), 30)):
         owner.absorb(0, 0, sketch, tokens)
-    assert same(owner.publishers[0][0].state_dict(), before)
     owner._set_gradients(0, [0])
-    close(grads(expert), tuple(g / 20 for g in gradient(expert.gate_up, expert.down, x, dy)))
+    assert owner.dropped_sketches == 1
+    x, dy = (torch.cat(column) for column in zip(*honest, strict=True))
+    close(grads(expert), tuple(g / 50 for g in gradient(expert.gate_up, expert.down, x, dy)))
+    assert int(owner.publishers[0][0].state_dict()["replay.seen"]) == 17
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sketch_that_counts_as_nothing_is_refused(kind: str) -> None:
+    """It would end in 0 / 0."""
+    owner = owner_of(kind, plain())
+    with pytest.raises(ValueError, match="counts as"):
+        owner.absorb(0, 0, rescaled(sketch_of(*rows(40), keep=10), effective=1e-60), 10)
+    owner._set_gradients(0, [0])
+    assert owner.experts_of(0)[0].down.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sketches_wait_within_bounds_where_no_step_is_taken(kind: str) -> None:
+    owner = owner_of(kind, plain())
+    sketches = [sketch_of(*rows(SETTLE_ROWS // 4 + 1)) for _ in range(9)]
+    most = 0
+    for sketch in sketches:
+        owner.absorb(0, 0, sketch, sketch.num_rows)
+        most = max(most, owner._sums[0, 0]._waiting_rows)
+    assert most < SETTLE_ROWS
+    owner._set_gradients(0, [0])
+    expert = owner.experts_of(0)[0]
+    weights = expert.gate_up.detach().double(), expert.down.detach().double()
+    parts = [expert_gradient(*weights, sketch) for sketch in sketches]
+    tokens = sum(sketch.num_rows for sketch in sketches)
+    close(grads(expert), tuple(sum(part[i] for part in parts) / tokens for i in range(2)))  # type: ignore[arg-type]
+
+
+def test_rows_are_corrected_against_the_standin_that_they_were_taken_at() -> None:
+    """Also if a new one is published before the step."""
+    manifest = msgspec.structs.replace(
+        manifest_of(standin={"kind": "narrow", "width_fraction": 0.5}), sketch=SketchSpec(kappa=3.0)
+    )
+    worker, sketch = worker_of(manifest), sketch_of(*rows(20))
+    taken_at = worker.publishers[1][0].published.dense()
+    worker.publishers[1][0].observe(torch.randn(64, HIDDEN), torch.ones(64))
+    worker.absorb(1, 0, sketch, 64)
+    worker.publish([1])
+    assert not torch.equal(worker.publishers[1][0].published.dense()[1], taken_at[1])
+    worker._set_gradients(0, [1])
+    expert = worker.experts_of(1)[0]
+    double = [w.detach().double() for w in (expert.gate_up, expert.down)]
+    corrected = expert_gradient(*double, sketch, kappa=3.0, standin=taken_at)
+    close(grads(expert), tuple(g / 64 for g in corrected))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])

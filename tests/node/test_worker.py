@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from shoal.kernels.sketch import expert_gradient
+from shoal.kernels.sketch_gradient import expert_gradient
 from shoal.kernels.ternary import TernaryExpert, ternarise
 from shoal.node.manifest import Manifest, SketchSpec
 from shoal.node.worker import Worker
@@ -206,7 +206,10 @@ def test_a_step_that_is_not_finite_changes_no_weight(value: float) -> None:
     worker.train_step()
     before, state = weights_of(worker, 0), worker.snapshot(0)
     tell(worker, OTHER, step=2)
-    worker._sums[0, 1].down[3, 4] = value
+    fault = worker._settle(0, 1)
+    assert fault is not None
+    assert fault.down is not None
+    fault.down[3, 4] = value
     assert worker.train_step().skipped
     assert all(map(torch.equal, before, weights_of(worker, 0)))
     assert all(torch.equal(value, state[name]) for name, value in worker.snapshot(0).items())

@@ -1,0 +1,148 @@
+"""What an expert learns from row sketches: the gradient that their rows give, corrected (`sketch.py`), in one pass.
+
+An owner gets several sketches of an expert between two steps, one from each composer and step. Their rows go through
+the expert together: it is the number of small products, not their size, that costs an owner of many experts its time.
+
+Shapes: N rows of all sketches, D hidden, F width of the expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .codecs import Int8Rows
+from .experts import _ACTIVATIONS
+from .sketch import Curvature, Float16Rows, Rows, RowSketch
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A sketch and how much its rows count.
+
+    Attributes:
+        kappa: of the correction.
+        factor: of the sketch's gradient in the sum.
+    """
+
+    sketch: RowSketch
+    kappa: float = 0.0
+    factor: float = 1.0
+
+
+def expert_gradient(
+    gate_up: Tensor,
+    down: Tensor,
+    sketch: RowSketch,
+    act: str = "silu",
+    *,
+    kappa: float = 0.0,
+    standin: tuple[Tensor, Tensor] | None = None,
+    curvature: Curvature = "isotropic",
+) -> tuple[Tensor, Tensor]:
+    """Sum over one sketch's rows, each as often as it counts, of its token's gradient. See `sum_gradients`."""
+    return sum_gradients(gate_up, down, [Taught(sketch, kappa)], act, standin=standin, curvature=curvature)
+
+
+@torch.no_grad()
+def sum_gradients(
+    gate_up: Tensor,
+    down: Tensor,
+    taught: Sequence[Taught],
+    act: str = "silu",
+    *,
+    standin: tuple[Tensor, Tensor] | None = None,
+    curvature: Curvature = "isotropic",
+) -> tuple[Tensor, Tensor]:
+    """Sum over sketches of factor · (sum over rows, each as often as it counts, of the gradients of its token's loss).
+
+    Args:
+        gate_up, down: (2F, D) and (D, F), what the forward computes with; their dtype and device are used throughout.
+        taught: at least one sketch; second moments are each sketch's own.
+        standin: gate_up and down, of any width, that rows were taken at. Needed where a kappa is not 0.
+
+    Returns:
+        Gradients of gate_up and down. Divide by tokens for the gradient of a mean loss.
+
+    Raises:
+        ValueError: shapes disagree, an unknown activation, a kappa that is negative, not finite or without a
+            stand-in, or a result that is not finite.
+    """
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"activation {act!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if curvature not in get_args(Curvature):
+        raise ValueError(f"curvature {curvature!r} is not one of {', '.join(get_args(Curvature))}")
+    for each in taught:
+        if not 0.0 <= each.kappa < math.inf or (each.kappa and standin is None):
+            raise ValueError(f"cannot correct with kappa {each.kappa} and {'no' if standin is None else 'a'} stand-in")
+        if each.sketch.hidden != down.shape[0] or gate_up.shape != (2 * down.shape[1], down.shape[0]):
+            raise ValueError(
+                f"rows of {each.sketch.hidden} for an expert of {tuple(gate_up.shape)} and {tuple(down.shape)}"
+            )
+    activate, activate_backward = _ACTIVATIONS[act]
+    x_ND = _joined([each.sketch.x for each in taught], like=gate_up)
+    dy_ND = _joined([each.sketch.dy for each in taught], like=gate_up)
+
+    hg, hu = linear(x_ND, gate_up).chunk(2, dim=-1)
+    act_NF = activate(hg)
+    a_NF = act_NF * hu
+    if standin is not None and len(x_ND) and any(each.kappa for each in taught):
+        sg, su = linear(x_ND, standin[0].to(gate_up)).chunk(2, dim=-1)
+        error_ND = linear(a_NF, down) - linear(activate(sg) * su, standin[1].to(gate_up))
+        dy_ND = dy_ND + _curvatures(dy_ND, taught, curvature) * error_ND
+    if any(each.factor != 1.0 or each.sketch.weights_N is not None for each in taught):
+        dy_ND = dy_ND * _counts(taught, like=dy_ND)
+    u_NF = dy_ND @ down
+    dh = torch.cat((activate_backward(u_NF * hu, hg), u_NF * act_NF), dim=-1)
+    d_gate_up, d_down = dh.t() @ x_ND, dy_ND.t() @ a_NF
+    if not math.isfinite(norm(d_gate_up, d_down)):
+        raise ValueError("the gradient of a sketch is not finite")
+    return d_gate_up, d_down
+
+
+def norm(*gradients: Tensor) -> float:
+    """Of all of them together; NaN or infinity if a value is, or is too large to be squared."""
+    return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
+
+
+def _joined(parts: Sequence[Rows], like: Tensor) -> Tensor:
+    """All rows as they are decoded. Codes travel to the device, not values."""
+    if all(isinstance(rows, Int8Rows) for rows in parts):
+        codes = torch.cat([rows.codes for rows in parts]).to(like.device)  # type: ignore[union-attr]
+        scales = torch.cat([rows.scales for rows in parts]).to(like.device)  # type: ignore[union-attr]
+        return Int8Rows(codes, scales).dense().to(like.dtype)
+    if all(isinstance(rows, Float16Rows) for rows in parts):
+        return torch.cat([rows.values for rows in parts]).to(like)  # type: ignore[union-attr]
+    return torch.cat([rows.dense() for rows in parts]).to(like)
+
+
+def _counts(taught: Sequence[Taught], like: Tensor) -> Tensor:
+    """(N, 1): how often each row counts."""
+    columns = []
+    for each in taught:
+        weights_N = each.sketch.weights_N
+        once = like.new_ones(each.sketch.num_rows) if weights_N is None else weights_N.to(like)
+        columns.append(once * each.factor)
+    return torch.cat(columns)[:, None]
+
+
+def _curvatures(dy_ND: Tensor, taught: Sequence[Taught], curvature: Curvature) -> Tensor:
+    """kappa times the weighted mean of dy² over each sketch's rows: (N, 1), or (N, D) if diagonal."""
+    found = []
+    for each, rows_ND in zip(taught, torch.split(dy_ND, [each.sketch.num_rows for each in taught]), strict=True):
+        weights_N = each.sketch.weights_N
+        if not each.kappa or not len(rows_ND):
+            second_D = rows_ND.new_zeros(rows_ND.shape[1])
+        elif weights_N is None:
+            second_D = rows_ND.square().mean(0)
+        else:
+            second_D = (weights_N.to(rows_ND)[:, None] * rows_ND.square()).sum(0) / weights_N.sum().to(rows_ND)
+        row = each.kappa * (second_D if curvature == "diagonal" else second_D.mean().reshape(1))
+        found.append(row.expand(len(rows_ND), -1))
+    return torch.cat(found)

@@ -1,0 +1,127 @@
+"""What one owned expert was told since its last step: sketches as they came, and the sum of what they teach.
+
+Sketches wait until the step, or until many rows wait, and then go through the expert together (`sum_gradients`). What
+they teach is decided when they come: kappa is that of the moment, and the owner settles them before it publishes anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels.experts import DenseExpert
+from ..kernels.interface import Publisher
+from ..kernels.sketch import Curvature, RowSketch
+from ..kernels.sketch_gradient import Taught, norm, sum_gradients
+
+# Bounds that no honest sketch comes near (sampling leaves it worth a tenth of a token at least) and within which
+# float32 neither overflows nor divides by zero: one peer must not be able to spoil the step for all.
+LARGEST_GRADIENT = 1e12  # norm, summed over tokens
+FEWEST_TOKENS = 1e-3  # effective ones, of one sketch
+
+SETTLE_ROWS = 4096  # waiting rows are bounded where no step is taken
+
+
+@dataclass(frozen=True)
+class _Heard:
+    sketch: RowSketch
+    tokens: float
+    kappa: float
+
+
+@dataclass
+class SketchSum:
+    """Gradient of one expert over the sketches since its last step.
+
+    Attributes:
+        gate_up, down: summed over tokens; None before anything came.
+        tokens: effective ones that the sum is over.
+        rows: without any, an expert is left alone: it neither decays nor moves by old momentum.
+        dropped: sketches left out because what they teach is not finite or absurdly large.
+    """
+
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
+    tokens: float = 0.0
+    rows: int = 0
+    dropped: int = 0
+    _waiting: list[_Heard] = field(default_factory=list)
+    _waiting_rows: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many rows wait that they should be settled before the step."""
+        return self._waiting_rows >= SETTLE_ROWS
+
+    def add(self, sketch: RowSketch, tokens: float, kappa: float) -> None:
+        """A sketch of `tokens` tokens. ValueError if they come to nothing; nothing has changed then."""
+        _check_tokens(tokens, sketch.effective)
+        self._waiting.append(_Heard(sketch, tokens, kappa))
+        self._waiting_rows += sketch.num_rows
+
+    def add_gradient(self, d_gate_up: Tensor, d_down: Tensor, *, tokens: float, rows: int) -> None:
+        """A gradient summed over `tokens` tokens.
+
+        Raises:
+            ValueError: not finite, absurdly large, or of tokens that come to nothing; nothing has changed then.
+        """
+        size = norm(d_gate_up, d_down)
+        if not size <= LARGEST_GRADIENT:  # also true for NaN
+            raise ValueError(f"a gradient's norm is {size:.3g}")
+        _check_tokens(tokens, 1.0)
+        if self.gate_up is None or self.down is None:
+            self.gate_up, self.down = d_gate_up.clone(), d_down.clone()
+        else:
+            self.gate_up.add_(d_gate_up)
+            self.down.add_(d_down)
+        self.tokens += tokens
+        self.rows += rows
+
+    def settle(self, expert: DenseExpert, publisher: Publisher, act: str, curvature: Curvature) -> None:
+        """Add up what waits, and show its rows to the publisher. A sketch that would spoil the sum is dropped."""
+        heard, self._waiting, self._waiting_rows = self._waiting, [], 0
+        if not heard:
+            return
+        gate_up, down = (weights.detach() for weights in expert.dense())
+        standin = publisher.published.dense() if any(each.kappa for each in heard) else None
+        try:
+            kept = heard
+            self._take(kept, gate_up, down, act, standin, curvature)
+        except ValueError:
+            kept = []
+            for each in heard:  # to find the one
+                try:
+                    self._take([each], gate_up, down, act, standin, curvature)
+                    kept.append(each)
+                except ValueError:
+                    self.dropped += 1
+        x_ND = torch.cat([each.sketch.x.dense() for each in kept]) if kept else None
+        if x_ND is not None and len(x_ND):
+            publisher.observe(x_ND, torch.ones(len(x_ND)))
+
+    def _take(
+        self,
+        heard: list[_Heard],
+        gate_up: Tensor,
+        down: Tensor,
+        act: str,
+        standin: tuple[Tensor, Tensor] | None,
+        curvature: Curvature,
+    ) -> None:
+        taught = [Taught(each.sketch, each.kappa, each.sketch.effective) for each in heard]
+        rows = sum(each.sketch.num_rows for each in heard)
+        tokens = sum(each.sketch.effective * each.tokens for each in heard)
+        if rows:
+            gradients = sum_gradients(gate_up, down, taught, act, standin=standin, curvature=curvature)
+            self.add_gradient(*gradients, tokens=tokens, rows=rows)
+        elif self.gate_up is None:
+            self.gate_up, self.down, self.tokens = torch.zeros_like(gate_up), torch.zeros_like(down), tokens
+        else:
+            self.tokens += tokens
+
+
+def _check_tokens(tokens: float, effective: float) -> None:
+    if effective and effective * tokens < FEWEST_TOKENS:
+        raise ValueError(f"a sketch counts as {effective * tokens:.3g} tokens")

@@ -1,0 +1,47 @@
+"""Several sketches at once give what each gives by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shoal.kernels.sketch import Curvature, RowBuffer, RowCodec, RowSketch
+from shoal.kernels.sketch_gradient import Taught, expert_gradient, sum_gradients
+
+HIDDEN, WIDTH = 12, 7
+
+
+def sketch_of(num: int, codec: RowCodec = "int8", keep: int | None = None) -> RowSketch:
+    buffer = RowBuffer(HIDDEN, codec)
+    buffer.add(torch.randn(num, HIDDEN), torch.randn(num, HIDDEN) * 0.3)
+    return buffer.take(keep)
+
+
+@pytest.mark.parametrize("curvature", ["isotropic", "diagonal"])
+@pytest.mark.parametrize("codecs", [("int8",), ("float16",), ("int8", "float16")])
+def test_the_sum_over_sketches_is_the_sum_of_their_gradients(
+    codecs: tuple[RowCodec, ...], curvature: Curvature
+) -> None:
+    """Whatever each counts as, however each was sampled, and with second moments of its own."""
+    expert = torch.randn(2 * WIDTH, HIDDEN).double(), torch.randn(HIDDEN, WIDTH).double()
+    standin = torch.randn(2 * 3, HIDDEN).double(), torch.randn(HIDDEN, 3).double()
+    taught = [
+        Taught(sketch_of(num, codecs[i % len(codecs)], keep), kappa, factor)
+        for i, (num, keep, kappa, factor) in enumerate(
+            [(9, None, 0.0, 1.0), (30, 8, 2.5, 0.3), (0, None, 4.0, 1.0), (1, None, 7.0, 0.5), (20, 0, 1.0, 0.0)]
+        )
+    ]
+    together = sum_gradients(*expert, taught, standin=standin, curvature=curvature)
+    for part, got in enumerate(together):
+        each = [
+            t.factor * expert_gradient(*expert, t.sketch, kappa=t.kappa, standin=standin, curvature=curvature)[part]
+            for t in taught
+        ]
+        torch.testing.assert_close(got, torch.stack(each).sum(0), rtol=1e-10, atol=1e-12)
+
+
+def test_one_sketch_of_many_that_is_not_finite_fails_the_sum() -> None:
+    expert = torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH)
+    buffer = RowBuffer(HIDDEN, "int8")
+    buffer.add(torch.full((4, HIDDEN), 1e16), torch.full((4, HIDDEN), 1e16))
+    with pytest.raises(ValueError, match="not finite"):
+        sum_gradients(*expert, [Taught(sketch_of(5)), Taught(buffer.take(None))])
