@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="peers without text that own all routed experts, in place of composers"
     )
-    parser.add_argument("--steps", type=int, default=500, help="inner steps per composer")
+    parser.add_argument("--steps", type=int, default=400, help="inner steps per composer")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per peer")
     parser.add_argument(

@@ -183,8 +183,8 @@ class Swarm:
         return peer
 
     def found(self, *options: str) -> Peer:
-        """The bootstrap peer; waits until its invite is there."""
-        peer = self.start("bootstrap", "found", "--preset", "tiny", *options)
+        """The bootstrap peer; waits until its invite is there. Small batches: what is tested is not the learning."""
+        peer = self.start("bootstrap", "found", "--preset", "tiny", "--set", "train.batch_size=2", *options)
         wait_until(lambda: bool(peer.status().get("invite")), START_SECONDS, lambda: f"founding\n{peer.tail()}")
         self.invite = str(peer.last["invite"])
         return peer
