@@ -13,12 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..node.composer import Composer
+from ..node.composer import Composer, Entry
 from ..node.manifest import Manifest
 from ..node.owning import ExpertOwner
 from ..node.publishing import FIDELITY_EVERY, FIRST_FIDELITY
 from ..node.worker import Worker
+from ..protocol import radial
+from ..protocol.fragments import Fragment
 from ..protocol.merging import Facts, shares, weights
+from ..protocol.parts import PartCodec
+from ..protocol.robust import robust_mean
 from .delivery import GradientDelivery, RowDelivery
 from .seeding import Seed
 
@@ -37,11 +41,13 @@ class Bytes:
 class InProcessSwarm:
     """`len(batches)` composers; composer i owns the slots of `owned[i]`, worker j those of `workers[j]`.
 
-    If every composer owns every slot this is DiLoCo with full replicas: experts are then averaged in each round too.
+    If every composer owns every slot this is DiLoCo with full replicas: experts are then averaged in each round too, in
+    the way that the manifest's `outer.merge` names.
     Sketches are as `manifest.sketch` has them; without any, experts learn from their owner's tokens alone.
 
     Args:
         seed: what everybody starts from; by default the run's initial weights.
+        flippers: so many composers, the first ones, bring the opposite of what they learned into every round.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class InProcessSwarm:
         *,
         workers: Sequence[Sequence[int]] = (),
         seed: Seed | None = None,
+        flippers: int = 0,
     ) -> None:
         self.manifest = manifest
         self.replicas = bool(owned[0]) and all(set(slots) == set(owned[0]) for slots in owned)
@@ -67,8 +74,12 @@ class InProcessSwarm:
             start = seed or Seed.of(self.composers[0])
             for slots, worker in zip(workers, self.workers, strict=True):
                 start.start_worker(worker, slots, self.composers[0])
+        self.flippers = flippers
         self.bytes = Bytes()
         self._publications = 0
+        self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
+        if self.replicas and manifest.outer.merge == "radial":
+            self._note_experts()
         self.delivery: RowDelivery | GradientDelivery | None = None
         if manifest.sketch.kind != "none" and not self.replicas:
             delivery = RowDelivery if manifest.sketch.kind == "rows" else GradientDelivery
@@ -135,16 +146,16 @@ class InProcessSwarm:
 
     def _round(self, index: int) -> None:
         entries = [c.begin_round(index) for c in self.composers]
-        facts = [Facts(str(i), tokens, steps) for i, (_, tokens, steps) in enumerate(entries)]
-        share = shares(weights(facts))
-        total = sum(share.values())
-        average = torch.zeros_like(entries[0][0])
-        for i, (pseudo_gradient, _, _) in enumerate(entries):
-            average += pseudo_gradient * (share[str(i)] / total)
-        self.bytes.outer += 2 * average.numel() * 2 * len(self.composers)
+        for i in range(self.flippers):
+            entries[i] = entries[i]._replace(vector=-entries[i].vector)
+        average, facts = self._average(entries)
         for composer in self.composers:
-            composer.commit_round(index, *composer.propose(index, average))
-        if self.replicas:
+            composer.commit_round(index, *composer.propose(index, average, facts))
+        if not self.replicas:
+            return
+        if self.manifest.outer.merge == "radial":
+            self._merge_experts(entries)
+        else:
             self._average_experts()
 
     @torch.no_grad()
@@ -156,6 +167,43 @@ class InProcessSwarm:
                     self.bytes.outer += 2 * mean.numel() * 2 * len(copies)
                     for copy in copies:
                         getattr(copy, name).copy_(mean)
+
+    def _average(self, entries: Sequence[Entry]) -> tuple[Tensor, list[Facts]]:
+        """What the all-reduce makes of the composers' entries, and who brought how much."""
+        codec = PartCodec(self.manifest.outer.codec)
+        facts = [Facts(str(i), entry.tokens, entry.steps, entry.norms) for i, entry in enumerate(entries)]
+        share = shares(weights(facts))
+        received = [codec.as_received(entry.vector) for entry in entries]
+        if self.manifest.outer.robust:
+            average = robust_mean(received, list(share.values()))
+        else:
+            total = sum(share.values())
+            average = torch.zeros_like(received[0])
+            for vector, part in zip(received, share.values(), strict=True):
+                average += vector * (part / total)
+        self.bytes.outer += 2 * codec.encoded_bytes(average.numel()) * len(entries)
+        return codec.as_received(average), facts
+
+    def _note_experts(self) -> None:
+        for slot in range(self.composers[0].num_slots):
+            for layer, expert in enumerate(self.composers[0].experts_of(slot)):
+                for name in ("gate_up", "down"):
+                    self._last_experts[slot, layer, name] = getattr(expert, name).detach().clone()
+
+    @torch.no_grad()
+    def _merge_experts(self, entries: Sequence[Entry]) -> None:
+        """Radially, each expert's matrices on their own; by the weights of `entries`, with an outer step of 1."""
+        for (slot, layer, name), common in self._last_experts.items():
+            copies = [getattr(composer.experts_of(slot)[layer], name) for composer in self.composers]
+            matrix = Fragment(0, (name,), (common.numel(),), common.numel())
+            sent = [
+                entry._replace(vector=vector, norms=norms)
+                for entry, copy in zip(entries, copies, strict=True)
+                for vector, norms in [radial.split(matrix, (common - copy).flatten())]
+            ]
+            common -= radial.combine(matrix, *self._average(sent)).view_as(common)
+            for copy in copies:
+                copy.copy_(common)
 
     def merged(self) -> Composer:
         """One composer that holds the merged model: the common backbone and every expert from its owner."""

@@ -89,13 +89,21 @@ class Comparison:
     Args:
         windows: held-out windows.
         workers: that share the experts where composers own none.
+        flippers: composers that send the opposite of what they learned.
         seed_steps: centralized steps before anybody starts. `manifest.train.steps` has them too; optimizers start anew.
     """
 
     def __init__(
-        self, manifest: Manifest, composers: int, windows: int, *, workers: int = 2, seed_steps: int = 0
+        self,
+        manifest: Manifest,
+        composers: int,
+        windows: int,
+        *,
+        workers: int = 2,
+        seed_steps: int = 0,
+        flippers: int = 0,
     ) -> None:
-        self.manifest = manifest
+        self.manifest, self.flippers = manifest, flippers
         self.num_composers, self.num_workers = composers, workers
         self.seed_steps = seed_steps
         corpus = load_corpus(manifest.data.corpus)
@@ -176,7 +184,7 @@ class Comparison:
             owned = [everything[i :: self.num_composers] for i in range(self.num_composers)]
         start = 0 if seed is None else seed.step
         sources = [self.batches(i, start).next for i in range(self.num_composers)]
-        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed)
+        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed, flippers=self.flippers)
 
 
 def markdown(results: list[Result], *, tokens: int) -> str:
@@ -206,6 +214,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="owners of all experts in extreme-KIND")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed-steps", type=int, default=0, help="centralized steps that everybody starts from")
+    parser.add_argument("--flippers", type=int, default=0, help="composers that send the opposite of what they learned")
     parser.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE", help="a fact of the manifest")
     parser.add_argument("--preset", default="bench", help="gives everything that is not said here")
     parser.add_argument("--every", type=int, help="H: inner steps between merges of a fragment")
@@ -242,7 +251,12 @@ def main() -> None:
     except (ValueError, ManifestError) as error:
         parser.error(str(error))
     comparison = Comparison(
-        manifest, arguments.composers, arguments.windows, workers=arguments.workers, seed_steps=arguments.seed_steps
+        manifest,
+        arguments.composers,
+        arguments.windows,
+        workers=arguments.workers,
+        seed_steps=arguments.seed_steps,
+        flippers=arguments.flippers,
     )
     tokens = comparison.tokens
     results: list[Result] = []

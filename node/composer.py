@@ -18,14 +18,18 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.experts import DenseExpert
 from ..kernels.standin import StandIn
+from ..protocol import radial
 from ..protocol.fragments import Fragment, flatten, partition, unflatten
-from ..protocol.merging import outer_step
+from ..protocol.merging import Facts, outer_step
+from ..protocol.parts import COARSE, PartCodec
+from ..protocol.radial import NormedClaims
 from .manifest import Manifest
 from .model.build import build_model
 from .optimizer import make_optimizer
@@ -50,11 +54,21 @@ class StepReport:
     skipped: bool = False  # loss or gradients were not finite: nothing was learned from this batch
 
 
+class Entry(NamedTuple):
+    """What a composer brings into an outer round of one fragment."""
+
+    vector: Tensor  # flat float32, to be averaged: the pseudo-gradient common - local, or `radial.split` of it
+    tokens: int  # that it stands for
+    steps: int
+    norms: tuple[float, ...] = ()  # where the merge is radial
+
+
 @dataclass
 class _Round:
     """What this composer sent into an outer round, kept until the round ends."""
 
     sent: Tensor  # the fragment as it stood when the round began, flat float32
+    lost: Tensor | None  # of what was to be sent, what the codec did not let through
     steps: int  # inner steps since this fragment's last commit
     tokens: int
 
@@ -96,6 +110,7 @@ class Composer(ExpertOwner):
         self.common = [flatten(f, self.backbone) for f in self.fragments]
         self.momentum = [torch.zeros_like(c) for c in self.common]
         self._rounds: dict[int, _Round] = {}
+        self._lost: dict[int, Tensor] = {}  # by fragment: what a coarse codec kept back; sent with the next commit
         self._since_commit = [(0, 0) for _ in self.fragments]  # (step, tokens) that each fragment's common state has
 
     # -- inner training ------------------------------------------------------------------------------------------
@@ -209,20 +224,42 @@ class Composer(ExpertOwner):
         """Inner steps of this composer that fragment `index`'s common state does not have yet."""
         return self.step - self._since_commit[index][0]
 
-    def begin_round(self, index: int) -> tuple[Tensor, int, int]:
-        """Enter an outer round of one fragment.
-
-        Returns:
-            the pseudo-gradient common - local (flat float32), and the tokens and steps it stands for.
-        """
+    def begin_round(self, index: int) -> Entry:
+        """Enter an outer round of one fragment."""
         sent = self.local_fragment(index)
         since_step, since_tokens = self._since_commit[index]
-        self._rounds[index] = _Round(sent, self.step, self.tokens)
-        return self.common[index] - sent, self.tokens - since_tokens, self.step - since_step
+        pseudo_gradient = self.common[index] - sent
+        if index in self._lost:
+            pseudo_gradient += self._lost[index]
+        entry = Entry(pseudo_gradient, self.tokens - since_tokens, self.step - since_step)
+        if self.manifest.outer.merge == "radial":
+            vector, norms = radial.split(self.fragments[index], pseudo_gradient)
+            entry = entry._replace(vector=vector, norms=norms)
+        self._rounds[index] = _Round(sent, self._not_let_through(index, pseudo_gradient, entry), self.step, self.tokens)
+        return entry
 
-    def propose(self, index: int, average: Tensor) -> tuple[Tensor, Tensor]:
-        """The fragment and momentum that committing `average` would give. Changes nothing."""
+    def _not_let_through(self, index: int, wanted: Tensor, entry: Entry) -> Tensor | None:
+        """What is missing in the pseudo-gradient as others will decode it; None where the codec is fine enough.
+
+        Error feedback (Seide et al. 2014, Karimireddy et al. 2019): sent with the next round, nothing is lost for good.
+        """
         spec = self.manifest.outer
+        if spec.codec not in COARSE or not bool(entry.vector.isfinite().all()):
+            return None
+        received = PartCodec(spec.codec).as_received(entry.vector)
+        if spec.merge == "radial":
+            received = radial.combine(self.fragments[index], received, [Facts("", 1, 1, entry.norms)])
+        return wanted - received
+
+    def propose(self, index: int, average: Tensor, facts: Sequence[NormedClaims] = ()) -> tuple[Tensor, Tensor]:
+        """The fragment and momentum that committing the `average` of entries would give. Changes nothing.
+
+        `facts`: of all whose entries are in it; only a radial merge needs them. Raises ValueError as `radial.combine`
+        and `outer_step` do.
+        """
+        spec = self.manifest.outer
+        if spec.merge == "radial":
+            average = radial.combine(self.fragments[index], average, facts)
         return outer_step(self.common[index], average, self.momentum[index], spec.learning_rate, spec.momentum)
 
     def commit_round(self, index: int, fragment: Tensor, momentum: Tensor) -> None:
@@ -237,6 +274,8 @@ class Composer(ExpertOwner):
         else:
             drift = self.local_fragment(index) - entered.sent
             self._since_commit[index] = (entered.steps, entered.tokens)
+            if entered.lost is not None:
+                self._lost[index] = entered.lost
         self.common[index], self.momentum[index] = fragment, momentum
         self._write(self.fragments[index], fragment + drift)
 
@@ -247,6 +286,7 @@ class Composer(ExpertOwner):
     def reset_fragment(self, index: int, fragment: Tensor, momentum: Tensor) -> None:
         """Take the swarm's state and drop local drift: for a peer that joins or fell behind."""
         self._rounds.pop(index, None)
+        self._lost.pop(index, None)
         self.common[index], self.momentum[index] = fragment, momentum
         self._since_commit[index] = (self.step, self.tokens)
         self._write(self.fragments[index], fragment)

@@ -77,6 +77,7 @@ class ComposerPeer:
             run_id=run.run_id,
             fragments=self.fragments,
             codec=spec.codec,
+            robust=spec.robust,
             matchmaking_seconds=spec.matchmaking_seconds,
             timeout_seconds=spec.timeout_seconds,
         )

@@ -85,7 +85,9 @@ class OuterSpec(Spec, frozen=True, kw_only=True):
     every_steps: Count = 8  # H: each fragment is merged once per H inner steps
     learning_rate: Positive = 1.0  # 1.0 with momentum 0 is the plain token-weighted mean
     momentum: Fraction = 0.0  # Nesterov
-    codec: Literal["float32", "float16", "int8"] = "float16"  # of pseudo-gradients on the wire
+    merge: Literal["mean", "radial"] = "mean"  # embeddings and head always by the mean (protocol/radial.py)
+    robust: bool = False  # averages that a minority of liars cannot move far (protocol/robust.py)
+    codec: Literal["float32", "float16", "int8", "int4"] = "float16"  # of pseudo-gradients on the wire
     matchmaking_seconds: Positive = 5.0  # how long a round waits for stragglers
     timeout_seconds: Positive = 30.0  # after which a round has failed
 
@@ -299,6 +301,8 @@ def _decode(data: bytes) -> Manifest:
     _check_weights(manifest)
     if manifest.sketch.kind == "gradient":
         _check_gradient_sketches(manifest)
+    if manifest.outer.merge == "radial":
+        _check_radial_merge(manifest)
     return manifest
 
 
@@ -336,4 +340,25 @@ def _check_gradient_sketches(manifest: Manifest) -> None:
         raise ManifestError(
             f"sketch.rank {manifest.sketch.rank} is more than {largest}, all there is to the gradient of such experts",
             fix=f"set sketch.rank to {largest} at most",
+        )
+
+
+def _check_radial_merge(manifest: Manifest) -> None:
+    """Raise ManifestError where a fragment has more tensors than a member's facts can have norms."""
+    from ..protocol.facts import MAX_NORMS  # not above: as in `_check_gradient_sketches`
+    from ..protocol.fragments import partition
+    from ..protocol.radial import num_norms
+    from .model.init import backbone_shapes
+
+    try:
+        fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
+    except ValueError as error:
+        raise ManifestError(
+            f"the backbone cannot be cut: {error}", fix="correct the model or outer.fragments"
+        ) from error
+    most = max(map(num_norms, fragments))
+    if most > MAX_NORMS:
+        raise ManifestError(
+            f"outer.merge is radial and a fragment has {most} tensors, more than {MAX_NORMS}",
+            fix="set outer.fragments higher, or outer.merge to mean",
         )

@@ -30,7 +30,7 @@ from ..protocol.messages import RoundOpen
 from ..protocol.records import VoteRecord
 from ..protocol.rounds import fragment_of, latest_commit, most_held, quorum, tally
 from .blobs import fragment_from_bytes
-from .composer import Composer
+from .composer import Composer, Entry
 from .links import ACTIVE_PHASES, NEWS_TOPIC, Links
 from .logs import get_logger
 from .state import Count
@@ -120,10 +120,8 @@ class OuterDriver:
             self._in_flight = False
             return
         self._last_round_step = composer.step
-        pseudo_gradient, tokens, steps = composer.begin_round(index)
-        self._links.loop.call_soon_threadsafe(
-            lambda: self._links.spawn(self._round(number, index, pseudo_gradient, tokens, steps))
-        )
+        entry = composer.begin_round(index)
+        self._links.loop.call_soon_threadsafe(lambda: self._links.spawn(self._round(number, index, entry)))
 
     def _give_up(self, composer: Composer, index: int) -> None:
         """The next round may begin only after this: it must not be abandoned in its place."""
@@ -152,11 +150,11 @@ class OuterDriver:
             known = self._attempts.get(message.round, 0)
             self._attempts[message.round] = max(known, min(message.attempt, known + ATTEMPTS_AHEAD, MAX_ATTEMPT))
 
-    async def _round(self, number: int, index: int, pseudo_gradient: Tensor, tokens: int, steps: int) -> None:
+    async def _round(self, number: int, index: int, entry: Entry) -> None:
         began = time.monotonic()
         outcome, members, detail = "failed", 0, ""
         try:
-            result = await self._average(number, pseudo_gradient, tokens, steps)
+            result = await self._average(number, entry)
             outcome, members, detail = result.status.value, len(result.members), result.detail
             self._links.state.count(Count.BYTES, "outer", "out", by=result.bytes_sent)
             self._links.state.count(Count.BYTES, "outer", "in", by=result.bytes_received)
@@ -185,26 +183,27 @@ class OuterDriver:
             )
             log.info(
                 "outer.round", round=number, fragment=index, outcome=outcome, members=members,
-                steps=steps, seconds=round(seconds, 2), detail=detail,
+                steps=entry.steps, seconds=round(seconds, 2), detail=detail,
             )  # fmt: skip
 
-    async def _average(self, number: int, pseudo_gradient: Tensor, tokens: int, steps: int) -> Outcome:
+    async def _average(self, number: int, entry: Entry) -> Outcome:
         index = fragment_of(number, len(self.held))
         active = max(2, len(self._links.active_composers()))
         attempt = self._attempts.get(number, 0)
         self._attempts = {n: a for n, a in self._attempts.items() if n >= number}
-        opening = RoundOpen(round=number, attempt=attempt, fragment=index, step=steps)
+        opening = RoundOpen(round=number, attempt=attempt, fragment=index, step=entry.steps)
         await self._links.gossip(NEWS_TOPIC, opening)
         # Who has finished has nothing new to say, but its vote counts towards the quorum: it joins at the least weight.
         future = self._averager.submit(
             number,
             attempt,
-            pseudo_gradient,
-            tokens=max(1, tokens),
-            steps=max(1, steps),
+            entry.vector,
+            tokens=max(1, entry.tokens),
+            steps=max(1, entry.steps),
             expected=active,
             quorum=quorum(active),
             base=self.held[index].digest,
+            norms=entry.norms,
         )
         result = asyncio.wrap_future(future)
         while not result.done():
@@ -236,7 +235,7 @@ class OuterDriver:
         average = result.average
         assert average is not None
         fragment, momentum = await asyncio.wrap_future(
-            self._trainer.ask(lambda composer: composer.propose(index, average))
+            self._trainer.ask(lambda composer: composer.propose(index, average, result.facts))
         )
         held = Held(number, digest_of(fragment, momentum), tuple(result.members))
         self._proposals[index] = _Proposal(fragment, momentum, held)

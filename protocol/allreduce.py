@@ -8,6 +8,7 @@ hivemind's runner cuts the vector into parts, gives each part to one member to r
     partial     a reply says whose inputs the average holds (a bitmap) and their summed share; every member compares it
                 with the whole group's, so a missing input or reducer is seen by all whom it concerns
     receivers   a member whose share is 0 sends empty parts, asks with them for the averages, and nobody needs it
+    robust      if the run says so, a part's average is the robust one (`robust.py`)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from .errors import Refused
 from .merging import SHARE_TOTAL
 from .parts import PartCodec
+from .robust import robust_mean
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,12 @@ class Account:
 class ShareReducer(TensorPartReducer):  # type: ignore[misc]  # hivemind is untyped
     """Averages with fixed shares and remembers, per part, which senders went in."""
 
-    def __init__(self, part_shapes: Sequence[torch.Size], share_by_sender: Sequence[int]) -> None:
+    def __init__(
+        self, part_shapes: Sequence[torch.Size], share_by_sender: Sequence[int], *, robust: bool = False
+    ) -> None:
         self._shares = tuple(share_by_sender)
+        self._robust = robust
+        self._kept: dict[int, Tensor] = {}  # by sender, the current part, if robust
         self.denominator: float
         self.included: list[int] = [0] * len(part_shapes)  # bitmap of sender indices
         super().__init__(tuple(part_shapes), len(share_by_sender))
@@ -68,13 +74,21 @@ class ShareReducer(TensorPartReducer):  # type: ignore[misc]  # hivemind is unty
         # round is reported as partial: the safe side.
         if part_index == self.current_part_index and self.sender_failed_after[sender_index] == float("inf"):
             self.included[part_index] |= 1 << sender_index
+            if self._robust and self._shares[sender_index]:
+                self._kept[sender_index] = tensor_part.clone()  # its memory may be reused for the average
         share = self._shares[sender_index] / SHARE_TOTAL  # a power of two below: exact in float32
         average: Tensor = await super().accumulate_part(sender_index, part_index, tensor_part, weight=share)
         return average
 
     def check_current_part_finished(self) -> None:
-        if self.current_part_accumulated_from == self.num_current_senders and not self.denominator:
-            self.denominator = 1.0  # only receivers are left: their part is zero and reported as partial, not NaN
+        if self.current_part_accumulated_from == self.num_current_senders:
+            if not self.denominator:
+                self.denominator = 1.0  # only receivers are left: their part is zero and reported as partial, not NaN
+            elif self._robust:
+                senders = sorted(self._kept)
+                self.accumulator = robust_mean([self._kept[s] for s in senders], [self._shares[s] for s in senders])
+                self.denominator = 1.0
+            self._kept = {}
         super().check_current_part_finished()
 
 
@@ -84,6 +98,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
     Args:
         share_by_peer: `merging.shares` by peer id (base58), of every member.
         reducers: the members that average parts, each an equal share; the others cannot be dialled.
+        robust: whether parts are averaged robustly.
     """
 
     def __init__(
@@ -92,6 +107,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         share_by_peer: Mapping[str, int],
         reducers: Collection[str],
         codec: PartCodec,
+        robust: bool,
         tensors: Sequence[Tensor],
         ordered_peer_ids: Sequence[PeerID],
         part_size_bytes: int,
@@ -114,7 +130,9 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         self._encoded: dict[int, asyncio.Task[tuple[runtime_pb2.Tensor, Tensor]]] = {}
         self.tensor_part_container.return_deltas = False
         self.tensor_part_reducer.finished.set()  # the base class's own is replaced: it must not complain when collected
-        self.tensor_part_reducer = ShareReducer([part.shape for part in self.parts_for_local_averaging], self._shares)
+        self.tensor_part_reducer = ShareReducer(
+            [part.shape for part in self.parts_for_local_averaging], self._shares, robust=robust
+        )
         # Sizes are kept apart: the container drops its parts as soon as they are averaged.
         self._part_sizes = [
             [part.numel() for part, _ in parts] for parts in self.tensor_part_container._input_parts_by_peer

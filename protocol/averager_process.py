@@ -48,7 +48,6 @@ from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
 
-PART_BYTES = 1 << 18  # on the wire; a slow uplink must send one to every member within sender_timeout
 MAX_MEMBERS = 512
 REPORT_SECONDS = 0.5
 
@@ -123,9 +122,10 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
         reports: Connection,
         purpose: str = "outer",
         weighting: Weighting = Weighting.PROGRESS,
+        robust: bool = False,
     ) -> None:
         self._run_id, self._codec, self._times, self._part_bytes = run_id, codec, times, part_bytes
-        self._reports, self._weighting = reports, weighting
+        self._reports, self._weighting, self._robust = reports, weighting, robust
         self._matchmakings: list[RoundMatchmaking] = []  # by fragment
         self._forming: set[int] = set()  # tickets of orders whose group may be known to groupmates before it is here
         self._formed = asyncio.Event()  # set, and replaced, when a ticket leaves the above
@@ -355,6 +355,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 share_by_peer=shares(weights(facts, weighting=self._weighting)),
                 reducers={fact.peer_id for fact in facts if fact.reduces},
                 codec=self._codec,
+                robust=self._robust,
                 part_size_bytes=self._part_bytes,
                 sender_timeout=self._times.sender,
                 reducer_timeout=self._times.reducer,

@@ -10,6 +10,7 @@ See `averager_process` for the other side, `allreduce` for what an Outcome can b
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import threading
 import time
@@ -23,14 +24,14 @@ import torch
 from hivemind.dht import DHT
 from torch import Tensor
 
-from .averager_process import PART_BYTES, AveragerProcess, RoundTimes
+from .averager_process import AveragerProcess, RoundTimes
 from .errors import RoundFailed
-from .facts import RoundFacts, sign_facts
+from .facts import RoundFacts, pack_norms, sign_facts
 from .fragments import Fragment
 from .identity import Identity
 from .merging import Weighting
 from .outcome import Order, Outcome, Report, Status
-from .parts import CodecName, PartCodec
+from .parts import PART_BYTES, CodecName, PartCodec
 from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class Averager:
             `<run_id>-<purpose>.0b`.
         fragments: vectors, numbered from 0, the same on all peers. Their names bind whatever else must be the same.
         codec: of vectors on the wire, both ways.
+        robust: whether averages are robust ones (`robust.py`).
         matchmaking_seconds: how long a round waits for missing members.
         timeout_seconds: after which a round has failed, matchmaking included.
         part_bytes: encoded bytes in one message; the same on all peers.
@@ -84,6 +86,7 @@ class Averager:
         matchmaking_seconds: float,
         timeout_seconds: float,
         part_bytes: int = PART_BYTES,
+        robust: bool = False,
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("the averager forks: construct it on the main thread")
@@ -106,6 +109,7 @@ class Averager:
             reports=writer,
             purpose=self.purpose,
             weighting=self.weighting,
+            robust=robust,
         )
         self._lock = threading.Lock()  # guards the four below, and the control pipe against interleaved writes
         self._pending: dict[int, _Pending] = {}
@@ -146,6 +150,7 @@ class Averager:
         base: bytes,
         avoid: Collection[str],
         receiver: str = "",
+        norms: Sequence[float] = (),
     ) -> Future[Outcome]:
         """As `OuterAverager.submit`. With `value` None and no tokens, this peer is the `receiver`."""
         fragment = self._fragments[fragment_of(round_, len(self._fragments))]
@@ -165,6 +170,7 @@ class Averager:
             base=base,
             reduces=not self._process.client_mode,
             issued_at=time.time(),
+            packed_norms=pack_norms(norms),
         )
         future: Future[Outcome] = Future()
         future.set_running_or_notify_cancel()  # an all-reduce cannot be cancelled: groupmates count on it
@@ -179,7 +185,7 @@ class Averager:
                 vector.zero_()
             else:
                 vector.copy_(value.detach())
-            if not self._may_send(vector):
+            if not self._may_send(vector) or not all(map(math.isfinite, norms)):
                 future.set_result(Outcome(Status.REFUSED, round_, attempt, detail="the own vector is not finite"))
                 return future
             ticket = self._next_ticket
@@ -321,16 +327,19 @@ class OuterAverager(Averager):
         quorum: int,
         base: bytes = bytes(32),
         avoid: Collection[str] = (),
+        norms: Sequence[float] = (),
     ) -> Future[Outcome]:
         """Average fragment `round_ mod P` with whoever submits the same round, attempt and base. Does not block.
 
         Args:
-            pseudo_gradient: shape (numel,) of the fragment, any float dtype and device; copied before this returns.
+            pseudo_gradient: shape (numel,) of the fragment, any float dtype and device; copied before this returns. In
+                runs with radial merging, what `radial.split` made of it.
             tokens, steps: trained since the fragment's last common state, both at least 1; they set the weight.
             expected: members after which the round starts at once (this one included).
             quorum: members without which it does not start.
             base: digest of the common state that the pseudo-gradient was measured from; others' must be equal.
             avoid: peer ids not to meet, e.g. an earlier attempt's `failed`.
+            norms: `radial.split`'s other half, for everybody's facts; others must have as many.
 
         Returns a future that always resolves: to an Outcome within `timeout_seconds`, or to RoundFailed if the averager
         process has died. Raises ValueError on bad arguments and RoundFailed if the fragment's last round still runs.
@@ -345,4 +354,5 @@ class OuterAverager(Averager):
             quorum=quorum,
             base=base,
             avoid=avoid,
+            norms=norms,
         )

@@ -43,7 +43,7 @@ def partition(shapes: Mapping[str, Sequence[int]], fragments: int) -> list[Fragm
     loads = [0] * fragments
     home: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        kind = _kind(name)
+        kind = kind_of(name)
         taken = {home[other] for other in ("embedding", "head") if other != kind and other in home}
         open_bins = [i for i in range(fragments) if kind is None or fragments == 1 or i not in taken]
         chosen = home.get(kind) if kind else None
@@ -87,7 +87,8 @@ def unflatten(fragment: Fragment, flat: Tensor) -> dict[str, Tensor]:
     return dict(zip(fragment.names, torch.split(flat, list(fragment.sizes)), strict=True))
 
 
-def _kind(name: str) -> str | None:
+def kind_of(name: str) -> str | None:
+    """`embedding`, `head`, or None for all other tensors."""
     parts = set(name.split("."))
     if parts & _EMBEDDING_PARTS:
         return "embedding"

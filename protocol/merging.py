@@ -56,6 +56,7 @@ class Facts:
     peer_id: str
     tokens: int
     steps: int
+    norms: tuple[float, ...] = ()  # for `radial.combine`
 
 
 def weights(

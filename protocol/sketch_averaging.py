@@ -25,14 +25,13 @@ from concurrent.futures import Future
 from hivemind.dht import DHT
 from torch import Tensor
 
-from .averager_process import PART_BYTES
 from .averaging import Averager
 from .facts import MAX_ROUND
 from .fragments import Fragment
 from .identity import Identity
 from .merging import Weighting, weights
 from .outcome import Outcome, Status
-from .parts import CodecName
+from .parts import PART_BYTES, CodecName
 
 _BASE_DOMAIN = b"shoal/slot-sketch/1\0"
 

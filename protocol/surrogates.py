@@ -341,7 +341,7 @@ class SurrogateBook(Generic[S]):
         """Starts publishing a slot under a new lease.
 
         Args:
-                epoch: of the lease.
+            epoch: of the lease.
             point: of the published state that the owner goes on from, if not the one followed here until now.
         """
         followed = self.subscribers.pop(slot, None)
@@ -358,10 +358,8 @@ class SurrogateBook(Generic[S]):
     def receive(self, sender: str, batch: DeltaBatch, now: float) -> None:
         """Routes a peer's deltas. Refusals are counted and do not stop the others."""
         for delta in batch.deltas:
-            if delta.slot in self.publishers:
-                self.refusals["own-slot"] += 1
-            elif delta.slot not in self.subscribers:
-                self.refusals["unknown-slot"] += 1
+            if delta.slot not in self.subscribers:
+                self.refusals["own-slot" if delta.slot in self.publishers else "unknown-slot"] += 1
             else:
                 try:
                     self.subscribers[delta.slot].receive(sender, delta, now)

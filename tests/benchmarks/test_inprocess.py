@@ -12,6 +12,7 @@ from shoal.node.data import Batches, load_corpus
 from shoal.node.evaluate import HELDOUT_SEED, heldout_loss
 from shoal.node.manifest import DataSpec, Manifest, OuterSpec, StandInSpec, TrainSpec
 from shoal.node.model.presets import preset
+from torch import Tensor
 
 CONTEXT, SLOTS = 64, 16
 
@@ -86,8 +87,9 @@ def test_however_many_steps_all_are_merged(steps: int) -> None:
     assert all(c.steps_since_commit(index) == 0 for c in swarm.composers for index in range(2))
 
 
-def test_full_replicas_stay_equal_everywhere() -> None:
-    manifest = tiny(outer=OuterSpec(every_steps=4, fragments=1))
+@pytest.mark.parametrize("merge", ["mean", "radial"])
+def test_full_replicas_stay_equal_everywhere(merge: Any) -> None:
+    manifest = tiny(outer=OuterSpec(every_steps=4, fragments=1, merge=merge))
     swarm = swarm_of(manifest, [list(range(SLOTS))] * 2)
     for _ in swarm.run(4):
         pass
@@ -98,6 +100,22 @@ def test_full_replicas_stay_equal_everywhere() -> None:
             assert torch.equal(ours.gate_up, theirs.gate_up)
             assert torch.equal(ours.down, theirs.down)
     assert swarm.bytes.deltas == 0
+
+
+def test_experts_of_replicas_are_merged_as_the_backbone_is() -> None:
+    """What two learn from the same batches is its own merge, of either kind; from others a radial step is longer."""
+
+    def moved(merge: Any, seeds: tuple[int, int]) -> Tensor:
+        manifest = tiny(outer=OuterSpec(every_steps=2, fragments=1, merge=merge, codec="float32"))
+        corpus = load_corpus("stdlib")
+        batches = [Batches(corpus.shard(seed, 2), 4, CONTEXT, seed=seed).next for seed in seeds]
+        swarm = InProcessSwarm(manifest, batches, [list(range(SLOTS))] * 2)
+        before = swarm.composers[0].experts_of(0)[0].gate_up.detach().clone()
+        assert len(list(swarm.run(2))) == 2
+        return swarm.composers[0].experts_of(0)[0].gate_up.detach() - before
+
+    torch.testing.assert_close(moved("radial", (0, 0)), moved("mean", (0, 0)), rtol=1e-4, atol=1e-7)
+    assert moved("radial", (0, 1)).norm() > 1.05 * moved("mean", (0, 1)).norm()
 
 
 def test_the_merged_model_is_backbone_and_owners() -> None:

@@ -32,9 +32,10 @@ from shoal.node.state import PeerState, Phase
 from shoal.node.trainer import Trainer
 from shoal.protocol.dht import start_dht
 from shoal.protocol.directory import Directory
+from shoal.protocol.facts import RoundFacts, pack_norms
 from shoal.protocol.handles import Handles, new_key
 from shoal.protocol.identity import Identity
-from shoal.protocol.merging import Facts, digest, shares, weights
+from shoal.protocol.merging import digest, shares, weights
 from shoal.protocol.outcome import Outcome, Status
 from shoal.protocol.records import Lease, LeaseRecord
 from shoal.protocol.transport.client import Transport
@@ -58,7 +59,7 @@ class Meeting:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[int, int, bytes], dict[str, tuple[Tensor, int, int, Future[Outcome]]]] = {}
+        self._waiting: dict[tuple[int, int, bytes], dict[str, tuple[Tensor, RoundFacts, Future[Outcome]]]] = {}
         self.absent: set[str] = set()  # peers that never find a group
 
     def submit(self, peer: str, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
@@ -68,7 +69,19 @@ class Meeting:
             return future
         with self._lock:
             group = self._waiting.setdefault((number, attempt, facts["base"]), {})
-            group[peer] = (tensor.clone(), facts["tokens"], facts["steps"], future)
+            signed = RoundFacts(
+                peer_id=peer,
+                round=number,
+                attempt=attempt,
+                fragment=0,
+                tokens=facts["tokens"],
+                steps=facts["steps"],
+                base=facts["base"],
+                reduces=True,
+                issued_at=time.time(),
+                packed_norms=pack_norms(facts["norms"]),
+            )
+            group[peer] = (tensor.clone(), signed, future)
             present = facts["expected"] - len(self.absent)
             if len(group) < present:
                 timer = threading.Timer(MEETING_SECONDS, self.abandon, (peer, number))
@@ -76,11 +89,19 @@ class Meeting:
                 timer.start()
                 return future
             del self._waiting[(number, attempt, facts["base"])]
-        share = shares(weights([Facts(p, tokens, steps) for p, (_, tokens, steps, _) in group.items()]))
+        members = tuple(sorted(group))
+        share = shares(weights([signed for _, signed, _ in group.values()]))
         average = sum((t * (share[p] / sum(share.values())) for p, (t, *_) in sorted(group.items())), torch.zeros(()))
-        for _, _, _, waiting in group.values():
+        for *_, waiting in group.values():
             waiting.set_result(
-                Outcome(Status.COMPLETE, number, attempt, average=average.clone(), members=tuple(sorted(group)))
+                Outcome(
+                    Status.COMPLETE,
+                    number,
+                    attempt,
+                    average=average.clone(),
+                    members=members,
+                    facts=tuple(group[member][1] for member in members),
+                )
             )
         return future
 
@@ -89,7 +110,7 @@ class Meeting:
         with self._lock:
             for key, group in list(self._waiting.items()):
                 if key[0] == number and peer in group:
-                    group.pop(peer)[3].set_result(Outcome(Status.NO_GROUP, number, key[1]))
+                    group.pop(peer)[2].set_result(Outcome(Status.NO_GROUP, number, key[1]))
 
 
 class Seat:

@@ -10,12 +10,13 @@ from shoal.kernels.experts import run_expert
 from shoal.kernels.sketch import RowBuffer, RowCodec, RowSketch
 from shoal.kernels.standin import initial_standin
 from shoal.node.manifest import Manifest
-from shoal.node.owning import SlotTensors
+from shoal.node.owning import ExpertOwner, SlotTensors
 from shoal.node.worker import Worker
-from tiny import HIDDEN, LAYERS, WIDTH, manifest_of
+from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of
 from torch import Tensor
 
 OTHER = "12D3KooWother"
+KINDS = ("composer", "worker")  # of owners
 
 
 class Clock:
@@ -80,3 +81,8 @@ def worker_of(
 def weights_of(worker: Worker, slot: int) -> list[Tensor]:
     """Copies of a slot's masters."""
     return [t.detach().clone() for expert in worker.experts_of(slot) for t in (expert.gate_up, expert.down)]
+
+
+def owner_of(kind: str, manifest: Manifest) -> ExpertOwner:
+    """An owner of slots 0 and 1."""
+    return composer_of(manifest, owned=(0, 1)) if kind == "composer" else worker_of(manifest)

@@ -14,6 +14,8 @@ from shoal.node.composer import Composer
 from shoal.node.manifest import Manifest
 from shoal.node.owning import SlotTensors
 from shoal.node.persistence import composer_tensors, restore_backbone
+from shoal.protocol.fragments import kind_of, unflatten
+from shoal.protocol.merging import Facts, digest
 from tiny import (
     CONTEXT,
     HIDDEN,
@@ -79,7 +81,8 @@ def test_commit_rebases_what_was_learned_since() -> None:
     composer = composer_of()
     index = random.randrange(len(composer.fragments))
     train(composer, 2)
-    pseudo_gradient, tokens, steps = composer.begin_round(index)
+    pseudo_gradient, tokens, steps, norms = composer.begin_round(index)
+    assert norms == ()
     sent = composer.local_fragment(index)
     assert torch.equal(pseudo_gradient, composer.common[index] - sent)
     assert (tokens, steps) == (composer.tokens, 2)
@@ -91,7 +94,7 @@ def test_commit_rebases_what_was_learned_since() -> None:
     assert torch.equal(composer.common[index], fragment)
     assert torch.equal(composer.momentum[index], momentum)
     assert composer.steps_since_commit(index) == 3
-    assert composer.begin_round(index)[1:] == (composer.tokens - tokens, 3)
+    assert composer.begin_round(index)[1:3] == (composer.tokens - tokens, 3)
 
 
 def test_commit_without_steps_meanwhile_is_the_common_state_to_the_bit() -> None:
@@ -118,7 +121,7 @@ def test_a_commit_without_this_composer_keeps_its_work_unmerged(abandoned: bool)
     composer.commit_round(0, fragment, momentum)
     assert torch.equal(composer.local_fragment(0), fragment + drift)
     assert composer.steps_since_commit(0) == composer.step
-    pseudo_gradient, tokens, steps = composer.begin_round(0)
+    pseudo_gradient, tokens, steps, _ = composer.begin_round(0)
     assert (tokens, steps) == (composer.tokens, composer.step)
     torch.testing.assert_close(pseudo_gradient, -drift, rtol=0, atol=1e-6)
 
@@ -137,7 +140,7 @@ def test_propose_changes_nothing() -> None:
     composer = composer_of(manifest_of(outer={"learning_rate": 0.7, "momentum": 0.9}))
     train(composer, 1)
     before = backbone_bits(composer), [t.clone() for t in (*composer.common, *composer.momentum)]
-    average, _, _ = composer.begin_round(0)
+    average = composer.begin_round(0).vector
     fragment, momentum = composer.propose(0, average)
     assert backbone_bits(composer) == before[0]
     assert all(map(torch.equal, (*composer.common, *composer.momentum), before[1]))
@@ -149,9 +152,37 @@ def test_plain_mean_of_one_is_the_local_state() -> None:
     composer = composer_of(manifest_of(outer={"learning_rate": 1.0, "momentum": 0.0}))
     train(composer, 2)
     for index in range(len(composer.fragments)):
-        average, _, _ = composer.begin_round(index)
+        average = composer.begin_round(index).vector
         fragment, _ = composer.propose(index, average)
         torch.testing.assert_close(fragment, composer.local_fragment(index), rtol=0, atol=1e-7)
+
+
+def test_a_radial_merge_is_the_same_everywhere_and_as_long_as_its_members() -> None:
+    manifest = manifest_of(outer={"merge": "radial", "learning_rate": 0.7, "momentum": 0.9})
+    composers = [composer_of(manifest) for _ in range(3)]
+    for composer in composers:
+        train(composer, 2)
+    for index, fragment in enumerate(composers[0].fragments):
+        common = composers[0].common[index]
+        drifts = [unflatten(fragment, common - composer.local_fragment(index)) for composer in composers]
+        entries = [composer.begin_round(index) for composer in composers]
+        facts = [Facts(str(i), entry.tokens, entry.steps, entry.norms) for i, entry in enumerate(entries)]
+        average = torch.stack([entry.vector for entry in entries]).mean(0)
+        proposals = [composer.propose(index, average, facts) for composer in composers]
+        assert len({digest(*proposal) for proposal in proposals}) == 1
+        merged = unflatten(fragment, proposals[0][1])  # the first momentum is the pseudo-gradient itself
+        for name in fragment.names:
+            norms = [drift[name].norm().item() for drift in drifts]
+            mean = torch.stack([drift[name] for drift in drifts]).mean(0)
+            if kind_of(name) is None:
+                if mean.numel() >= 256:  # small ones may be degenerate, if chance will have it
+                    assert merged[name].norm().item() == pytest.approx(sum(norms) / 3, rel=1e-4)
+                    assert merged[name].norm() > mean.norm()
+            else:
+                torch.testing.assert_close(merged[name], mean, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(proposals[0][0], common - 0.7 * 1.9 * proposals[0][1])
+    with pytest.raises(ValueError, match="no members"):
+        composers[0].propose(0, average)
 
 
 # -- bad batches ---------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-a5ce2b36614f"
+    assert run_id_of(manifest()) == "demo-64b8219ac2cb"
 
 
 def test_round_trip() -> None:
@@ -244,3 +244,19 @@ def test_what_travels_must_make_an_expert(settings: tuple[str, ...]) -> None:
     with pytest.raises(ManifestError):
         sign(founder, with_settings(manifest(founder), settings))
     sign(founder, with_settings(manifest(founder), (settings[0], "standin.kind=ternary")))
+
+
+def test_radial_merges_of_fragments_whose_norms_fit_in_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = preset("tiny").model
+    good = manifest(model=model, outer=OuterSpec(merge="radial", fragments=1))
+    assert verify(sign(FOUNDER, good)) == good
+    assert run_id_of(good) != run_id_of(manifest(model=model, outer=OuterSpec(fragments=1)))
+    monkeypatch.setattr("shoal.protocol.facts.MAX_NORMS", 20)
+    with pytest.raises(ManifestError, match="28 tensors, more than 20") as refused:
+        sign(FOUNDER, good)
+    assert "outer.fragments" in refused.value.fix
+    more = manifest(model=model, outer=OuterSpec(merge="radial", fragments=2))
+    assert verify(sign(FOUNDER, more)) == more
+    for wrong in (manifest(model=ModelSpec(config={}), outer=more.outer), with_settings(good, ["outer.fragments=999"])):
+        with pytest.raises(ManifestError, match="cannot be cut"):
+            sign(FOUNDER, wrong)

@@ -23,9 +23,9 @@ from tiny import manifest_of
 STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    manifest = manifest_of(outer={"every_steps": 8, "fragments": 2}, train={"steps": STEPS})
+@pytest.fixture(scope="module", params=["mean", "radial"])
+def swarm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    manifest = manifest_of(outer={"every_steps": 8, "fragments": 2, "merge": request.param}, train={"steps": STEPS})
     with loopback(tmp_path_factory.mktemp("outer"), manifest, 3) as swarm:
         tasks: list[asyncio.Task[None]] = []
         loop = swarm.network.loop

@@ -99,7 +99,9 @@ def serve(address: str, spec: dict) -> None:
         "part_bytes": spec["part_bytes"],
     }
     averager = faulty(OuterAverager, spec["fault"])(
-        fragments=[Fragment(i, (f"w{i}",), (n,), n) for i, n in enumerate(spec["sizes"])], **common
+        fragments=[Fragment(i, tuple(t), tuple(t.values()), sum(t.values())) for i, t in enumerate(spec["sizes"])],
+        robust=spec["robust"],
+        **common,
     )
     sketcher = None
     if spec["sketches"]:
@@ -123,7 +125,7 @@ def serve(address: str, spec: dict) -> None:
         return send(
             "outcome",
             {
-                **{name: getattr(outcome, name) for name in outcome.__dataclass_fields__ if name != "facts"},
+                **{name: getattr(outcome, name) for name in outcome.__dataclass_fields__},
                 "status": outcome.status.value,
                 "average": None if outcome.average is None else outcome.average.numpy(),
                 "tokens": [fact.tokens for fact in outcome.facts],

@@ -103,10 +103,14 @@ class Swarm:
         matchmaking_seconds=3.0,
         timeout_seconds=12.0,
         part_bytes=1 << 10,
+        robust=False,
         sketches=None,
         sketchers=None,
     ) -> list[Peer]:
-        """`sketches`: (slots, elements) if peers average sketches too; `sketchers` names odd peers' kinds of sketch."""
+        """`sizes`: of the fragments, each a number of elements, or those of each tensor by name.
+
+        `sketches`: (slots, elements) if peers average sketches too; `sketchers` names odd peers' kinds of sketch.
+        """
         self.run_id = f"test-{secrets.token_hex(6)}"
         first: list[Peer] = []
         for i in range(count):
@@ -117,11 +121,12 @@ class Swarm:
                     "initial_peers": first[0].addrs if first else [],
                     "run_id": self.run_id,
                     "codec": codec,
-                    "sizes": list(sizes),
+                    "sizes": [{f"w{n}": size} if isinstance(size, int) else size for n, size in enumerate(sizes)],
                     "fault": (faults or {}).get(i, ""),
                     "matchmaking_seconds": matchmaking_seconds,
                     "timeout_seconds": timeout_seconds,
                     "part_bytes": part_bytes,
+                    "robust": robust,
                     "sketches": sketches,
                     "sketcher": (sketchers or {}).get(i, "rank 16"),
                 }

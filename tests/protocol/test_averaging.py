@@ -9,10 +9,13 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+import torch
 from averaging_swarm import all_equal, living, reasons, statuses, until
+from shoal.protocol.fragments import Fragment, unflatten
+from shoal.protocol.radial import combine, split
 
-CODECS = ("float32", "float16", "int8")
-TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "int8": 0.05}
+CODECS = ("float32", "float16", "int8", "int4")
+TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "int8": 0.05, "int4": 0.12}
 
 
 def test_numpy_is_one_that_hivemind_works_with():
@@ -42,6 +45,33 @@ def test_two_peers_meet_at_the_mean_bit_for_bit(swarm, codec):
     assert outcomes[0]["average"].tobytes() == outcomes[1]["average"].tobytes()
     expected = (9 * a + 4 * b) / 13
     np.testing.assert_allclose(outcomes[0]["average"], expected, atol=5 * TOLERANCE[codec], err_msg=f"{seed=}")
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8"])
+def test_norms_and_directions_are_merged_to_the_same_bits(swarm, codec):
+    tensors = {"embed_tokens": 3000, "w0": 5000, "w1": 1}
+    backbone = Fragment(0, tuple(tensors), tuple(tensors.values()), sum(tensors.values()))
+    peers = swarm.start(3, codec=codec, sizes=(tensors,), part_bytes=1 << 12)
+    generator = np.random.default_rng(seed := secrets.randbits(32))
+    vectors = generator.normal(size=(3, backbone.numel)).astype(np.float32) * 1e-2
+    vectors[2, 3000:] *= 100  # too long: what counts is three times the median
+    vectors[:, -1] = 1e-5, 2e-5, 3e-5  # far smaller than its neighbours
+    for peer, vector in zip(peers, vectors, strict=True):
+        sent, norms = split(backbone, torch.from_numpy(vector))
+        peer.submit(sent.numpy(), expected=3, quorum=3, norms=norms)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+    merged = [combine(backbone, torch.from_numpy(outcome["average"]), outcome["facts"]) for outcome in outcomes]
+    assert len({vector.numpy().tobytes() for vector in merged}) == 1
+    found = {name: tensor.numpy() for name, tensor in unflatten(backbone, merged[0]).items()}
+
+    mean, body = vectors[:, :3000].mean(0), vectors[:, 3000:8000].astype(np.float64)
+    assert np.linalg.norm(found["embed_tokens"] - mean) < TOLERANCE[codec] * np.linalg.norm(mean), f"{seed=}"
+    norms = np.linalg.norm(body, axis=1)
+    direction = (body / norms[:, None]).sum(0)
+    expected = np.minimum(norms, 3 * np.median(norms)).mean() * direction / np.linalg.norm(direction)
+    assert np.linalg.norm(found["w0"] - expected) < TOLERANCE[codec] * np.linalg.norm(expected), f"{seed=}"
+    np.testing.assert_allclose(found["w1"], 2e-5, rtol=1e-5)
 
 
 def test_rounds_and_bases_do_not_mix(swarm):
@@ -104,6 +134,21 @@ def test_weights_come_from_capped_facts_and_not_from_messages(swarm):
     outcomes = [peer.outcome() for peer in peers]
     assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
     np.testing.assert_allclose(outcomes[0]["average"], 3 / 5, atol=1e-5)  # signed a lie: 3 times the median, no more
+
+
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_robust_rounds_follow_the_honest_majority_and_end_with_equal_bytes(swarm, codec):
+    peers = swarm.start(4, codec=codec, sizes=(3000,), robust=True)
+    generator = np.random.default_rng(seed := secrets.randbits(32))
+    honest = generator.normal(size=3000) + 0.3 * generator.normal(size=(3, 3000))
+    for peer, vector in zip(peers, [*honest, -1000 * honest[0]], strict=True):
+        peer.submit(vector, expected=4, quorum=4)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 4, reasons(outcomes)
+    assert all_equal(outcomes)
+    mean = honest.mean(0)
+    harm = np.linalg.norm(outcomes[0]["average"] - mean) / np.linalg.norm(mean)
+    assert harm < 0.35, f"{seed=}"  # the mean itself would be off by 250
 
 
 def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
