@@ -120,7 +120,7 @@ def tree() -> list[str]:
 
 def test_the_tree_in_the_readme_exists() -> None:
     paths = tree()
-    assert len(paths) > 60
+    assert len(paths) > 40
     assert not [path for path in paths if not (ROOT / path).exists()]
     assert not [path for path in paths if (ROOT / path).is_dir() != path.endswith("/")]
 
