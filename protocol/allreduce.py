@@ -41,10 +41,14 @@ class Account:
 
     Attributes:
         failed: peer id (base58) to the first reason it was left out of a part or did not return one.
+        proven: who sent this member what no honest peer sends.
+        missing: peer id to the reducers that say, or have seen, that it did not send them all its parts.
         whole: elements of the fragment that were averaged over every member.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
+    proven: set[str] = field(default_factory=set)
+    missing: dict[str, set[str]] = field(default_factory=dict)
     whole: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -189,6 +193,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
                 yield part
         except Refused as error:
             self.account.blame(sender, error.cause)
+            self.account.proven.add(sender)
             raise AllreduceException(f"{sender}: {error.cause}") from error
 
     async def _encode_once(self, part_index: int, average: Tensor) -> tuple[runtime_pb2.Tensor, Tensor]:
@@ -227,6 +232,8 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
             OSError,
         ) as error:
             cause = error.cause if isinstance(error, Refused) else str(error) or type(error).__name__
+            if isinstance(error, Refused) and peer_id != self.peer_id:
+                self.account.proven.add(name)
             self.account.blame(name, f"did not return its parts: {cause}")
             log.warning("reducer failed peer=%s: %s", name, cause)
             self.tensor_part_container.register_failed_reducer(peer_index)  # keeps the output's length; never used
@@ -235,7 +242,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         for part_index, part in enumerate(self.parts_for_local_averaging):
             average = await self.tensor_part_reducer.accumulate_part(peer_index, part_index, part)
             _, decoded = await self._encode_once(part_index, average)
-            self._note_inputs(self.tensor_part_reducer.included[part_index], part.numel())
+            self._note_inputs(self.tensor_part_reducer.included[part_index], part.numel(), peer_index)
             self.tensor_part_container.register_processed_part(peer_index, part_index, decoded)
 
     async def _exchange_with(self, peer_id: PeerID, peer_index: int) -> None:
@@ -260,7 +267,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
                     raise AllreduceException(f"returned {part_index} of {len(sizes)} parts") from None
                 part, included, received = await asyncio.to_thread(decode, message, size)
                 self.account.bytes_received += received
-                self._note_inputs(included, size)
+                self._note_inputs(included, size, peer_index)
                 self.tensor_part_container.register_processed_part(peer_index, part_index, part)
 
     async def _generate_input_for_peer(self, peer_index: int) -> AsyncIterator[averaging_pb2.AveragingData]:
@@ -282,13 +289,14 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
     def _share_of(self, included: int) -> int:
         return sum(share for i, share in enumerate(self._shares) if included >> i & 1)
 
-    def _note_inputs(self, included: int, elements: int) -> None:
+    def _note_inputs(self, included: int, elements: int, reducer: int) -> None:
         if self._share_of(included) == self._full_share:
             self.account.whole += elements
             return
         for i, name in enumerate(self._names):
             if not included >> i & 1:
                 self.account.blame(name, "is missing from an average")
+                self.account.missing.setdefault(name, set()).add(self._names[reducer])
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext

@@ -44,6 +44,7 @@ from .merging import Weighting, shares, weights
 from .outcome import Order, Report, Status
 from .parts import PartCodec
 from .process_death import end_with_parent
+from .reputation import suspects
 from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
@@ -283,6 +284,8 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 members,
                 facts,
                 failed={} if status is Status.COMPLETE else account.failed,
+                proven=tuple(sorted(account.proven)),
+                suspicion=suspects(account.missing, {fact.peer_id for fact in facts if fact.reduces}),
                 whole=account.whole,
                 matchmaking_seconds=matched,
                 bytes_sent=account.bytes_sent,

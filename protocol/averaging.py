@@ -279,6 +279,8 @@ class Averager:
             members=report.members,
             facts=report.facts,
             failed=report.failed,
+            proven=report.proven,
+            suspicion=report.suspicion,
             fraction=report.whole / numel,
             seconds=time.monotonic() - pending.submitted,
             matchmaking_seconds=report.matchmaking_seconds,

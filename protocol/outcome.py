@@ -32,6 +32,7 @@ class Outcome:
         facts: the members' verified facts, in the same order.
         failed: peer id to reason, for whoever kept the round from completing. Hand its keys to the next attempt's
             `avoid`, or let the directory drop the peer.
+        proven, suspicion: what `reputation.Reputation` is to hear of the round.
         fraction: of the fragment's elements, how many average every member.
         seconds: from submit to outcome; `matchmaking_seconds` of them to find the group.
         bytes_sent, bytes_received: encoded parts only.
@@ -44,6 +45,8 @@ class Outcome:
     members: tuple[str, ...] = ()
     facts: tuple[RoundFacts, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
+    proven: tuple[str, ...] = ()
+    suspicion: Mapping[str, float] = field(default_factory=dict)
     fraction: float = 0.0
     seconds: float = 0.0
     matchmaking_seconds: float = 0.0
@@ -76,6 +79,8 @@ class Report(msgspec.Struct, frozen=True):
     members: tuple[str, ...] = ()
     facts: tuple[RoundFacts, ...] = ()
     failed: dict[str, str] = {}
+    proven: tuple[str, ...] = ()
+    suspicion: dict[str, float] = {}
     whole: int = 0  # elements averaged over every member
     matchmaking_seconds: float = 0.0
     bytes_sent: int = 0

@@ -154,7 +154,8 @@ def test_robust_rounds_follow_the_honest_majority_and_end_with_equal_bytes(swarm
 def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
     peers = swarm.start(3, sizes=(3000,), faults={1: "nan"})
     vectors = [np.ones(3000), np.ones(3000), np.ones(3000)]
-    vectors[1][secrets.randbelow(3000)] = np.nan
+    for third in range(3):  # one in every reducer's part
+        vectors[1][1000 * third + secrets.randbelow(1000)] = np.nan
     for peer, vector in zip(peers, vectors, strict=True):
         peer.submit(vector, expected=3, quorum=3)
     outcomes = [peer.outcome() for peer in peers]
@@ -162,6 +163,7 @@ def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
     assert outcomes[1]["status"] != "complete"
     for outcome in (outcomes[0], outcomes[2]):
         assert peers[1].peer_id in outcome["failed"], reasons(outcomes)
+        assert outcome["proven"] == (peers[1].peer_id,)
         assert outcome["fraction"] < 1
     for i in (0, 2):
         peers[i].submit(np.ones(3000), attempt=1, expected=2, avoid=[peers[1].peer_id])
