@@ -1,4 +1,4 @@
-"""Sketches between the owners of an in-process swarm, by function calls: nothing is late, lost or refused.
+"""Sketches between the owners of an in-process swarm, by function calls: nothing is lost or refused.
 
 Rows pass through their wire bytes. Gradient sketches are added up in float32, as averaging without a codec would.
 """
@@ -6,8 +6,10 @@ Rows pass through their wire bytes. Gradient sketches are added up in float32, a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..kernels.sketch import RowSketch
 from ..node.composer import Composer
@@ -18,6 +20,40 @@ from ..node.sketching import SketchCollector
 
 MAX_ROWS = 1 << 16  # of one expert in one sketch
 GRADIENT_BYTES = 2  # a number, at float16's width
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """One composer's sketches of one slot, on their way."""
+
+    owner: ExpertOwner
+    sender: str
+    slot: int
+    sketches: Mapping[int, RowSketch]
+    tokens: int
+    step: int
+
+    def arrive(self, age: int) -> None:
+        """`age`: versions published since the stand-ins that they were taken at."""
+        self.owner.hear(self.sender, self.slot, self.sketches, tokens=self.tokens, step=self.step, age=age)
+
+
+@dataclass(frozen=True)
+class SentMean:
+    """A slot's mean gradients, on their way."""
+
+    owner: ExpertOwner
+    slot: int
+    gradients: Mapping[int, tuple[Tensor, Tensor]]
+    tokens: int
+    step: int
+
+    def arrive(self, age: int) -> None:
+        """Nothing is corrected, whatever `age`."""
+        self.owner.hear_mean("0", self.slot, self.gradients, tokens=self.tokens, step=self.step)
+
+
+Sent = SentRows | SentMean
 
 
 class RowDelivery:
@@ -33,9 +69,10 @@ class RowDelivery:
         for composer, collector in zip(composers, self._collectors, strict=True):
             composer.collector = collector
 
-    def deliver(self) -> int:
-        """Bring what has been collected to the owners; returns the bytes of the sketches."""
+    def send(self) -> tuple[int, list[Sent]]:
+        """What has been collected, and the bytes of its sketches."""
         sent = 0
+        under_way: list[Sent] = []
         for i, (composer, collector) in enumerate(zip(self._composers, self._collectors, strict=True)):
             slots = [slot for slot in self._owners if slot not in composer.owned]
             for slot, collected in collector.take(dict.fromkeys(slots, 1.0)).items():
@@ -46,8 +83,8 @@ class RowDelivery:
                     layer: RowSketch.from_bytes(data, hidden=hidden, max_rows=MAX_ROWS)
                     for layer, data in enumerate(wire)
                 }
-                self._owners[slot].hear(str(i), slot, sketches, tokens=collected.tokens, step=composer.step)
-        return sent
+                under_way.append(SentRows(self._owners[slot], str(i), slot, sketches, collected.tokens, composer.step))
+        return sent, under_way
 
 
 class GradientDelivery:
@@ -61,8 +98,8 @@ class GradientDelivery:
         for composer, collector in zip(composers, self._collectors, strict=True):
             composer.collector = collector
 
-    def deliver(self) -> int:
-        """Bring every owner the interval's gradients; returns bytes: every sketch once in, their mean once out."""
+    def send(self) -> tuple[int, list[Sent]]:
+        """The interval's gradients. Bytes: every sketch once in, their mean once out."""
         layers = range(self._form.shape.num_layers)
         projections = self._form.projections(self._collectors[0].interval)
         arrived: dict[int, list[CollectedGradient]] = {slot: [] for slot in self._owners}
@@ -70,10 +107,10 @@ class GradientDelivery:
             slots = [slot for slot in self._owners if slot not in composer.owned]
             for slot, collected in collector.take(dict.fromkeys(slots, layers)).items():
                 arrived[slot].append(collected)
+        under_way: list[Sent] = []
         for slot, parts in arrived.items():
             tokens = sum(part.tokens for part in parts)
             mean = torch.stack([part.flat for part in parts]).sum(0) / tokens
             gradients = {layer: projections.rebuild(mean.view(len(layers), -1)[layer]) for layer in layers}
-            owner = self._owners[slot]
-            owner.hear_mean("0", slot, gradients, tokens=tokens, step=self._composers[0].step)
-        return sum((len(parts) + 1) * GRADIENT_BYTES * self._form.numel for parts in arrived.values())
+            under_way.append(SentMean(self._owners[slot], slot, gradients, tokens, self._composers[0].step))
+        return sum((len(parts) + 1) * GRADIENT_BYTES * self._form.numel for parts in arrived.values()), under_way

@@ -1,12 +1,13 @@
 """A swarm in one process: the node's own composers, workers, codecs and merging, with function calls for a network.
 
 Every composer takes one inner step in turn; deltas and sketches pass through their wire bytes, and rounds through the
-pure merging code. Sketches of a step reach the owner before it takes that step: there is no lateness and no loss. So
-what this shows is the method, and what the real node loses against it is the network's doing.
+pure merging code. Sketches of a step reach the owner before it takes that step, and nothing is lost. So what this
+shows is the method, and what the real node loses against it is the network's doing; `late` is a part of that.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from ..protocol.fragments import Fragment
 from ..protocol.merging import Facts, shares, weights
 from ..protocol.parts import PartCodec
 from ..protocol.robust import robust_mean
-from .delivery import GradientDelivery, RowDelivery
+from .delivery import GradientDelivery, RowDelivery, Sent
 from .seeding import Seed
 
 NextBatch = Callable[[], Tensor]
@@ -48,6 +49,7 @@ class InProcessSwarm:
     Args:
         seed: what everybody starts from; by default the run's initial weights.
         flippers: so many composers, the first ones, bring the opposite of what they learned into every round.
+        late: steps that sketches and deltas are under way.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class InProcessSwarm:
         workers: Sequence[Sequence[int]] = (),
         seed: Seed | None = None,
         flippers: int = 0,
+        late: int = 0,
     ) -> None:
         self.manifest = manifest
         self.replicas = bool(owned[0]) and all(set(slots) == set(owned[0]) for slots in owned)
@@ -76,7 +79,10 @@ class InProcessSwarm:
                 start.start_worker(worker, slots, self.composers[0])
         self.flippers = flippers
         self.bytes = Bytes()
-        self._publications = 0
+        self._late = late
+        self._sketches: deque[tuple[int, int, list[Sent]]] = deque()  # due step, version that they were taken at
+        self._deltas: deque[tuple[int, list[tuple[int, list[bytes]]]]] = deque()  # due step, by slot
+        self._published = self._applied = 0  # versions of all stand-ins
         self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
         if self.replicas and manifest.outer.merge == "radial":
             self._note_experts()
@@ -103,7 +109,8 @@ class InProcessSwarm:
             losses = self._step(step)
             self._share_counts()
             if step % publish_every == 0 and not self.replicas:
-                self._publish()
+                self._publish(step)
+            self._apply_deltas(step)
             if step % due_every == 0 and len(self.composers) > 1:
                 self._round(rounds % len(self.composers[0].fragments))
                 rounds += 1
@@ -116,7 +123,13 @@ class InProcessSwarm:
         for composer in self.composers:
             composer.compute()
         if self.delivery is not None and step % self.delivery.every == 0:
-            self.bytes.sketches += self.delivery.deliver()
+            nbytes, sent = self.delivery.send()
+            self.bytes.sketches += nbytes
+            self._sketches.append((step + self._late, self._applied, sent))
+        while self._sketches and self._sketches[0][0] <= step:
+            _, version, arrived = self._sketches.popleft()
+            for each in arrived:
+                each.arrive(self._published - version)
         losses = [composer.apply().loss for composer in self.composers]
         for worker in self.workers:
             if worker.has_work():
@@ -131,13 +144,20 @@ class InProcessSwarm:
             for composer, own in zip(self.composers, known, strict=True):
                 composer.swarm_counts = total - own
 
-    def _publish(self) -> None:
-        self._publications += 1
+    def _publish(self, step: int) -> None:
+        self._published += 1
+        deltas: list[tuple[int, list[bytes]]] = []
         for sender in self.owners:
-            if self._publications % FIDELITY_EVERY == FIRST_FIDELITY:
+            if self._published % FIDELITY_EVERY == FIRST_FIDELITY:
                 sender.fidelity()  # as the node measures it: before it publishes
-            for slot, layers in sender.publish().items():
-                self.bytes.deltas += sum(map(len, layers))
+            deltas.extend(sender.publish().items())
+        self.bytes.deltas += sum(len(delta) for _, layers in deltas for delta in layers)
+        self._deltas.append((step + self._late, deltas))
+
+    def _apply_deltas(self, step: int) -> None:
+        while self._deltas and self._deltas[0][0] <= step:
+            self._applied += 1
+            for slot, layers in self._deltas.popleft()[1]:
                 for receiver in self.composers:
                     if slot in receiver.owned:
                         continue

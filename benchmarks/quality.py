@@ -90,6 +90,7 @@ class Comparison:
         windows: held-out windows.
         workers: that share the experts where composers own none.
         flippers: composers that send the opposite of what they learned.
+        late: steps that sketches and deltas are under way.
         seed_steps: centralized steps before anybody starts. `manifest.train.steps` has them too; optimizers start anew.
     """
 
@@ -102,8 +103,9 @@ class Comparison:
         workers: int = 2,
         seed_steps: int = 0,
         flippers: int = 0,
+        late: int = 0,
     ) -> None:
-        self.manifest, self.flippers = manifest, flippers
+        self.manifest, self.flippers, self.late = manifest, flippers, late
         self.num_composers, self.num_workers = composers, workers
         self.seed_steps = seed_steps
         corpus = load_corpus(manifest.data.corpus)
@@ -184,7 +186,8 @@ class Comparison:
             owned = [everything[i :: self.num_composers] for i in range(self.num_composers)]
         start = 0 if seed is None else seed.step
         sources = [self.batches(i, start).next for i in range(self.num_composers)]
-        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed, flippers=self.flippers)
+        faults = {"flippers": self.flippers, "late": self.late}
+        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed, **faults)
 
 
 def markdown(results: list[Result], *, tokens: int) -> str:
@@ -215,6 +218,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed-steps", type=int, default=0, help="centralized steps that everybody starts from")
     parser.add_argument("--flippers", type=int, default=0, help="composers that send the opposite of what they learned")
+    parser.add_argument("--late", type=int, default=0, help="steps that sketches and deltas are under way")
     parser.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE", help="a fact of the manifest")
     parser.add_argument("--preset", default="bench", help="gives everything that is not said here")
     parser.add_argument("--every", type=int, help="H: inner steps between merges of a fragment")
@@ -257,6 +261,7 @@ def main() -> None:
         workers=arguments.workers,
         seed_steps=arguments.seed_steps,
         flippers=arguments.flippers,
+        late=arguments.late,
     )
     tokens = comparison.tokens
     results: list[Result] = []

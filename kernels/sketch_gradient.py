@@ -9,8 +9,9 @@ Shapes: N rows of all sketches, D hidden, F width of the expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import get_args
 
 import torch
@@ -29,11 +30,13 @@ class Taught:
     Attributes:
         kappa: of the correction.
         factor: of the sketch's gradient in the sum.
+        standin: gate_up and down, of any width, that its rows were taken at. Needed where kappa is not 0.
     """
 
     sketch: RowSketch
     kappa: float = 0.0
     factor: float = 1.0
+    standin: tuple[Tensor, Tensor] | None = None
 
 
 def expert_gradient(
@@ -47,7 +50,7 @@ def expert_gradient(
     curvature: Curvature = "isotropic",
 ) -> tuple[Tensor, Tensor]:
     """Sum over one sketch's rows, each as often as it counts, of its token's gradient. See `sum_gradients`."""
-    return sum_gradients(gate_up, down, [Taught(sketch, kappa)], act, standin=standin, curvature=curvature)
+    return sum_gradients(gate_up, down, [Taught(sketch, kappa, standin=standin)], act, curvature=curvature)
 
 
 @torch.no_grad()
@@ -57,15 +60,14 @@ def sum_gradients(
     taught: Sequence[Taught],
     act: str = "silu",
     *,
-    standin: tuple[Tensor, Tensor] | None = None,
     curvature: Curvature = "isotropic",
 ) -> tuple[Tensor, Tensor]:
     """Sum over sketches of factor · (sum over rows, each as often as it counts, of the gradients of its token's loss).
 
     Args:
         gate_up, down: (2F, D) and (D, F), what the forward computes with; their dtype and device are used throughout.
-        taught: at least one sketch; second moments are each sketch's own.
-        standin: gate_up and down, of any width, that rows were taken at. Needed where a kappa is not 0.
+        taught: at least one sketch; second moments are each sketch's own. Neighbours with the same stand-in go through
+            it together.
 
     Returns:
         Gradients of gate_up and down. Divide by tokens for the gradient of a mean loss.
@@ -79,8 +81,8 @@ def sum_gradients(
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature {curvature!r} is not one of {', '.join(get_args(Curvature))}")
     for each in taught:
-        if not 0.0 <= each.kappa < math.inf or (each.kappa and standin is None):
-            raise ValueError(f"cannot correct with kappa {each.kappa} and {'no' if standin is None else 'a'} stand-in")
+        if not 0.0 <= each.kappa < math.inf or (each.kappa and each.standin is None):
+            raise ValueError(f"cannot correct with kappa {each.kappa} and {'a' if each.standin else 'no'} stand-in")
         if each.sketch.hidden != down.shape[0] or gate_up.shape != (2 * down.shape[1], down.shape[0]):
             raise ValueError(
                 f"rows of {each.sketch.hidden} for an expert of {tuple(gate_up.shape)} and {tuple(down.shape)}"
@@ -92,9 +94,8 @@ def sum_gradients(
     hg, hu = linear(x_ND, gate_up).chunk(2, dim=-1)
     act_NF = activate(hg)
     a_NF = act_NF * hu
-    if standin is not None and len(x_ND) and any(each.kappa for each in taught):
-        sg, su = linear(x_ND, standin[0].to(gate_up)).chunk(2, dim=-1)
-        error_ND = linear(a_NF, down) - linear(activate(sg) * su, standin[1].to(gate_up))
+    if len(x_ND) and any(each.kappa for each in taught):
+        error_ND = linear(a_NF, down) - _through_standins(x_ND, taught, activate)
         dy_ND = dy_ND + _curvatures(dy_ND, taught, curvature) * error_ND
     if any(each.factor != 1.0 or each.sketch.weights_N is not None for each in taught):
         dy_ND = dy_ND * _counts(taught, like=dy_ND)
@@ -109,6 +110,22 @@ def sum_gradients(
 def norm(*gradients: Tensor) -> float:
     """Of all of them together; NaN or infinity if a value is, or is too large to be squared."""
     return math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
+
+
+def _through_standins(x_ND: Tensor, taught: Sequence[Taught], activate: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N, D): S(x), zero where no correction is to be made."""
+    outputs, start = [], 0
+    for _, neighbours in groupby(taught, key=lambda each: id(each.standin) if each.kappa else None):
+        group = list(neighbours)
+        end = start + sum(each.sketch.num_rows for each in group)
+        rows_ND, standin = x_ND[start:end], group[0].standin
+        if standin is None or not group[0].kappa:
+            outputs.append(torch.zeros_like(rows_ND))
+        else:
+            sg, su = linear(rows_ND, standin[0].to(x_ND)).chunk(2, dim=-1)
+            outputs.append(linear(activate(sg) * su, standin[1].to(x_ND)))
+        start = end
+    return torch.cat(outputs)
 
 
 def _joined(parts: Sequence[Rows], like: Tensor) -> Tensor:

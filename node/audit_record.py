@@ -114,18 +114,21 @@ class AuditDesk:
 def message_of(
     slot: int, epoch: int, by_handle: Mapping[bytes, int], record: StepRecord, seq: int, standins: Mapping[int, bytes]
 ) -> AuditRecord:
-    experts = tuple(
-        AuditedExpert(
-            handle,
-            to_bytes(record.before[position]),
-            tuple(
-                AuditedSketch(used.sender, used.step, used.tokens, used.kappa, used.sketch.to_bytes())
-                for used in record.used.get(position, ())
-            ),
-            to_bytes(record.after[position]),
-            standins[position],
-        )
-        for handle, position in by_handle.items()
-        if position in record.before
-    )
-    return AuditRecord(slot, epoch, seq, record.step, record.learning_rate, record.clip, experts)
+    experts = []
+    for handle, position in by_handle.items():
+        if position not in record.before:
+            continue
+        versions = [standins[position]]
+        sketches = []
+        for used in record.used.get(position, ()):
+            taken_at = used.standin.to_bytes()
+            if taken_at not in versions:
+                versions.append(taken_at)
+            sketches.append(
+                AuditedSketch(
+                    used.sender, used.step, used.tokens, used.kappa, used.sketch.to_bytes(), versions.index(taken_at)
+                )
+            )
+        before, after = to_bytes(record.before[position]), to_bytes(record.after[position])
+        experts.append(AuditedExpert(handle, before, tuple(sketches), after, versions[0], tuple(versions[1:])))
+    return AuditRecord(slot, epoch, seq, record.step, record.learning_rate, record.clip, tuple(experts))

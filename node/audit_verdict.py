@@ -1,8 +1,9 @@
 """The auditor's arithmetic: a worker's step taken again from its record, with the code that workers run.
 
 What can be known without computing is checked before (`protocol/auditing.py`). The owner's word is taken for the state
-before the step, for the sketches of others and for the clip factor, which is over slots that no record shows: only
-bounds of it are checked. What comes out must be what the owner says came out, but for rounding.
+before the step, for the sketches of others and the older stand-ins that they were taken at, and for the clip factor,
+which is over slots that no record shows: only bounds of these are checked. What comes out must be what the owner says
+came out, but for rounding.
 
     ||after - recomputed||  <=  tolerance ||recomputed - before||  +  ROUNDING ||before||        in every matrix
 """
@@ -80,13 +81,15 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) 
                     return Finding.WRONG_UPDATE
         newest = known.published[max(known.published)] if known.published else {}
         for position, expert in enumerate(record.experts):
-            standin = standin_from_bytes(newest.get(expert.handle, expert.standin), like=like)
+            standins = [standin_from_bytes(newest.get(expert.handle, expert.standin), like=like)]
+            standins += replay.versions[position][1:]
             x_ND = torch.cat([torch.empty(0, replay.shape.hidden), *(s.x.dense() for s in sketches[position])])
             states = (before[position], (after[position].gate_up, after[position].down))
             computed = [expert_type(manifest.train)(*state).dense() for state in states]
-            fidelities = [_fidelity(x_ND, weights, standin, manifest, replay.shape.act) for weights in computed]
-            if max(fidelities) < manifest.trust.min_fidelity:
-                return Finding.POOR_STANDIN
+            for standin in standins:
+                fidelities = [_fidelity(x_ND, weights, standin, manifest, replay.shape.act) for weights in computed]
+                if max(fidelities) < manifest.trust.min_fidelity:
+                    return Finding.POOR_STANDIN
     except (Refused, ValueError):
         return Finding.MALFORMED
     return Finding.PASSED
@@ -139,8 +142,12 @@ class Replay(Worker):
                 checked_state(self.optimizer, weights.shape, under(f"{position}.{name}.", tensors))
                 for name, weights in (("gate_up", experts[-1].gate_up), ("down", experts[-1].down))
             ])  # fmt: skip
-        standins = [standin_from_bytes(expert.standin, like=like) for expert in record.experts]
-        publishers = self._make_publishers(0, experts, standins)
+        # By position: what was published when the step was taken, then earlier ones.
+        self.versions = [
+            [standin_from_bytes(data, like=like) for data in (expert.standin, *expert.past)]
+            for expert in record.experts
+        ]
+        publishers = self._make_publishers(0, experts, [versions[0] for versions in self.versions])
         held = self._hold(0, experts)
         self._begin_owning(0, held, publishers)
         for taken, (gate_up, down) in zip(held, states, strict=True):
@@ -150,6 +157,9 @@ class Replay(Worker):
     def _kappa(self, slot: int, position: int) -> float:
         return self._correction
 
+    def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
+        return self.versions[position][age]
+
     def take(self, sketches: list[list[RowSketch]]) -> Finding:
         """The recorded step. ValueError for a sketch that no owner could have taken in."""
         wanted = self.manifest.sketch.kappa
@@ -157,10 +167,10 @@ class Replay(Worker):
             for used, sketch in zip(expert.sketches, sketches[position], strict=True):
                 if used.kappa > KAPPA_ROUGH if wanted < 0 else used.kappa != wanted:
                     return Finding.WRONG_KAPPA
-                if sketch.pairs > used.tokens:
+                if sketch.pairs > used.tokens or used.past > len(expert.past):
                     return Finding.MALFORMED
                 self._correction = used.kappa
-                self.absorb(0, position, sketch, used.tokens)
+                self.absorb(0, position, sketch, used.tokens, used.past)
         self._set_gradients(0, [0])
         trained = [w for expert in self.experts_of(0) for w in (expert.gate_up, expert.down) if w.grad is not None]
         norm = torch.nn.utils.get_total_norm([w.grad for w in trained if w.grad is not None])

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..protocol.errors import Refused
+from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
 from ..protocol.messages import StandInSnapshot
 from ..protocol.ownership import Copy
 from .blobs import from_bytes, to_bytes
+from .logs import get_logger
 from .owning import SlotTensors
+
+log = get_logger(__name__)
+
+RETRY_SECONDS = 1.0  # after an attempt that failed
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,40 @@ class CopyStore:
     def __init__(self, folder: Path, saved: Mapping[int, Snapshot]) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.partial"):
+            left.unlink()
+        self._stores = itertools.count()
         self._saved = dict(saved)
         self._published: dict[int, StandInSnapshot] = {}
+        self._refreshing: dict[int, asyncio.Task[None]] = {}
         self.held: dict[int, Copy] = {slot: snapshot.copy for slot, snapshot in saved.items()}
+
+    def refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
+        """Fetch a newer copy and keep it, beside whatever else happens to the slot. Nothing if that is under way."""
+        if slot not in self._refreshing:
+            self._refreshing[slot] = asyncio.create_task(self._refresh(slot, fetch))
+
+    async def _refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
+        try:
+            await self.store(slot, await fetch())
+        except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
+            log.warning("slot.copy_failed", slot=slot, error=str(error))
+            await asyncio.sleep(RETRY_SECONDS)  # under way still: every bit of news would try it again
+        finally:
+            if self._refreshing.get(slot) is asyncio.current_task():
+                del self._refreshing[slot]
+
+    def stop_refreshing(self, slot: int) -> None:
+        """An owner that is gone must not keep the copy that there is from being used."""
+        task = self._refreshing.pop(slot, None)
+        if task is not None:
+            task.cancel()
 
     async def store(self, slot: int, snapshot: Snapshot) -> None:
         """Keep a copy, in place of an older one."""
         path = self._path(slot)
-        partial = path.with_suffix(".partial")
+        # A name of its own: a write whose task was cancelled goes on in its thread.
+        partial = path.with_suffix(f".{next(self._stores)}.partial")
         await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
         partial.replace(path)
         self._saved.pop(slot, None)
@@ -61,7 +93,8 @@ class CopyStore:
         return Snapshot(copy, tensors, published)
 
     def drop(self, slot: int) -> None:
-        """Forget a copy, if there is one."""
+        """Forget a copy, if there is one, and one that is on its way."""
+        self.stop_refreshing(slot)
         self.held.pop(slot, None)
         self._saved.pop(slot, None)
         self._published.pop(slot, None)

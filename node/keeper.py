@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -36,7 +37,7 @@ from ..protocol.records import Lease, LeaseRecord
 from ..protocol.standing import situation_of
 from ..protocol.transport.downloads import Resource
 from .blobs import from_bytes, to_bytes
-from .copies import CopyStore, Snapshot
+from .copies import RETRY_SECONDS, CopyStore, Snapshot
 from .links import Links
 from .logs import get_logger
 from .owning import ExpertOwner, SlotTensors
@@ -51,7 +52,6 @@ log = get_logger(__name__)
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 SNAPSHOT_SECONDS = 60.0
-RETRY_SECONDS = 1.0
 PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
 
 
@@ -138,8 +138,8 @@ class SlotKeeper(Generic[O]):
                     self._spawn(action.slot, self._take_over(action))
                 case RequestHandover(slot, from_peer, epoch):
                     self._spawn(slot, self._ask_for(slot, from_peer, epoch))
-                case KeepStandby():
-                    self._spawn(action.slot, self._keep_copy(action))
+                case KeepStandby(slot, owner):
+                    self._copies.refresh(slot, partial(self._fetch, owner, resources.snapshot(slot)))
         self._report()
 
     def _give_up_on(self, slot: int) -> None:
@@ -162,6 +162,7 @@ class SlotKeeper(Generic[O]):
         )
 
     def _spawn(self, slot: int, work: Awaitable[None]) -> None:
+        self._copies.stop_refreshing(slot)
         self._busy.add(slot)
 
         async def guarded() -> None:
@@ -261,12 +262,6 @@ class SlotKeeper(Generic[O]):
         if tensors is not None:
             # Until a standby has fetched the new owner's state this may be the only copy.
             self._spawn(slot, self._copies.store(slot, Snapshot(Copy(held, version), tensors, published)))
-
-    # -- copies ----------------------------------------------------------------------------------------------------
-
-    async def _keep_copy(self, action: KeepStandby) -> None:
-        snapshot = await self._fetch(action.owner, resources.snapshot(action.slot))
-        await self._copies.store(action.slot, snapshot)
 
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
         async with self._fetching:
@@ -388,6 +383,8 @@ class SlotKeeper(Generic[O]):
         self._leaving = True
         for task in list(self._tasks):  # what is not acquired by now stays with its owner
             task.cancel()
+        for slot in range(self.num_slots):
+            self._copies.stop_refreshing(slot)
         deadline = self._links.clock() + seconds
         while True:
             changed = self._links.news.next_change()

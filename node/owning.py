@@ -29,6 +29,7 @@ from ..kernels.ternary import TernaryExpert
 from .manifest import Manifest, TrainSpec
 from .model.init import ExpertShape, expert_shape
 from .optimizer import checked_state, put_state, take_state
+from .past_standins import PastStandIns
 from .sketch_sums import SketchSum
 from .step_record import StepRecorder, Used
 
@@ -52,6 +53,7 @@ class ExpertOwner(ABC):
         self.num_slots = self.shape.num_experts
         self.step = 0
         self.publishers: dict[int, list[Publisher]] = {}
+        self._past = PastStandIns()
         self.recorder = StepRecorder()
         self._fit_seed = fit_seed
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
@@ -103,15 +105,21 @@ class ExpertOwner(ABC):
 
     # -- sketches --------------------------------------------------------------------------------------------------
 
-    def hear(self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int) -> None:
+    def hear(
+        self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int, age: int = 0
+    ) -> None:
         """Take in one composer's sketches of a slot, by position, of its inner steps up to `step`.
+
+        Args:
+            age: versions that were published since the stand-ins that the rows were taken at.
 
         Raises:
             ValueError: see `absorb`; the slot's other positions may have taken theirs in.
         """
         for position, sketch in sketches.items():
-            self.absorb(slot, position, sketch, tokens)
-            self.recorder.note(slot, position, Used(sender, step, tokens, self._kappa(slot, position), sketch))
+            self.absorb(slot, position, sketch, tokens, age)
+            kappa, standin = self._kappa(slot, position), self._taken_at(slot, position, age)
+            self.recorder.note(slot, position, Used(sender, step, tokens, kappa, sketch, standin))
 
     def hear_mean(
         self, sender: str, slot: int, gradients: Mapping[int, tuple[Tensor, Tensor]], *, tokens: float, step: int
@@ -131,19 +139,20 @@ class ExpertOwner(ABC):
             routed = bool(d_gate_up.any() or d_down.any())
             self.absorb_gradient(slot, position, d_gate_up * tokens, d_down * tokens, tokens=tokens, rows=int(routed))
 
-    def absorb(self, slot: int, position: int, sketch: RowSketch, tokens: int) -> None:
+    def absorb(self, slot: int, position: int, sketch: RowSketch, tokens: int, age: int = 0) -> None:
         """Take in what another peer's tokens teach one expert; the next step uses it, unless it would spoil the step.
 
         Args:
             sketch: of the rows routed to it, possibly none.
             tokens: over which they were routed, whether to this expert or not.
+            age: see `hear`.
 
         Raises:
             ValueError: the slot is not owned, or the tokens come to nothing; nothing has changed then.
         """
         self.experts_of(slot)
         held = self._sums.get((slot, position)) or SketchSum()
-        held.add(sketch, tokens, self._kappa(slot, position))
+        held.add(sketch, tokens, self._kappa(slot, position), self._taken_at(slot, position, age))
         self._sums[slot, position] = held
         if held.is_full:
             self._settle(slot, position)
@@ -180,6 +189,9 @@ class ExpertOwner(ABC):
         fidelity = self._fidelity.get((slot, position))
         return 0.0 if fidelity is None else kappa_for(fidelity)
 
+    def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
+        return self._past.at(slot, position, age)
+
     @torch.no_grad()
     def _set_gradients(self, own_tokens: int, slots: Collection[int]) -> None:
         """Turn the experts' own mean gradients and the sums of sketches into one mean."""
@@ -213,9 +225,10 @@ class ExpertOwner(ABC):
             for position, (publisher, expert) in enumerate(
                 zip(self.publishers[slot], self.experts_of(slot), strict=True)
             ):
-                self._settle(slot, position)  # rows that wait were taken at what is published now
+                self._settle(slot, position)  # it shows the publisher rows to fit on
                 publisher.refit(expert)
                 layers.append(publisher.delta(expert))
+            self._past.note(slot, self.publishers[slot])
             deltas[slot] = layers
         return deltas
 
@@ -262,6 +275,7 @@ class ExpertOwner(ABC):
 
     def _begin_owning(self, slot: int, experts: Sequence[DenseExpert], publishers: list[Publisher]) -> None:
         self.publishers[slot] = publishers
+        self._past.note(slot, publishers)
         group = self.optimizer.param_groups[0]  # matrices, with weight decay
         group["params"].extend(t for expert in experts for t in (expert.gate_up, expert.down))
 
@@ -357,6 +371,7 @@ class ExpertOwner(ABC):
             self._sums.pop((slot, position), None)
             self._fidelity.pop((slot, position), None)
         del self.publishers[slot]
+        self._past.forget(slot)
         self._frozen.discard(slot)
         self._let_go(slot, published)
 

@@ -98,12 +98,14 @@ class SketchReceiver(Generic[O]):
 
     def _drain(self, owner: O) -> None:
         self._asked_to_drain = False  # first, so that what comes from now on asks again
-        for item in self._inbox.take(self._held()):
+        held = self._held()
+        for item in self._inbox.take(held):
             if item.slot not in owner.owned:
                 self._inbox.outdated["not-owner"] += 1
                 continue
             try:
-                owner.hear(item.sender, item.slot, dict(item.sketches), tokens=item.tokens, step=item.step)
+                age = held[item.slot].seq - item.seq
+                owner.hear(item.sender, item.slot, dict(item.sketches), tokens=item.tokens, step=item.step, age=age)
             except ValueError as error:
                 self._inbox.outdated["not-finite"] += 1
                 log.warning("sketch.refused", slot=item.slot, sender=item.sender, error=str(error))

@@ -1,7 +1,7 @@
 """What one owned expert was told since its last step: sketches as they came, and the sum of what they teach.
 
-Sketches wait until the step, or until many rows wait, and then go through the expert together (`sum_gradients`). What
-they teach is decided when they come: kappa is that of the moment, and the owner settles them before it publishes anew.
+Sketches wait until the step, or until many rows wait, and then go through the expert together (`sum_gradients`). How
+they are corrected is decided when they come: by kappa as it is then, against the stand-in that they were taken at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.experts import DenseExpert
-from ..kernels.interface import Publisher
+from ..kernels.interface import Publisher, StandIn
 from ..kernels.sketch import Curvature, RowSketch
 from ..kernels.sketch_gradient import Taught, norm, sum_gradients
 
@@ -29,6 +29,7 @@ class _Heard:
     sketch: RowSketch
     tokens: float
     kappa: float
+    standin: StandIn
 
 
 @dataclass
@@ -55,10 +56,13 @@ class SketchSum:
         """Whether so many rows wait that they should be settled before the step."""
         return self._waiting_rows >= SETTLE_ROWS
 
-    def add(self, sketch: RowSketch, tokens: float, kappa: float) -> None:
-        """A sketch of `tokens` tokens. ValueError if they come to nothing; nothing has changed then."""
+    def add(self, sketch: RowSketch, tokens: float, kappa: float, standin: StandIn) -> None:
+        """A sketch of `tokens` tokens, taken at `standin`, which is not to change any more.
+
+        Raises ValueError if the tokens come to nothing; nothing has changed then.
+        """
         _check_tokens(tokens, sketch.effective)
-        self._waiting.append(_Heard(sketch, tokens, kappa))
+        self._waiting.append(_Heard(sketch, tokens, kappa, standin))
         self._waiting_rows += sketch.num_rows
 
     def add_gradient(self, d_gate_up: Tensor, d_down: Tensor, *, tokens: float, rows: int) -> None:
@@ -85,15 +89,15 @@ class SketchSum:
         if not heard:
             return
         gate_up, down = (weights.detach() for weights in expert.dense())
-        standin = publisher.published.dense() if any(each.kappa for each in heard) else None
+        heard.sort(key=lambda each: id(each.standin))
         try:
             kept = heard
-            self._take(kept, gate_up, down, act, standin, curvature)
+            self._take(kept, gate_up, down, act, curvature)
         except ValueError:
             kept = []
             for each in heard:  # to find the one
                 try:
-                    self._take([each], gate_up, down, act, standin, curvature)
+                    self._take([each], gate_up, down, act, curvature)
                     kept.append(each)
                 except ValueError:
                     self.dropped += 1
@@ -107,14 +111,14 @@ class SketchSum:
         gate_up: Tensor,
         down: Tensor,
         act: str,
-        standin: tuple[Tensor, Tensor] | None,
         curvature: Curvature,
     ) -> None:
-        taught = [Taught(each.sketch, each.kappa, each.sketch.effective) for each in heard]
+        dense = {id(each.standin): each.standin.dense() for each in heard if each.kappa}
+        taught = [Taught(each.sketch, each.kappa, each.sketch.effective, dense.get(id(each.standin))) for each in heard]
         rows = sum(each.sketch.num_rows for each in heard)
         tokens = sum(each.sketch.effective * each.tokens for each in heard)
         if rows:
-            gradients = sum_gradients(gate_up, down, taught, act, standin=standin, curvature=curvature)
+            gradients = sum_gradients(gate_up, down, taught, act, curvature=curvature)
             self.add_gradient(*gradients, tokens=tokens, rows=rows)
         elif self.gate_up is None:
             self.gate_up, self.down, self.tokens = torch.zeros_like(gate_up), torch.zeros_like(down), tokens

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..kernels.sketch import RowSketch
+from ..kernels.standin import StandIn
 from .optimizer import take_state
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Used:
     tokens: int
     kappa: float
     sketch: RowSketch
+    standin: StandIn  # that it was taken at
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,10 @@ class Worker(ExpertOwner):
         self._told: dict[str, int] = {}  # by sender, the step of its last sketch
         self.slot_steps: dict[int, int] = {}  # by slot, the composers' step that it was last stepped for
 
-    def hear(self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int) -> None:
-        super().hear(sender, slot, sketches, tokens=tokens, step=step)
+    def hear(
+        self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int, age: int = 0
+    ) -> None:
+        super().hear(sender, slot, sketches, tokens=tokens, step=step, age=age)
         waiting = self._waiting.setdefault(slot, _Waiting(self._clock(), set()))
         waiting.senders.add(sender)
         waiting.rows += sum(sketch.num_rows for sketch in sketches.values())

@@ -25,6 +25,7 @@ MAX_LAYERS = 512
 HANDLE_BYTES = 8
 MAX_REFUSALS = 1024  # listed in one reply
 MAX_AUDITED_SKETCHES = 4096  # of one expert and step
+MAX_AUDITED_PAST = 64  # versions of a stand-in that these were taken at
 
 Slot = Annotated[int, Meta(ge=0, lt=MAX_SLOTS)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 48)]
@@ -243,6 +244,7 @@ class AuditedSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     tokens: Positive  # of that batch
     kappa: Annotated[float, Meta(ge=0.0, le=1e6)]  # of the correction
     rows: Annotated[bytes, Meta(max_length=MAX_SKETCH_BYTES)]  # as sent
+    past: Annotated[int, Meta(ge=0, le=MAX_AUDITED_PAST)] = 0  # taken at the expert's `standin`, or the n-th in `past`
 
 
 class AuditedExpert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -253,6 +255,7 @@ class AuditedExpert(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     sketches: Annotated[tuple[AuditedSketch, ...], Meta(max_length=MAX_AUDITED_SKETCHES)]  # in the order of use
     after: Annotated[bytes, Meta(min_length=8)]  # safetensors: masters
     standin: bytes  # StandIn.to_bytes(), published when the step was taken
+    past: Annotated[tuple[bytes, ...], Meta(max_length=MAX_AUDITED_PAST)] = ()  # earlier ones
 
 
 class AuditRecord(Message, frozen=True):

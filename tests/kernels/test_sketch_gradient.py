@@ -21,26 +21,36 @@ def sketch_of(num: int, codec: RowCodec = "int8", keep: int | None = None) -> Ro
 def test_the_sum_over_sketches_is_the_sum_of_their_gradients(
     codecs: tuple[RowCodec, ...], curvature: Curvature
 ) -> None:
-    """Whatever each counts as, however each was sampled, and with second moments of its own."""
+    """Whatever each counts as, however each was sampled, with second moments and stand-ins of their own."""
     expert = torch.randn(2 * WIDTH, HIDDEN).double(), torch.randn(HIDDEN, WIDTH).double()
-    standin = torch.randn(2 * 3, HIDDEN).double(), torch.randn(HIDDEN, 3).double()
+    first, second = (
+        (torch.randn(2 * width, HIDDEN).double(), torch.randn(HIDDEN, width).double()) for width in (3, WIDTH)
+    )
     taught = [
-        Taught(sketch_of(num, codecs[i % len(codecs)], keep), kappa, factor)
-        for i, (num, keep, kappa, factor) in enumerate(
-            [(9, None, 0.0, 1.0), (30, 8, 2.5, 0.3), (0, None, 4.0, 1.0), (1, None, 7.0, 0.5), (20, 0, 1.0, 0.0)]
+        Taught(sketch_of(num, codecs[i % len(codecs)], keep), kappa, factor, standin)
+        for i, (num, keep, kappa, factor, standin) in enumerate(
+            [
+                (9, None, 0.0, 1.0, None),
+                (30, 8, 2.5, 0.3, first),
+                (6, None, 1.5, 1.0, first),
+                (5, None, 0.0, 1.0, first),
+                (0, None, 4.0, 1.0, second),
+                (1, None, 7.0, 0.5, second),
+                (20, 0, 1.0, 0.0, first),
+            ]
         )
     ]
-    together = sum_gradients(*expert, taught, standin=standin, curvature=curvature)
+    together = sum_gradients(*expert, taught, curvature=curvature)
     for part, got in enumerate(together):
         each = [
-            t.factor * expert_gradient(*expert, t.sketch, kappa=t.kappa, standin=standin, curvature=curvature)[part]
+            t.factor * expert_gradient(*expert, t.sketch, kappa=t.kappa, standin=t.standin, curvature=curvature)[part]
             for t in taught
         ]
         torch.testing.assert_close(got, torch.stack(each).sum(0), rtol=1e-10, atol=1e-12)
 
 
 def test_one_sketch_of_many_that_is_not_finite_fails_the_sum() -> None:
-    expert = torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH)
+    expert = torch.rand(2 * WIDTH, HIDDEN), torch.rand(HIDDEN, WIDTH)  # positive: nothing is gated away
     buffer = RowBuffer(HIDDEN, "int8")
     buffer.add(torch.full((4, HIDDEN), 1e16), torch.full((4, HIDDEN), 1e16))
     with pytest.raises(ValueError, match="not finite"):

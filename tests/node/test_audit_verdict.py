@@ -59,7 +59,7 @@ class Case:
 def hear(worker: Worker, seed: int, *, keep: int | None = None) -> None:
     for number, sender in enumerate(SENDERS):
         sketches = {p: sketch_of(20, 100 * seed + 10 * number + p, keep) for p in range(LAYERS)}
-        worker.hear(sender, SLOT, sketches, tokens=TOKENS, step=STEP)
+        worker.hear(sender, SLOT, sketches, tokens=TOKENS, step=STEP, age=number % 2)
 
 
 def case_of(spec: Manifest, *, seed: int = 0, steps: int = 3, keep: int | None = None) -> Case:
@@ -141,6 +141,22 @@ def test_sketches_travel_as_they_came(case: Case) -> None:
     """The auditor compares digests of what it sent."""
     sent = [sketch_of(20, 100 * 3 + 10 * number).to_bytes() for number in range(len(SENDERS))]
     assert [used.rows for used in case.record.experts[0].sketches] == sent
+
+
+def test_sketches_are_corrected_against_the_stand_ins_that_they_were_taken_at() -> None:
+    """One of them travelled while the owner published; a record that hides it does not add up."""
+    case = case_of(manifest(kappa=3000.0))
+    [expert, *_] = case.record.experts
+    assert [used.past for used in expert.sketches] == [0, 1]
+    assert len(expert.past) == 1
+    assert case.judge() is Finding.PASSED
+    for past in (2, 64):
+        lie = with_sketches(case.record, lambda used, past=past: [msgspec.structs.replace(used[0], past=past), used[1]])
+        assert case.judge(lie) is Finding.MALFORMED
+    lie = with_sketches(case.record, lambda used: [msgspec.structs.replace(each, past=0) for each in used])
+    assert case.judge(lie) is Finding.WRONG_UPDATE
+    other = with_expert(case.record, past=(other_standin(case),))
+    assert case.judge(other) in (Finding.WRONG_UPDATE, Finding.POOR_STANDIN)
 
 
 def test_another_machines_rounding_passes(case: Case) -> None:

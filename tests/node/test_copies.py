@@ -54,6 +54,42 @@ def test_what_a_checkpoint_had_is_held_until_something_newer_comes(tmp_path: Pat
     asyncio.run(work())
 
 
+def test_a_copy_is_refreshed_beside_everything_else_and_can_be_had_meanwhile(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = CopyStore(tmp_path, {})
+        await store.store(2, snapshot(1))
+        asked, answer = 0, asyncio.get_running_loop().create_future()
+
+        async def fetch() -> Snapshot:
+            nonlocal asked
+            asked += 1
+            found: Snapshot = await answer
+            return found
+
+        store.refresh(2, fetch)
+        store.refresh(2, fetch)
+        await asyncio.sleep(0)
+        assert asked == 1
+        assert equal(await store.load(2), snapshot(1))
+        store.stop_refreshing(2)
+        answer = asyncio.get_running_loop().create_future()
+        store.refresh(2, fetch)
+        answer.set_result(snapshot(2))
+        async with asyncio.timeout(20):
+            await store._refreshing[2]
+        assert asked == 2
+        assert equal(await store.load(2), snapshot(2))
+        assert not store._refreshing
+
+    asyncio.run(work())
+
+
+def test_what_a_killed_peer_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "slot-2.7.partial").write_bytes(b"half")
+    CopyStore(tmp_path, {})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "NaN"])
 def test_a_damaged_copy_is_refused(damage: str, tmp_path: Path) -> None:
     async def work() -> None:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 from loopback import RUN, Loopback, LoopbackPeer, loopback
+from shoal.node.keeper import PARALLEL_FETCHES
 from shoal.node.manifest import Manifest, OwnershipSpec
 from shoal.node.state import Phase
 from shoal.protocol.identity import Identity
@@ -110,6 +111,27 @@ def test_a_deposed_owner_keeps_a_copy(kept: Kept) -> None:
         lambda: loser.keeper._copies.held.get(slot, Copy(0, 0)).epoch >= epoch or slot in loser.keeper.held,
         "it has a copy, or the slot again",
     )
+
+
+def test_an_owner_that_dies_while_its_slot_is_copied_is_succeeded_in_time(kept: Kept) -> None:
+    """The copy that there is must do: the one on its way may take as long as a fetch may."""
+    stayer, goner = kept.swarm.peers
+    slots = set(goner.keeper.held)
+    kept.step()
+    kept.swarm.until(lambda: slots <= set(stayer.keeper._copies.held), "every slot has a copy")
+
+    async def occupy() -> None:
+        for _ in range(PARALLEL_FETCHES):
+            await stayer.keeper._fetching.acquire()
+
+    async def stop(task: asyncio.Task[None]) -> None:
+        task.cancel()
+
+    kept.swarm.call(occupy())  # from now on fetches hang
+    kept.step()
+    kept.swarm.until(lambda: slots <= set(stayer.keeper._copies._refreshing), "newer copies are asked for")
+    kept.swarm.call(stop(kept.tasks.pop(goner.peer_id)))
+    kept.swarm.until(lambda: set(stayer.keeper.held) == set(range(SLOTS)), "the other took over")
 
 
 def test_a_claim_of_the_last_epoch_ends_nobody(kept: Kept) -> None:
