@@ -13,6 +13,7 @@ from shoal.kernels.experts import DenseExpert
 from shoal.kernels.sketch import RowSketch, kappa_for
 from shoal.kernels.sketch_gradient import expert_gradient
 from shoal.node.manifest import Manifest, SketchSpec
+from shoal.node.past_standins import KEPT
 from shoal.node.sketch_sums import SETTLE_ROWS
 from sketches import KINDS, OTHER, gradient, owner_of, rows, sketch_of, worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, manifest_of
@@ -189,6 +190,32 @@ def test_sketches_wait_within_bounds_where_no_step_is_taken(kind: str) -> None:
     parts = [expert_gradient(*weights, sketch) for sketch in sketches]
     tokens = sum(sketch.num_rows for sketch in sketches)
     close(grads(expert), tuple(sum(part[i] for part in parts) / tokens for i in range(2)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("age", [1, 2, KEPT + 3])
+def test_rows_that_were_under_way_are_corrected_against_an_earlier_standin(age: int) -> None:
+    """`age` versions ago; against the oldest there is where that is too long ago."""
+    manifest = msgspec.structs.replace(
+        manifest_of(standin={"kind": "narrow", "width_fraction": 0.5}), sketch=SketchSpec(kappa=3.0)
+    )
+    worker = worker_of(manifest)
+    versions = [worker.publishers[1][0].published.dense()]
+    for _ in range(KEPT + 1):
+        worker.publishers[1][0].observe(torch.randn(64, HIDDEN), torch.ones(64))
+        worker.publish([1])
+        versions.append(worker.publishers[1][0].published.dense())
+    sketch = sketch_of(*rows(20))
+    worker.absorb(1, 0, sketch, 64, age)
+    worker.absorb(1, 0, sketch, 64)
+    worker._set_gradients(0, [1])
+    expert = worker.experts_of(1)[0]
+    double = [w.detach().double() for w in (expert.gate_up, expert.down)]
+    late, fresh = (
+        expert_gradient(*double, sketch, kappa=3.0, standin=standin)
+        for standin in (versions[max(-1 - age, -KEPT)], versions[-1])
+    )
+    close(grads(expert), tuple((a + b) / 128 for a, b in zip(late, fresh, strict=True)))
+    assert float((late[1] - fresh[1]).norm()) > 0.01 * float(fresh[1].norm())
 
 
 def test_rows_are_corrected_against_the_standin_that_they_were_taken_at() -> None:
