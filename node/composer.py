@@ -98,6 +98,7 @@ class Composer(ExpertOwner):
         self.swarm_counts: Tensor | None = None  # (L, E) routed tokens of the other composers, newest known
         self.last_counts: Tensor | None = None  # (L, E) of this composer's last step
         self.collector: Collector | None = None  # hears of rows for experts that others own; None sends no sketches
+        self.on_computed: Callable[[Composer], None] | None = None  # called between the halves of each step
         self._computed: tuple[float, int, float] | None = None  # loss, tokens and seconds of `compute`
         self.optimizer = make_optimizer(self.train, self.backbone)
         for slot in sorted(owned):
@@ -121,6 +122,8 @@ class Composer(ExpertOwner):
     def train_step(self) -> StepReport:
         """One inner step: forward, backward, clip, AdamW."""
         self.compute()
+        if self.on_computed is not None:
+            self.on_computed(self)
         return self.apply()
 
     def compute(self) -> None:

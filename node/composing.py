@@ -138,6 +138,8 @@ class ComposerPeer:
             GradientReceiver(links, self.trainer, self.exchange, self.keeper, form, rounds)
             member.on_sketch_open = rounds.on_sketch_open
         self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
+        self._between_seconds = 0.0
+        composer.on_computed = self._on_computed
         if self.facts.manifest.sketch.kind == "rows":
             links.transport.answer_calls(self.receiver.answer)
         self.deposing = Deposing(links, audits=True)
@@ -265,10 +267,18 @@ class ComposerPeer:
 
     # -- the training thread ---------------------------------------------------------------------------------------
 
-    def _after_step(self, composer: Composer, report: StepReport) -> None:
+    def _on_computed(self, composer: Composer) -> None:
+        """Between the halves of a step: every step that a sketch waits makes it worth less."""
         began = time.perf_counter()
+        if isinstance(self.sender, SketchSender):
+            self.sender.after_compute(composer)
+        self.receiver.drain(composer)
+        self._between_seconds = time.perf_counter() - began
+
+    def _after_step(self, composer: Composer, report: StepReport) -> None:
+        began = time.perf_counter() - self._between_seconds
         self.exchange.after_step(composer)
-        if self.sender is not None:
+        if isinstance(self.sender, GradientSender):
             self.sender.after_step(composer)
         self.auditor.after_step(composer)
         self.outer.after_step(composer)

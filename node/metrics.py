@@ -242,6 +242,12 @@ METRICS: tuple[MetricSpec, ...] = (
         read=_each("sketch_rows"),
     ),
     MetricSpec(
+        name="shoal_sketch_age_versions",
+        kind="histogram",
+        help="Stand-ins that were published between the one that a slot's sketches were taken at and their use.",
+        read=_value("sketch_ages"),
+    ),
+    MetricSpec(
         name="shoal_sketch_rounds",
         kind="counter",
         labels=("outcome",),

@@ -69,7 +69,7 @@ class SketchReceiver(Generic[O]):
         self._links.state.count(Count.BYTES, batch.kind, "in", by=len(body))
         if reply.accepted and not self._asked_to_drain:
             self._asked_to_drain = True
-            self._trainer.ask(self._drain)
+            self._trainer.ask(self.drain)
         return messages.encode(reply)
 
     def _open(self, peer_id: str, body: bytes) -> SketchBatch:
@@ -96,7 +96,8 @@ class SketchReceiver(Generic[O]):
 
     # -- training thread -------------------------------------------------------------------------------------------
 
-    def _drain(self, owner: O) -> None:
+    def drain(self, owner: O) -> None:
+        """Let the owner hear what has come."""
         self._asked_to_drain = False  # first, so that what comes from now on asks again
         held = self._held()
         for item in self._inbox.take(held):
@@ -105,6 +106,7 @@ class SketchReceiver(Generic[O]):
                 continue
             try:
                 age = held[item.slot].seq - item.seq
+                self._links.state.record_sketch_age(age)
                 owner.hear(item.sender, item.slot, dict(item.sketches), tokens=item.tokens, step=item.step, age=age)
             except ValueError as error:
                 self._inbox.outdated["not-finite"] += 1

@@ -1,8 +1,9 @@
 """Sketches as a composer sends them: to each owner what its experts can learn from the tokens trained on here.
 
-On the training thread, every `sketch.every` steps, what was collected for the owners that can take some is packed and
-handed to the loop. One call per owner is under way at a time; meanwhile that owner's rows go on collecting. An owner's
-answer says how large a share of the rows to send from now on; a call that fails halves it.
+On the training thread, every `sketch.every` steps and as soon as the backward pass is done, what was collected for the
+owners that can take some is packed and handed to the loop. One call per owner is under way at a time; meanwhile that
+owner's rows go on collecting. An owner's answer says how large a share of the rows to send from now on; a call that
+fails halves it.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class SketchSender:
 
     # -- training thread -------------------------------------------------------------------------------------------
 
-    def after_step(self, composer: Composer) -> None:
+    def after_compute(self, composer: Composer) -> None:
         """Send what is due."""
-        if composer.step % self._every:
+        step = composer.step + 1  # the one that is being taken
+        if step % self._every:
             return
         now = time.monotonic()
         targets = {
@@ -74,7 +76,7 @@ class SketchSender:
         self._links.state.count(Count.SKETCH_ROWS, "out", by=rows)
         by_owner: dict[str, list[SketchBatch]] = defaultdict(list)
         for (owner, tokens, steps), slots in batches.items():
-            by_owner[owner].extend(split(composer.step, tokens, steps, slots))
+            by_owner[owner].extend(split(step, tokens, steps, slots))
         for owner, ready in by_owner.items():
             self._under_way.add(owner)
             self._links.loop.call_soon_threadsafe(self._send_soon, owner, ready)

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..protocol.errors import ShoalError
-from .series import Histogram, History, Rate
+from .series import VERSION_BOUNDS, Histogram, History, Rate
 
 LOSS_DECAY = 0.95  # of the moving average of the loss, per step
 
@@ -129,6 +129,7 @@ class PeerState:
         self._counts: dict[Count, dict[tuple[str, ...], float]] = {count: {} for count in Count}
         self._absorbed: dict[tuple[str, Count], dict[tuple[str, ...], float]] = {}
         self._round_seconds = Histogram()
+        self._sketch_ages = Histogram(VERSION_BOUNDS)
         self._last_round: dict[str, Any] | None = None
         self._committed_at: float | None = None
         self._checkpoint_seconds = Histogram()
@@ -234,6 +235,11 @@ class PeerState:
                 "round": round, "fragment": fragment, "members": members, "outcome": outcome,
                 "seconds": seconds, "at": now,
             }  # fmt: skip
+
+    def record_sketch_age(self, versions: int) -> None:
+        """A slot's sketches were taken in; so many stand-ins were published since the one that they were taken at."""
+        with self._lock:
+            self._sketch_ages.observe(versions)
 
     def record_checkpoint(self, *, step: int, seconds: float, nbytes: int) -> None:
         """A checkpoint is complete on disk."""
@@ -342,6 +348,7 @@ class PeerState:
                 ],
                 "transport_restarts": self._total(Count.TRANSPORT_RESTARTS),
                 "gossip_dropped": self._labelled(Count.GOSSIP_DROPPED),
+                "sketch_ages": self._sketch_ages.snapshot(),
                 "refusals": self._labelled(Count.REFUSALS),
                 "sketch_rows": self._labelled(Count.SKETCH_ROWS),
                 "sketch_rounds": self._labelled(Count.SKETCH_ROUNDS),

@@ -162,8 +162,6 @@ class LoopbackPeer:
 
     def _after_step(self, composer: Composer, report: StepReport) -> None:
         self.exchange.after_step(composer)
-        if self.sender is not None:
-            self.sender.after_step(composer)
         self.outer.after_step(composer)
 
     def send_sketches(self) -> None:
@@ -171,6 +169,7 @@ class LoopbackPeer:
         collector = SketchCollector(self.links.manifest.sketch, self.composer.shape, seed=secrets.randbits(30))
         self.composer.collector = collector
         self.sender = SketchSender(self.links, self.exchange, collector)
+        self.composer.on_computed = self.sender.after_compute
 
     def step(self, steps: int = 1) -> None:
         """Take inner steps, from any thread but the trainer's and the loop's."""
