@@ -28,6 +28,7 @@ from ..protocol.fragments import Fragment
 from ..protocol.merging import digest as digest_of
 from ..protocol.messages import RoundOpen
 from ..protocol.records import VoteRecord
+from ..protocol.reputation import Reputation
 from ..protocol.rounds import fragment_of, latest_commit, most_held, quorum, tally
 from .blobs import fragment_from_bytes
 from .composer import Composer, Entry
@@ -100,6 +101,7 @@ class OuterDriver:
         self._opened = -1  # the highest round that some peer was heard to open
         self._attempts: dict[int, int] = {}  # by round: the attempt to make next
         self._proposals: dict[int, _Proposal] = {}  # by fragment: voted for, not committed yet
+        self._reputation = Reputation(links.peer_id)
 
     # -- training thread -------------------------------------------------------------------------------------------
 
@@ -141,7 +143,7 @@ class OuterDriver:
 
     def on_round_open(self, sender: str, message: RoundOpen) -> None:
         """Another composer is looking for members: join between two steps, at its attempt."""
-        if sender not in self._links.active_composers():
+        if sender not in self._links.active_composers() or sender in self._shunned:
             return
         if message.round < self.next_round:
             self._repeat_votes()  # its sender has missed a commit
@@ -169,6 +171,7 @@ class OuterDriver:
             elif result.status is Status.COMPLETE:
                 outcome = "no_quorum"
                 self._attempts[number] = min(self._attempts.get(number, 0) + 1, MAX_ATTEMPT)
+            self._judge(result, committed=outcome == "committed")
         except (RoundFailed, ValueError) as error:  # the averager is gone, or the average is too large to be one
             log.warning("outer.round_failed", round=number, error=str(error))
         finally:
@@ -186,9 +189,26 @@ class OuterDriver:
                 steps=entry.steps, seconds=round(seconds, 2), detail=detail,
             )  # fmt: skip
 
+    @property
+    def _shunned(self) -> frozenset[str]:
+        return self._reputation.shunned(time.monotonic())
+
+    def _votes(self, index: int) -> dict[str, VoteRecord]:
+        shunned = self._shunned
+        return {peer: vote for peer, vote in self._links.votes(index).items() if peer not in shunned}
+
+    def _judge(self, result: Outcome, *, committed: bool) -> None:
+        """Remember what the round says about its members."""
+        if committed:
+            self._reputation.committed(result.members)
+        for peer in self._reputation.failed(result.proven, result.suspicion, time.monotonic()):
+            self._links.state.count(Count.REFUSALS, "round-spoiled")
+            log.warning("outer.shunned", peer=peer, reason=result.failed.get(peer, "keeps rounds from completing"))
+
     async def _average(self, number: int, entry: Entry) -> Outcome:
         index = fragment_of(number, len(self.held))
-        active = max(2, len(self._links.active_composers()))
+        composers = set(self._links.active_composers())
+        active, shunned = max(2, len(composers)), self._shunned
         attempt = self._attempts.get(number, 0)
         self._attempts = {n: a for n, a in self._attempts.items() if n >= number}
         opening = RoundOpen(round=number, attempt=attempt, fragment=index, step=entry.steps)
@@ -200,9 +220,10 @@ class OuterDriver:
             entry.vector,
             tokens=max(1, entry.tokens),
             steps=max(1, entry.steps),
-            expected=active,
+            expected=max(2, len(composers - shunned)),
             quorum=quorum(active),
             base=self.held[index].digest,
+            avoid=shunned,
             norms=entry.norms,
         )
         result = asyncio.wrap_future(future)
@@ -217,7 +238,7 @@ class OuterDriver:
 
     def _committed_elsewhere(self, index: int, number: int) -> bool:
         """A quorum has this round, or a later one of its fragment, already: nobody will come to average it again."""
-        votes = self._links.votes(index)
+        votes = self._votes(index)
         newest = latest_commit([votes], len(self.held), quorum(len(self._links.active_composers())))
         return newest is not None and newest >= number
 
@@ -269,7 +290,7 @@ class OuterDriver:
 
     async def catch_up(self, index: int) -> None:
         """Take the newest state of a fragment that a quorum backs: the proposal at hand, or fetched from a backer."""
-        votes = self._links.votes(index)
+        votes = self._votes(index)
         need, parts = quorum(len(self._links.active_composers())), len(self.held)
         number = latest_commit([votes], parts, need)
         if number is None:

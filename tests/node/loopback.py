@@ -61,12 +61,15 @@ class Meeting:
         self._lock = threading.Lock()
         self._waiting: dict[tuple[int, int, bytes], dict[str, tuple[Tensor, RoundFacts, Future[Outcome]]]] = {}
         self.absent: set[str] = set()  # peers that never find a group
+        self.spoilers: set[str] = set()  # peers whose parts are NaN
 
     def submit(self, peer: str, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
         future: Future[Outcome] = Future()
         if peer in self.absent:
             future.set_result(Outcome(Status.NO_GROUP, number, attempt))
             return future
+        if self.spoilers & set(facts["avoid"]):
+            self.absent |= self.spoilers  # whom somebody avoids stays alone here
         with self._lock:
             group = self._waiting.setdefault((number, attempt, facts["base"]), {})
             signed = RoundFacts(
@@ -82,7 +85,7 @@ class Meeting:
                 packed_norms=pack_norms(facts["norms"]),
             )
             group[peer] = (tensor.clone(), signed, future)
-            present = facts["expected"] - len(self.absent)
+            present = facts["expected"] - len(self.absent - set(facts["avoid"]))
             if len(group) < present:
                 timer = threading.Timer(MEETING_SECONDS, self.abandon, (peer, number))
                 timer.daemon = True
@@ -90,6 +93,12 @@ class Meeting:
                 return future
             del self._waiting[(number, attempt, facts["base"])]
         members = tuple(sorted(group))
+        if spoilers := self.spoilers & set(members):
+            for *_, waiting in group.values():
+                waiting.set_result(
+                    Outcome(Status.PARTIAL, number, attempt, members=members, proven=tuple(sorted(spoilers)))
+                )
+            return future
         share = shares(weights([signed for _, signed, _ in group.values()]))
         average = sum((t * (share[p] / sum(share.values())) for p, (t, *_) in sorted(group.items())), torch.zeros(()))
         for *_, waiting in group.values():

@@ -148,3 +148,21 @@ def test_peers_that_return_with_different_rounds_agree_again(swarm: Loopback, mo
     for peer in swarm.peers:
         more_steps(peer, 1)
     swarm.until(lambda: merged(swarm), "and merge on from there")
+
+
+def test_who_spoils_a_round_is_not_met_again_and_does_not_vote(swarm: Loopback) -> None:
+    """Its parts are NaN: without an end to that nothing would ever be committed again."""
+    first, second, liar = swarm.peers
+    swarm.until(lambda: merged(swarm), "nothing is pending")
+    before = first.outer.next_round
+    swarm.meeting.spoilers = {liar.peer_id}
+    for peer in (first, second):
+        more_steps(peer, 1)
+    swarm.until(
+        lambda: all(liar.peer_id in peer.outer._shunned for peer in (first, second)), "both have seen what it does"
+    )
+    swarm.until(lambda: first.outer.next_round > before + 1, "two rounds are committed without it")
+    assert liar.peer_id not in first.outer.held[0].members
+    assert liar.peer_id not in first.outer._votes(0)
+    assert first.links.state.snapshot()["refusals"]["round-spoiled"] == 1
+    assert not liar.outer._shunned - {first.peer_id, second.peer_id}
