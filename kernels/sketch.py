@@ -10,7 +10,7 @@ expert's own output, gate included. With E(x) = down (act(gate x) ⊙ up x) an e
 
 Correction. dy was taken at the output S(x) of the expert's stand-in. To first order the gradient at E(x) is
 dy + H (E(x) - S(x)), H the Hessian of the token's loss in the expert's output. H is unknown; its empirical Fisher
-estimate is the mean of dy dyᵀ, of which the diagonal's mean ("isotropic") or the diagonal is kept:
+estimate is the mean of dy dyᵀ, of which all is kept ("full"), the diagonal, or the diagonal's mean ("isotropic"):
 
     dy_E = dy + kappa · mean(dy²) · (E(x) - S(x))
 
@@ -37,10 +37,11 @@ from .codecs import LARGEST_CODE, LARGEST_SCALE, Int8Rows, quantise_rows, tensor
 from .sampling import inclusion_probabilities, systematic
 
 RowCodec = Literal["int8", "float16"]
-Curvature = Literal["isotropic", "diagonal"]
+Curvature = Literal["isotropic", "diagonal", "full"]
 
-# kappa falls from KAPPA_ROUGH at a fidelity of ROUGH to 0 at NEAR_EXACT.
-KAPPA_ROUGH = 20.0
+FOLLOWS_FIDELITY = -1.0  # in place of a kappa
+# It falls from KAPPA_ROUGH at a fidelity of ROUGH to 0 at NEAR_EXACT.
+KAPPA_ROUGH = 80.0
 ROUGH = 0.75
 NEAR_EXACT = 0.92
 

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from .codecs import Int8Rows
 from .experts import _ACTIVATIONS
-from .sketch import Curvature, Float16Rows, Rows, RowSketch
+from .sketch import FOLLOWS_FIDELITY, Curvature, Float16Rows, Rows, RowSketch, kappa_for
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Taught:
     """A sketch and how much its rows count.
 
     Attributes:
-        kappa: of the correction.
+        kappa: of the correction; FOLLOWS_FIDELITY: `kappa_for` the stand-in's fidelity on these rows.
         factor: of the sketch's gradient in the sum.
         standin: gate_up and down, of any width, that its rows were taken at. Needed where kappa is not 0.
     """
@@ -81,7 +81,8 @@ def sum_gradients(
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature {curvature!r} is not one of {', '.join(get_args(Curvature))}")
     for each in taught:
-        if not 0.0 <= each.kappa < math.inf or (each.kappa and each.standin is None):
+        possible = 0.0 <= each.kappa < math.inf or each.kappa == FOLLOWS_FIDELITY
+        if not possible or (each.kappa and each.standin is None):
             raise ValueError(f"cannot correct with kappa {each.kappa} and {'a' if each.standin else 'no'} stand-in")
         if each.sketch.hidden != down.shape[0] or gate_up.shape != (2 * down.shape[1], down.shape[0]):
             raise ValueError(
@@ -95,8 +96,9 @@ def sum_gradients(
     act_NF = activate(hg)
     a_NF = act_NF * hu
     if len(x_ND) and any(each.kappa for each in taught):
-        error_ND = linear(a_NF, down) - _through_standins(x_ND, taught, activate)
-        dy_ND = dy_ND + _curvatures(dy_ND, taught, curvature) * error_ND
+        y_ND = linear(a_NF, down)
+        error_ND = y_ND - _through_standins(x_ND, taught, activate)
+        dy_ND = dy_ND + _corrections(dy_ND, y_ND, error_ND, taught, curvature)
     if any(each.factor != 1.0 or each.sketch.weights_N is not None for each in taught):
         dy_ND = dy_ND * _counts(taught, like=dy_ND)
     u_NF = dy_ND @ down
@@ -149,17 +151,31 @@ def _counts(taught: Sequence[Taught], like: Tensor) -> Tensor:
     return torch.cat(columns)[:, None]
 
 
-def _curvatures(dy_ND: Tensor, taught: Sequence[Taught], curvature: Curvature) -> Tensor:
-    """kappa times the weighted mean of dy² over each sketch's rows: (N, 1), or (N, D) if diagonal."""
-    found = []
-    for each, rows_ND in zip(taught, torch.split(dy_ND, [each.sketch.num_rows for each in taught]), strict=True):
+def _corrections(
+    dy_ND: Tensor, y_ND: Tensor, error_ND: Tensor, taught: Sequence[Taught], curvature: Curvature
+) -> Tensor:
+    """(N, D): kappa H (E - S), with H of each sketch's own rows: mean dy dyᵀ, its diagonal, or the diagonal's mean.
+
+    Args:
+        y_ND: E(x).
+        error_ND: E(x) - S(x).
+    """
+    found, sizes = [], [each.sketch.num_rows for each in taught]
+    parts = zip(taught, *(torch.split(t, sizes) for t in (dy_ND, y_ND, error_ND)), strict=True)
+    for each, rows_ND, y_nD, error_nD in parts:
+        kappa = each.kappa
+        if kappa == FOLLOWS_FIDELITY:
+            size = norm(y_nD)
+            kappa = kappa_for(1.0 - norm(error_nD) / size) if size > 0 else 0.0
+        if not kappa or not len(rows_ND):
+            found.append(torch.zeros_like(rows_ND))
+            continue
         weights_N = each.sketch.weights_N
-        if not each.kappa or not len(rows_ND):
-            second_D = rows_ND.new_zeros(rows_ND.shape[1])
-        elif weights_N is None:
-            second_D = rows_ND.square().mean(0)
-        else:
-            second_D = (weights_N.to(rows_ND)[:, None] * rows_ND.square()).sum(0) / weights_N.sum().to(rows_ND)
-        row = each.kappa * (second_D if curvature == "diagonal" else second_D.mean().reshape(1))
-        found.append(row.expand(len(rows_ND), -1))
+        share_N1 = rows_ND.new_ones(len(rows_ND), 1) if weights_N is None else weights_N.to(rows_ND)[:, None]
+        share_N1 = kappa * share_N1 / share_N1.sum()
+        if curvature == "full":
+            found.append(error_nD @ (rows_ND.t() @ (share_N1 * rows_ND)))
+            continue
+        second_D = (share_N1 * rows_ND.square()).sum(0)
+        found.append(error_nD * (second_D if curvature == "diagonal" else second_D.mean()))
     return torch.cat(found)

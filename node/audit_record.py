@@ -125,9 +125,7 @@ def message_of(
             if taken_at not in versions:
                 versions.append(taken_at)
             sketches.append(
-                AuditedSketch(
-                    used.sender, used.step, used.tokens, used.kappa, used.sketch.to_bytes(), versions.index(taken_at)
-                )
+                AuditedSketch(used.sender, used.step, used.tokens, used.sketch.to_bytes(), versions.index(taken_at))
             )
         before, after = to_bytes(record.before[position]), to_bytes(record.after[position])
         experts.append(AuditedExpert(handle, before, tuple(sketches), after, versions[0], tuple(versions[1:])))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.experts import run_expert
 from ..kernels.interface import check_tensor
-from ..kernels.sketch import KAPPA_ROUGH, RowSketch
+from ..kernels.sketch import RowSketch
 from ..kernels.standin import StandIn, standin_from_bytes
 from ..protocol.auditing import Finding
 from ..protocol.errors import Refused
@@ -133,7 +133,6 @@ class Replay(Worker):
         self.record = record
         self.shape = replace(self.shape, num_layers=len(record.experts))
         self.step = record.step
-        self._correction = 0.0
         experts, states = [], []
         for position, expert in enumerate(record.experts):
             tensors = _named(position, from_bytes(expert.before, what="state"))
@@ -154,22 +153,15 @@ class Replay(Worker):
             put_state(self.optimizer, taken.gate_up, gate_up)
             put_state(self.optimizer, taken.down, down)
 
-    def _kappa(self, slot: int, position: int) -> float:
-        return self._correction
-
     def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
         return self.versions[position][age]
 
     def take(self, sketches: list[list[RowSketch]]) -> Finding:
         """The recorded step. ValueError for a sketch that no owner could have taken in."""
-        wanted = self.manifest.sketch.kappa
         for position, expert in enumerate(self.record.experts):
             for used, sketch in zip(expert.sketches, sketches[position], strict=True):
-                if used.kappa > KAPPA_ROUGH if wanted < 0 else used.kappa != wanted:
-                    return Finding.WRONG_KAPPA
                 if sketch.pairs > used.tokens or used.past > len(expert.past):
                     return Finding.MALFORMED
-                self._correction = used.kappa
                 self.absorb(0, position, sketch, used.tokens, used.past)
         self._set_gradients(0, [0])
         trained = [w for expert in self.experts_of(0) for w in (expert.gate_up, expert.down) if w.grad is not None]

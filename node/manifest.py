@@ -112,8 +112,8 @@ class SketchSpec(Spec, frozen=True, kw_only=True):
     codec: Literal["int8", "float16"] = "int8"  # of rows
     budget_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0  # rows of one composer and interval; 0 = all of them
     max_age: Count = 32  # published versions of a stand-in; older sketches are dropped
-    kappa: Annotated[float, Meta(ge=-1.0, le=1e6)] = -1.0  # of the correction; -1 follows the stand-in's fidelity
-    curvature: Literal["isotropic", "diagonal"] = "isotropic"  # of the correction
+    kappa: Annotated[float, Meta(ge=-1.0, le=1e6)] = -1.0  # of the correction; -1 follows each sketch's fidelity
+    curvature: Literal["isotropic", "diagonal", "full"] = "isotropic"  # of the correction
     patience_seconds: Positive = 1.0  # a worker steps an expert without the composers that it has not heard for so long
     rank: Count = 16  # of gradient sketches
     gradient_every: Count = 24  # inner steps between gradient sketches

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..kernels.experts import DenseExpert
 from ..kernels.interface import check_tensor
-from ..kernels.sketch import RowSketch, kappa_for
+from ..kernels.sketch import RowSketch
 from ..kernels.standin import Publisher, StandIn, make_publisher
 from ..kernels.ternary import TernaryExpert
 from .manifest import Manifest, TrainSpec
@@ -118,8 +118,8 @@ class ExpertOwner(ABC):
         """
         for position, sketch in sketches.items():
             self.absorb(slot, position, sketch, tokens, age)
-            kappa, standin = self._kappa(slot, position), self._taken_at(slot, position, age)
-            self.recorder.note(slot, position, Used(sender, step, tokens, kappa, sketch, standin))
+            used = Used(sender, step, tokens, sketch, self._taken_at(slot, position, age))
+            self.recorder.note(slot, position, used)
 
     def hear_mean(
         self, sender: str, slot: int, gradients: Mapping[int, tuple[Tensor, Tensor]], *, tokens: float, step: int
@@ -152,7 +152,7 @@ class ExpertOwner(ABC):
         """
         self.experts_of(slot)
         held = self._sums.get((slot, position)) or SketchSum()
-        held.add(sketch, tokens, self._kappa(slot, position), self._taken_at(slot, position, age))
+        held.add(sketch, tokens, self._taken_at(slot, position, age))
         self._sums[slot, position] = held
         if held.is_full:
             self._settle(slot, position)
@@ -177,17 +177,11 @@ class ExpertOwner(ABC):
         held = self._sums.get((slot, position))
         if held is not None:
             publisher, expert = self.publishers[slot][position], self.experts_of(slot)[position]
-            held.settle(expert, publisher, self.shape.act, self.manifest.sketch.curvature)
+            spec = self.manifest.sketch
+            held.settle(expert, publisher, self.shape.act, spec.kappa, spec.curvature)
             self.dropped_sketches += held.dropped
             held.dropped = 0
         return held
-
-    def _kappa(self, slot: int, position: int) -> float:
-        kappa = self.manifest.sketch.kappa
-        if kappa >= 0:
-            return kappa
-        fidelity = self._fidelity.get((slot, position))
-        return 0.0 if fidelity is None else kappa_for(fidelity)
 
     def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
         return self._past.at(slot, position, age)

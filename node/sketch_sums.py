@@ -1,7 +1,7 @@
 """What one owned expert was told since its last step: sketches as they came, and the sum of what they teach.
 
-Sketches wait until the step, or until many rows wait, and then go through the expert together (`sum_gradients`). How
-they are corrected is decided when they come: by kappa as it is then, against the stand-in that they were taken at.
+Sketches wait until the step, or until many rows wait, and then go through the expert together (`sum_gradients`), each
+corrected against the stand-in that it was taken at.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ SETTLE_ROWS = 4096  # waiting rows are bounded where no step is taken
 class _Heard:
     sketch: RowSketch
     tokens: float
-    kappa: float
     standin: StandIn
 
 
@@ -56,13 +55,13 @@ class SketchSum:
         """Whether so many rows wait that they should be settled before the step."""
         return self._waiting_rows >= SETTLE_ROWS
 
-    def add(self, sketch: RowSketch, tokens: float, kappa: float, standin: StandIn) -> None:
+    def add(self, sketch: RowSketch, tokens: float, standin: StandIn) -> None:
         """A sketch of `tokens` tokens, taken at `standin`, which is not to change any more.
 
         Raises ValueError if the tokens come to nothing; nothing has changed then.
         """
         _check_tokens(tokens, sketch.effective)
-        self._waiting.append(_Heard(sketch, tokens, kappa, standin))
+        self._waiting.append(_Heard(sketch, tokens, standin))
         self._waiting_rows += sketch.num_rows
 
     def add_gradient(self, d_gate_up: Tensor, d_down: Tensor, *, tokens: float, rows: int) -> None:
@@ -83,7 +82,7 @@ class SketchSum:
         self.tokens += tokens
         self.rows += rows
 
-    def settle(self, expert: DenseExpert, publisher: Publisher, act: str, curvature: Curvature) -> None:
+    def settle(self, expert: DenseExpert, publisher: Publisher, act: str, kappa: float, curvature: Curvature) -> None:
         """Add up what waits, and show its rows to the publisher. A sketch that would spoil the sum is dropped."""
         heard, self._waiting, self._waiting_rows = self._waiting, [], 0
         if not heard:
@@ -92,12 +91,12 @@ class SketchSum:
         heard.sort(key=lambda each: id(each.standin))
         try:
             kept = heard
-            self._take(kept, gate_up, down, act, curvature)
+            self._take(kept, gate_up, down, act, kappa, curvature)
         except ValueError:
             kept = []
             for each in heard:  # to find the one
                 try:
-                    self._take([each], gate_up, down, act, curvature)
+                    self._take([each], gate_up, down, act, kappa, curvature)
                     kept.append(each)
                 except ValueError:
                     self.dropped += 1
@@ -111,10 +110,11 @@ class SketchSum:
         gate_up: Tensor,
         down: Tensor,
         act: str,
+        kappa: float,
         curvature: Curvature,
     ) -> None:
-        dense = {id(each.standin): each.standin.dense() for each in heard if each.kappa}
-        taught = [Taught(each.sketch, each.kappa, each.sketch.effective, dense.get(id(each.standin))) for each in heard]
+        dense = {id(each.standin): each.standin.dense() for each in heard} if kappa else {}
+        taught = [Taught(each.sketch, kappa, each.sketch.effective, dense.get(id(each.standin))) for each in heard]
         rows = sum(each.sketch.num_rows for each in heard)
         tokens = sum(each.sketch.effective * each.tokens for each in heard)
         if rows:

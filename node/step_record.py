@@ -28,7 +28,6 @@ class Used:
     sender: str
     step: int
     tokens: int
-    kappa: float
     sketch: RowSketch
     standin: StandIn  # that it was taken at
 

@@ -50,7 +50,6 @@ class Finding(StrEnum):
     LEFT_OUT = "left-out"  # a sketch of the auditor that it had taken
     WRONG_RATE = "wrong-rate"
     WRONG_CLIP = "wrong-clip"
-    WRONG_KAPPA = "wrong-kappa"
     WRONG_UPDATE = "wrong-update"
     SILENT = "silent"  # silences, too many in a row
     # silences

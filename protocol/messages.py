@@ -242,7 +242,6 @@ class AuditedSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     sender: PeerId
     step: Step  # of the sender's SketchBatch
     tokens: Positive  # of that batch
-    kappa: Annotated[float, Meta(ge=0.0, le=1e6)]  # of the correction
     rows: Annotated[bytes, Meta(max_length=MAX_SKETCH_BYTES)]  # as sent
     past: Annotated[int, Meta(ge=0, le=MAX_AUDITED_PAST)] = 0  # taken at the expert's `standin`, or the n-th in `past`
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from shoal.kernels.experts import DenseExpert, apply_experts, run_expert
 from shoal.kernels.sketch import (
+    FOLLOWS_FIDELITY,
+    KAPPA_ROUGH,
     Float16Rows,
     RowBuffer,
     RowCodec,
@@ -331,9 +333,10 @@ def test_wrong_shapes_and_settings_are_refused() -> None:
         lambda: expert_gradient(gate_up[:-1], down, sketch),
         lambda: expert_gradient(gate_up, down, sketch, "relu"),
         lambda: expert_gradient(gate_up, down, sketch, kappa=1.0),
-        lambda: expert_gradient(gate_up, down, sketch, kappa=-1.0, standin=(gate_up, down)),
+        lambda: expert_gradient(gate_up, down, sketch, kappa=-2.0, standin=(gate_up, down)),
+        lambda: expert_gradient(gate_up, down, sketch, kappa=FOLLOWS_FIDELITY),
         lambda: expert_gradient(gate_up, down, sketch, kappa=math.nan, standin=(gate_up, down)),
-        lambda: expert_gradient(gate_up, down, sketch, curvature="full"),  # type: ignore[arg-type]
+        lambda: expert_gradient(gate_up, down, sketch, curvature="half"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match=r"."):
             call()
@@ -341,9 +344,9 @@ def test_wrong_shapes_and_settings_are_refused() -> None:
 
 
 def test_kappa_follows_fidelity() -> None:
-    assert kappa_for(-3.0) == kappa_for(0.75) == 20.0
+    assert kappa_for(-3.0) == kappa_for(0.75) == KAPPA_ROUGH
     assert kappa_for(0.92) == kappa_for(1.0) == kappa_for(float("nan")) == 0.0
-    assert kappa_for(0.835) == pytest.approx(10.0)
+    assert kappa_for(0.835) == pytest.approx(KAPPA_ROUGH / 2)
 
 
 def test_bytes_of_the_large_model_in_the_design() -> None:

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 import torch
 from shoal.kernels.experts import DenseExpert
-from shoal.kernels.sketch import RowSketch, kappa_for
+from shoal.kernels.sketch import RowSketch
 from shoal.kernels.sketch_gradient import expert_gradient
 from shoal.node.manifest import Manifest, SketchSpec
 from shoal.node.past_standins import KEPT
 from shoal.node.sketch_sums import SETTLE_ROWS
 from sketches import KINDS, OTHER, gradient, owner_of, rows, sketch_of, worker_of
-from tiny import HIDDEN, LAYERS, WIDTH, manifest_of
+from tiny import HIDDEN, WIDTH, manifest_of
 from torch import Tensor
 
 HALF = torch.finfo(torch.float16).eps  # relative error of a row's values
@@ -257,21 +257,7 @@ def test_what_is_not_owned_takes_nothing() -> None:
 # -- the correction ----------------------------------------------------------------------------------------------------
 
 
-def test_kappa_follows_the_fidelity_that_was_measured_last() -> None:
-    """Before the first measure there is none, and so no correction."""
-    manifest = manifest_of(standin={"kind": "narrow", "width_fraction": 0.125})
-    worker = worker_of(manifest)
-    assert worker._kappa(0, 0) == 0.0
-    worker.fidelity()
-    [*measured] = worker.fidelity_of(0)
-    assert len(measured) == LAYERS
-    assert [worker._kappa(0, p) for p in range(LAYERS)] == [kappa_for(f) for f in measured]
-    assert worker._kappa(0, 0) > 0
-    fixed = msgspec.structs.replace(manifest, sketch=SketchSpec(kappa=7.0))
-    assert worker_of(fixed)._kappa(0, 0) == 7.0
-
-
-@pytest.mark.parametrize("curvature", ["isotropic", "diagonal"])
+@pytest.mark.parametrize("curvature", ["isotropic", "diagonal", "full"])
 def test_the_correction_is_made_against_what_is_published(curvature: Any) -> None:
     manifest = msgspec.structs.replace(
         manifest_of(standin={"kind": "narrow", "width_fraction": 0.5}),

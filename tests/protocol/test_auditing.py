@@ -46,12 +46,12 @@ def log_of(*steps: int, taken: bool = True) -> SentLog:
 
 
 def mine(step: int, handle: bytes) -> AuditedSketch:
-    return AuditedSketch(ME, step, 64, 0.0, rows_of(step, handle))
+    return AuditedSketch(ME, step, 64, rows_of(step, handle))
 
 
 def record_of(*steps: int, **changes: Any) -> AuditRecord:
     """With a sketch of another composer, and the auditor's of these steps."""
-    theirs = AuditedSketch(OTHER, 7, 64, 0.0, b"rows")
+    theirs = AuditedSketch(OTHER, 7, 64, b"rows")
     experts = tuple(
         AuditedExpert(handle, b"8 bytes!", (theirs, *(mine(step, handle) for step in steps)), b"8 bytes!", b"")
         for handle in HANDLES
@@ -121,9 +121,9 @@ def test_a_sketch_left_out_between_two() -> None:
 
 
 def test_sketches_of_those_who_have_no_text() -> None:
-    strange = with_sketches(record_of(10), (AuditedSketch(WORKER, 7, 64, 0.0, b"rows"),))
+    strange = with_sketches(record_of(10), (AuditedSketch(WORKER, 7, 64, b"rows"),))
     assert check_claims(strange, ASKED, log_of(10), ROLES) is Finding.STRANGER
-    unknown = with_sketches(record_of(10), (AuditedSketch("12D3KooW" + "X" * 44, 7, 64, 0.0, b"rows"),))
+    unknown = with_sketches(record_of(10), (AuditedSketch("12D3KooW" + "X" * 44, 7, 64, b"rows"),))
     assert check_claims(unknown, ASKED, log_of(10), ROLES) is Finding.UNKNOWN_SENDER
 
 

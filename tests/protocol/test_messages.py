@@ -43,7 +43,7 @@ SNAPSHOT = StandInSnapshot(3, 2, 17, (b"one", b"two"), bytes(range(16)))
 SKETCH = SlotSketch(3, 2, 17, (ExpertSketch(b"handle-a", b"rows"), ExpertSketch(b"handle-b", b"")))
 
 PEER = "12D3KooW" + "A" * 44
-USED = AuditedSketch(PEER, 130, 512, 0.5, b"rows", 1)
+USED = AuditedSketch(PEER, 130, 512, b"rows", 1)
 AUDITED = AuditedExpert(b"handle-a", b"before..", (USED,), b"after...", b"copy", (b"old",))
 
 GOLDEN: list[tuple[Message, str]] = [
@@ -79,9 +79,9 @@ GOLDEN: list[tuple[Message, str]] = [
     ),
     (
         AuditRecord(3, 2, 17, 136, 0.5, 1.0, (AUDITED,)),
-        "97030211cc88cb3fe0000000000000cb3ff00000000000009196c40868616e646c652d61c4086265666f72652e2e9196d934"
+        "97030211cc88cb3fe0000000000000cb3ff00000000000009196c40868616e646c652d61c4086265666f72652e2e9195d934"
         "313244334b6f6f57414141414141414141414141414141414141414141414141414141414141414141414141414141414141"
-        "4141cc82cd0200cb3fe0000000000000c404726f777301c40861667465722e2e2ec404636f707991c4036f6c64",
+        "4141cc82cd0200c404726f777301c40861667465722e2e2ec404636f707991c4036f6c64",
     ),
     (
         Accusation(PEER, 3, 2, "wrong-update"),
