@@ -27,9 +27,10 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from heapq import merge
 
 from .view import LeaseClaim, wins
 
@@ -53,14 +54,7 @@ def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: i
     if not num_slots or not weights:
         return lists
     total = sum(weights.values())
-    ranked = sorted(
-        (
-            (-weight / math.log(u), peer, slot)
-            for peer, weight in weights.items()
-            for slot, u in _draws(peer, num_slots)
-        ),
-        reverse=True,
-    )
+    ranked = _Ranking(weights, num_slots)
     fair = {peer: num_slots * weight / total for peer, weight in weights.items()}
     bounds = {peer: max(math.ceil(share), int(share * SLACK)) for peer, share in fair.items()}
     scarce = total <= num_slots
@@ -73,25 +67,46 @@ def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: i
 
 
 def _match(
-    lists: list[list[str]], ranked: Sequence[tuple[float, str, int]], copies: int, bounds: Mapping[str, int]
+    lists: list[list[str]], ranked: Iterable[tuple[float, str, int]], copies: int, bounds: Mapping[str, int]
 ) -> None:
     """Adds the best peer with room to every owned slot with fewer than `copies` peers."""
     load = dict.fromkeys(bounds, 0)
     wanting = sum(len(peers) == copies - 1 for peers in lists)
+    if not wanting:
+        return
     for _, peer, slot in ranked:
-        if not wanting:
-            break
         if len(lists[slot]) == copies - 1 and load[peer] < bounds[peer] and peer not in lists[slot]:
             lists[slot].append(peer)
             load[peer] += 1
             wanting -= 1
+            if not wanting:
+                return
 
 
-def _draws(peer: str, num_slots: int) -> Iterable[tuple[int, float]]:
-    return enumerate(_uniform(peer, num_slots))
+class _Ranking:
+    """(1 / score, peer, slot) from the highest score down, as far as somebody reads.
+
+    With many peers every slot is taken long before the end; `read` has what was looked at.
+    """
+
+    def __init__(self, weights: Mapping[str, int], num_slots: int) -> None:
+        self.read: list[tuple[float, str, int]] = []
+        self._rest = merge(*(_descending(peer, weight, num_slots) for peer, weight in weights.items()))
+
+    def __iter__(self) -> Iterator[tuple[float, str, int]]:
+        yield from self.read
+        for pair in self._rest:
+            self.read.append(pair)
+            yield pair
 
 
-@lru_cache(maxsize=1024)
+def _descending(peer: str, weight: int, num_slots: int) -> Iterator[tuple[float, str, int]]:
+    draws = _uniform(peer, num_slots)
+    for slot in _ordered(peer, num_slots):
+        yield -math.log(draws[slot]) / weight, peer, slot
+
+
+@lru_cache(maxsize=4096)
 def _uniform(peer: str, num_slots: int) -> array[float]:
     """u in (0, 1) per slot. One hash yields eight draws; a slot's draw does not depend on `num_slots`."""
     draws: array[float] = array("d")
@@ -100,6 +115,13 @@ def _uniform(peer: str, num_slots: int) -> array[float]:
         # 53 bits: more would round to 1.0, whose logarithm is 0
         draws.extend(((int.from_bytes(digest[i : i + 8]) >> 11) + 0.5) / 2**53 for i in range(0, 64, 8))
     return draws[:num_slots]
+
+
+@lru_cache(maxsize=4096)
+def _ordered(peer: str, num_slots: int) -> array[int]:
+    """All slots, the largest draw first."""
+    draws = _uniform(peer, num_slots)
+    return array("L", sorted(range(num_slots), key=lambda slot: (-draws[slot], slot)))
 
 
 @dataclass(frozen=True)
