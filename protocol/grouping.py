@@ -168,7 +168,7 @@ def add(parts: Sequence[Sums]) -> Sums:
     )
 
 
-def sent_bytes(grid: Grid, member_bytes: int, sum_bytes: int) -> float:
+def sent_bytes(grid: Grid, member_bytes: float, sum_bytes: float) -> float:
     """What one peer sends in both halves, on average: an all-reduce of g sends 2 (g - 1) / g of a vector.
 
     Args:

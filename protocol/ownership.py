@@ -318,10 +318,10 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
         if slot in situation.busy:
             continue
         if claim is None:
-            if situation.now >= _free_turn(watch, situation, rules, slot):
+            if _may_claim(watch, situation, rules, slot):
                 free.append(ClaimFree(slot, 1))
         elif _abandoned(watch, situation, slot, claim):
-            if room > 0 and situation.now >= _orphan_turn(watch, situation, rules, slot, claim):
+            if room > 0 and _may_take_over(watch, situation, rules, slot, claim):
                 sources = tuple(p for p in listed if p != watch.me)
                 orphans.append(TakeOver(slot, claim.epoch + 1, situation.copies.get(slot), sources))
         elif claim.owner != watch.me:
@@ -363,35 +363,35 @@ def _restored(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) 
     return claim.owner == watch.me and copy is not None and copy.epoch >= claim.epoch
 
 
-def _orphan_turn(watch: Watch, situation: Situation, rules: Rules, slot: int, claim: LeaseClaim) -> float:
-    """When this peer may take an abandoned slot."""
+def _may_take_over(watch: Watch, situation: Situation, rules: Rules, slot: int, claim: LeaseClaim) -> bool:
+    """Whether it is this peer's turn to take an abandoned slot."""
     if _restored(watch, situation, slot, claim):
-        return situation.now
+        return True
     listed = situation.desired[slot]
     copy = situation.copies.get(slot)
     if copy is None:
-        turn = len(listed) + 1 + _rank(watch, situation, slot)
-    elif watch.me in listed and copy.epoch >= claim.epoch:
-        turn = listed.index(watch.me)
-    else:
-        turn = len(listed)
-    return claim.expires_at + turn * rules.grace
+        return _has_waited(watch, situation, rules, slot, claim.expires_at + (len(listed) + 1) * rules.grace)
+    turn = listed.index(watch.me) if watch.me in listed and copy.epoch >= claim.epoch else len(listed)
+    return situation.now >= claim.expires_at + turn * rules.grace
 
 
-def _free_turn(watch: Watch, situation: Situation, rules: Rules, slot: int) -> float:
-    """When this peer may claim a slot that nobody ever claimed."""
+def _may_claim(watch: Watch, situation: Situation, rules: Rules, slot: int) -> bool:
+    """Whether it is this peer's turn to claim a slot that nobody ever claimed."""
     if slot in watch.wanted_since:
-        return watch.wanted_since[slot] + rules.settle
-    return watch.free_since[slot] + rules.settle + (1 + _rank(watch, situation, slot)) * rules.grace
+        return situation.now >= watch.wanted_since[slot] + rules.settle
+    return _has_waited(watch, situation, rules, slot, watch.free_since[slot] + rules.settle + rules.grace)
 
 
-def _rank(watch: Watch, situation: Situation, slot: int) -> int:
-    """This peer's place among all live ones: the listed, then the others by their draw."""
+def _has_waited(watch: Watch, situation: Situation, rules: Rules, slot: int, first: float) -> bool:
+    """Whether it is this peer's turn if all live ones take turns from `first` on: the listed, then others by draw."""
     listed = situation.desired[slot]
     if watch.me in listed:
-        return listed.index(watch.me)
+        return situation.now >= first + listed.index(watch.me) * rules.grace
+    if situation.now < first + len(listed) * rules.grace:
+        return False  # whoever is next: to compare all peers for every slot would take long
     num_slots = len(situation.desired)
     mine = _uniform(watch.me, num_slots)[slot]
-    return len(listed) + sum(
+    before = sum(
         _uniform(peer, num_slots)[slot] > mine for peer in situation.live if peer != watch.me and peer not in listed
     )
+    return situation.now >= first + (len(listed) + before) * rules.grace

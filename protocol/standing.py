@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from .ownership import Copy, Situation, Watch, desired_owners
 from .records import VoteRecord
@@ -25,6 +25,14 @@ class Standing:
     leaving: frozenset[str]
     capacities: Mapping[str, int]  # of both, in slots; 0 for those that leave
     claims: Mapping[int, LeaseClaim]  # by slot: live and last known
+
+    def desired(self, num_slots: int, replication: int) -> Sequence[Sequence[str]]:
+        """See `ownership.desired_owners`."""
+        return _desired(num_slots, self._frozen, replication)
+
+    @cached_property
+    def _frozen(self) -> frozenset[tuple[str, int]]:
+        return frozenset(self.capacities.items())
 
 
 def standing_of(view: View, distrusted: Collection[str] = ()) -> Standing:
@@ -90,10 +98,11 @@ def situated(
     busy: Collection[int],
 ) -> Situation:
     """`situation_of` for a standing that is known already."""
-    capacities = standing.capacities
-    if capacities.get(watch.me) != capacity:
-        capacities = {**capacities, watch.me: capacity}
-    desired = _desired(num_slots, frozenset(capacities.items()), replication)
+    if standing.capacities.get(watch.me) == capacity:
+        desired = standing.desired(num_slots, replication)
+    else:  # the directory does not know yet
+        capacities = {**standing.capacities, watch.me: capacity}
+        desired = _desired(num_slots, frozenset(capacities.items()), replication)
     watch.observe(now, standing.claims, desired)
     return Situation(
         now=now,
