@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import merge
@@ -295,6 +295,8 @@ class Situation:
     held: Mapping[int, int]  # slots this peer owns now, with its epoch
     copies: Mapping[int, Copy]  # standby copies and slots found in its checkpoint
     busy: Collection[int] = ()  # slots with an acquisition under way, which `held` does not show yet
+    # `desired` with those that have fallen silent: its standbys may have copies. Called where a slot is abandoned.
+    former: Callable[[], Sequence[Sequence[str]]] = tuple
 
 
 def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
@@ -322,7 +324,8 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
                 free.append(ClaimFree(slot, 1))
         elif _abandoned(watch, situation, slot, claim):
             if room > 0 and _may_take_over(watch, situation, rules, slot, claim):
-                sources = tuple(p for p in listed if p != watch.me)
+                asked = dict.fromkeys((*listed, *(situation.former() or situation.desired)[slot]))
+                sources = tuple(peer for peer in asked if peer != watch.me)
                 orphans.append(TakeOver(slot, claim.epoch + 1, situation.copies.get(slot), sources))
         elif claim.owner != watch.me:
             wanted = watch.wanted_since.get(slot)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 from .ownership import Copy, Situation, Watch, desired_owners
-from .records import VoteRecord
+from .records import PeerRecord, VoteRecord
 from .view import LeaseClaim, View
 
 OWNING_ROLES = frozenset({"composer", "worker"})
@@ -25,10 +25,15 @@ class Standing:
     leaving: frozenset[str]
     capacities: Mapping[str, int]  # of both, in slots; 0 for those that leave
     claims: Mapping[int, LeaseClaim]  # by slot: live and last known
+    silent: Mapping[str, int]  # capacities of those that have fallen silent lately
 
     def desired(self, num_slots: int, replication: int) -> Sequence[Sequence[str]]:
         """See `ownership.desired_owners`."""
         return _desired(num_slots, self._frozen, replication)
+
+    def former(self, num_slots: int, replication: int) -> Sequence[Sequence[str]]:
+        """`desired` as it was with those that have fallen silent."""
+        return _desired(num_slots, frozenset({**self.silent, **self.capacities}.items()), replication)
 
     @cached_property
     def _frozen(self) -> frozenset[tuple[str, int]]:
@@ -37,18 +42,19 @@ class Standing:
 
 def standing_of(view: View, distrusted: Collection[str] = ()) -> Standing:
     """The view without what `distrusted` peers say."""
-    owners = {
-        peer: record
-        for peer, record in view.peers.items()
-        if record.role in OWNING_ROLES and record.phase not in ABSENT_PHASES and peer not in distrusted
-    }
+    owners = {p: record for p, record in view.peers.items() if _can_own(record) and p not in distrusted}
     leaving = frozenset(peer for peer, record in owners.items() if record.phase == "leaving")
     return Standing(
         live=frozenset(owners.keys() - leaving),
         leaving=leaving,
         capacities={peer: 0 if peer in leaving else record.capacity for peer, record in owners.items()},
         claims={**view.last_holders, **view.leases},
+        silent={p: record.capacity for p, record in view.absent.items() if _can_own(record) and p not in distrusted},
     )
+
+
+def _can_own(record: PeerRecord) -> bool:
+    return record.role in OWNING_ROLES and record.phase not in ABSENT_PHASES
 
 
 def situation_of(
@@ -113,6 +119,7 @@ def situated(
         held=held,
         copies=copies,
         busy=busy,
+        former=partial(standing.former, num_slots, replication),
     )
 
 

@@ -189,6 +189,7 @@ class Commits:
         chain.append(held.digest)
         measures = world.measures
         measures.commits += 1
+        measures.last_commit = world.now
         measures.rounds["committed"] += 1
         measures.round_seconds.append(world.now - state.opened)
         measures.coverage.append(state.coverage)

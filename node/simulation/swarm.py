@@ -27,6 +27,9 @@ STRAGGLER_STEP, STRAGGLER_UPLINK = 4.0, 0.1
 MESH_DEGREE = 6
 
 
+Kind = Literal["join", "crash", "leave", "restart", "cut"]
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that happens to a swarm.
@@ -39,7 +42,7 @@ class Fault:
     """
 
     at: float
-    kind: Literal["join", "crash", "leave", "restart", "cut"]
+    kind: Kind
     which: int = 0
     seconds: float = 0.0
     share: float = 0.0

@@ -98,6 +98,7 @@ class Measures:
     possible_tokens: float = 0.0  # of peers that join at once and merge everything
     peer_seconds: float = 0.0
     commits: int = 0
+    last_commit: float = 0.0  # when
     rounds: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # by outcome
     round_seconds: list[float] = field(default_factory=list)  # from opening to the first commit
     coverage: list[float] = field(default_factory=list)  # of committed rounds: weight in it, of all members' weight
