@@ -233,6 +233,7 @@ class Watch:
     free_since: dict[int, float] = field(default_factory=dict)  # first look at a slot that nobody ever claimed
     fair: dict[int, int] = field(default_factory=dict)  # epochs that the claims' owners can have come by honestly
     distrusted: set[str] = field(default_factory=set)  # peers
+    _desired: Sequence[Sequence[str]] = ()  # at the last look
 
     def observe(self, now: float, claims: Mapping[int, LeaseClaim], desired: Sequence[Sequence[str]]) -> None:
         """Takes in the directory's claims (live and last known, this peer's too) and the desired owners.
@@ -250,7 +251,9 @@ class Watch:
                 if known is None or known.owner != claim.owner:
                     self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + 1)
                 self.claims[slot] = claim
-        for slot, peers in enumerate(desired):
+        self.free_since = {slot: since for slot, since in self.free_since.items() if slot not in self.claims}
+        changed, self._desired = desired is not self._desired, desired or self._desired
+        for slot, peers in enumerate(desired if changed else ()):  # at most looks it has not
             _since(self.wanted_since, slot, now, bool(peers) and peers[0] == self.me)
             _since(self.unlisted_since, slot, now, self.me not in peers)
             _since(self.free_since, slot, now, slot not in self.claims)
@@ -362,8 +365,7 @@ def _abandoned(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim)
 
 def _restored(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) -> bool:
     """This peer owned the slot, restarted, and found its state on disk: nobody has a better claim."""
-    copy = situation.copies.get(slot)
-    return claim.owner == watch.me and copy is not None and copy.epoch >= claim.epoch
+    return claim.owner == watch.me and (copy := situation.copies.get(slot)) is not None and copy.epoch >= claim.epoch
 
 
 def _may_take_over(watch: Watch, situation: Situation, rules: Rules, slot: int, claim: LeaseClaim) -> bool:
@@ -392,9 +394,6 @@ def _has_waited(watch: Watch, situation: Situation, rules: Rules, slot: int, fir
         return situation.now >= first + listed.index(watch.me) * rules.grace
     if situation.now < first + len(listed) * rules.grace:
         return False  # whoever is next: to compare all peers for every slot would take long
-    num_slots = len(situation.desired)
-    mine = _uniform(watch.me, num_slots)[slot]
-    before = sum(
-        _uniform(peer, num_slots)[slot] > mine for peer in situation.live if peer != watch.me and peer not in listed
-    )
+    draws = {peer: _uniform(peer, len(situation.desired))[slot] for peer in (*situation.live, watch.me)}
+    before = sum(draw > draws[watch.me] for peer, draw in draws.items() if peer not in listed)
     return situation.now >= first + (len(listed) + before) * rules.grace

@@ -232,7 +232,7 @@ class RoundLife:
         world, number = self._world, run.meeting.round
         row_of = {peer: index for index, row in enumerate(run.grid.rows) for peer in row}
         present = {peer for peer in run.members if peer not in run.slow and run.is_there(world, peer)}
-        everybody = sum(weights(list(run.facts.values())).values())
+        everybody = sum(sum(weights([run.facts[peer] for peer in row]).values()) for row in run.grid.rows)
         found: Tensor | None = None
         for index in range(run.grid.num_columns):
             column = run.grid.column(index, present)
