@@ -22,6 +22,7 @@ from ..protocol.errors import ShoalError
 from . import logs
 from .config import ENV_PREFIX, PeerConfig, Role, default_data_dir
 from .errors import ConfigError, NoIdentity, exit_code
+from .simulation.command import simulate
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -52,6 +53,7 @@ app.meta.result_action = "return_value"
 app["--help"].group = app["--version"].group = "About"
 identity_app = App(name="identity", help="The key that names this peer.")
 app.command(identity_app)
+app.command(simulate)
 
 PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..protocol.standing import ACTIVE_PHASES
 from .composer import Composer
 from .exchange import Exchange, Target
 from .gradient_collecting import CollectedGradient, GradientCollector
 from .gradient_rounds import GradientRounds
-from .links import ACTIVE_PHASES, Links
+from .links import Links
 from .logs import get_logger
 from .state import Count
 from .trainer import Trainer

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-from ..protocol.rounds import latest_commit, majority, quorum, tally
+from ..protocol.rounds import latest_commit, majority, tally
 from .composer import Composer
 from .exchange import Exchange
 from .links import Links
@@ -68,7 +68,7 @@ def _drop_drift(composer: Composer, index: int) -> None:
 def newest(links: Links, index: int, parts: int, need: int | None = None) -> tuple[Held | None, list[str]]:
     """The newest state that `need` composers (default: a quorum) back, and who has it; (None, []) if there is none."""
     votes = links.votes(index)
-    need = quorum(len(links.active_composers())) if need is None else need
+    need = links.quorum() if need is None else need
     number = latest_commit([votes], parts, need)
     if number is None:
         return None, []

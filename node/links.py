@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..protocol import messages
+from ..protocol import messages, standing
 from ..protocol.directory import Directory
 from ..protocol.envelope import ENVELOPE_OVERHEAD, Envelope, open_sealed, seal
 from ..protocol.errors import BadSignature, DirectoryError, PeerUnreachable, Refused, TransportError
 from ..protocol.identity import Identity
 from ..protocol.records import LeaseRecord, PeerRecord, VoteRecord, seal_record
+from ..protocol.rounds import quorum
 from ..protocol.transport.client import Transport
 from ..protocol.transport.downloads import Resource
 from ..protocol.view import View
@@ -32,8 +33,6 @@ NEWS_TOPIC = "news"  # signed records and small messages; the transport keeps ru
 DELTA_TOPIC = "deltas"  # of stand-ins
 COUNTS_TOPIC = "counts"  # of tokens by layer and expert: among composers, workers do not hear them
 VIEW_SECONDS = 1.0  # a view may be this old: so long after its expiry a record may still be in it
-# Phases in which a composer takes part in outer rounds and counts towards their quorum.
-ACTIVE_PHASES = frozenset({"training", "finished"})
 
 
 class News:
@@ -101,8 +100,11 @@ class Links:
 
     def active_composers(self, *, waiting: bool = False) -> list[str]:
         """Composers that train or have finished and stay, or are only `waiting` to; includes this peer if it is one."""
-        phases = ACTIVE_PHASES | {"ready"} if waiting else ACTIVE_PHASES
-        return [p for p, r in self.view().peers.items() if r.role == "composer" and r.phase in phases]
+        return standing.active_composers(self.view(), waiting=waiting)
+
+    def quorum(self) -> int:
+        """How many composers must agree for a state to be everybody's."""
+        return quorum(standing.electorate(self.view()))
 
     def distrust(self, peer: str) -> None:
         """See a peer's leases no more."""
@@ -110,18 +112,8 @@ class Links:
         self._view = None
 
     def votes(self, fragment: int) -> dict[str, VoteRecord]:
-        """By voter, what composers hold of a fragment. Anybody can sign a vote; those of others do not count.
-
-        A composer that leaves still counts as a voter: what it has merged with others is merged.
-        """
-        peers = self.view().peers
-        return {
-            voter: vote
-            for voter, vote in self.view().votes.get(fragment, {}).items()
-            if (record := peers.get(voter)) is not None
-            and record.role == "composer"
-            and (record.phase in ACTIVE_PHASES or record.phase == "leaving")
-        }
+        """By voter, what composers hold of a fragment."""
+        return standing.votes_of(self.view(), fragment)
 
     async def announce(self, record: PeerRecord | LeaseRecord | VoteRecord) -> None:
         """Publish a record of ours: by gossip for those who are here, in the directory for all who come."""

@@ -29,10 +29,11 @@ from ..protocol.merging import digest as digest_of
 from ..protocol.messages import RoundOpen
 from ..protocol.records import VoteRecord
 from ..protocol.reputation import Reputation
-from ..protocol.rounds import fragment_of, latest_commit, most_held, quorum, tally
+from ..protocol.rounds import fragment_of, latest_commit, most_held, tally
+from ..protocol.standing import ACTIVE_PHASES
 from .blobs import fragment_from_bytes
 from .composer import Composer, Entry
-from .links import ACTIVE_PHASES, NEWS_TOPIC, Links
+from .links import NEWS_TOPIC, Links
 from .logs import get_logger
 from .state import Count
 from .trainer import Trainer
@@ -207,8 +208,7 @@ class OuterDriver:
 
     async def _average(self, number: int, entry: Entry) -> Outcome:
         index = fragment_of(number, len(self.held))
-        composers = set(self._links.active_composers())
-        active, shunned = max(2, len(composers)), self._shunned
+        composers, shunned = set(self._links.active_composers()), self._shunned
         attempt = self._attempts.get(number, 0)
         self._attempts = {n: a for n, a in self._attempts.items() if n >= number}
         opening = RoundOpen(round=number, attempt=attempt, fragment=index, step=entry.steps)
@@ -221,7 +221,7 @@ class OuterDriver:
             tokens=max(1, entry.tokens),
             steps=max(1, entry.steps),
             expected=max(2, len(composers - shunned)),
-            quorum=quorum(active),
+            quorum=self._links.quorum(),
             base=self.held[index].digest,
             avoid=shunned,
             norms=entry.norms,
@@ -239,7 +239,7 @@ class OuterDriver:
     def _committed_elsewhere(self, index: int, number: int) -> bool:
         """A quorum has this round, or a later one of its fragment, already: nobody will come to average it again."""
         votes = self._votes(index)
-        newest = latest_commit([votes], len(self.held), quorum(len(self._links.active_composers())))
+        newest = latest_commit([votes], len(self.held), self._links.quorum())
         return newest is not None and newest >= number
 
     def _repeat_votes(self) -> None:
@@ -291,7 +291,7 @@ class OuterDriver:
     async def catch_up(self, index: int) -> None:
         """Take the newest state of a fragment that a quorum backs: the proposal at hand, or fetched from a backer."""
         votes = self._votes(index)
-        need, parts = quorum(len(self._links.active_composers())), len(self.held)
+        need, parts = self._links.quorum(), len(self.held)
         number = latest_commit([votes], parts, need)
         if number is None:
             await self._mend_split(index, votes)

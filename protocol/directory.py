@@ -35,7 +35,7 @@ from .records import (
     record_key,
     seal_record,
 )
-from .view import LeaseClaim, View, claims_of, resolve, wins
+from .view import LeaseClaim, View, claims_of, remember, resolve, wins
 
 logger = logging.getLogger(__name__)
 
@@ -264,10 +264,7 @@ class Directory:
             return False
         self._cache[key] = entry
         if isinstance(entry.record, LeaseRecord) and entry.sender not in self.distrusted:
-            for slot, claim in claims_of([entry.record]):
-                known = self._strongest.get(slot)
-                if known is None or (known.owner == claim.owner and known.epoch == claim.epoch) or wins(claim, known):
-                    self._strongest[slot] = claim
+            remember(self._strongest, entry.record)
         return True
 
     def _forget(self, now: float) -> None:

@@ -27,9 +27,10 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from heapq import merge
 
 from .view import LeaseClaim, wins
 
@@ -53,14 +54,7 @@ def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: i
     if not num_slots or not weights:
         return lists
     total = sum(weights.values())
-    ranked = sorted(
-        (
-            (-weight / math.log(u), peer, slot)
-            for peer, weight in weights.items()
-            for slot, u in _draws(peer, num_slots)
-        ),
-        reverse=True,
-    )
+    ranked = _Ranking(weights, num_slots)
     fair = {peer: num_slots * weight / total for peer, weight in weights.items()}
     bounds = {peer: max(math.ceil(share), int(share * SLACK)) for peer, share in fair.items()}
     scarce = total <= num_slots
@@ -73,25 +67,46 @@ def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: i
 
 
 def _match(
-    lists: list[list[str]], ranked: Sequence[tuple[float, str, int]], copies: int, bounds: Mapping[str, int]
+    lists: list[list[str]], ranked: Iterable[tuple[float, str, int]], copies: int, bounds: Mapping[str, int]
 ) -> None:
     """Adds the best peer with room to every owned slot with fewer than `copies` peers."""
     load = dict.fromkeys(bounds, 0)
     wanting = sum(len(peers) == copies - 1 for peers in lists)
+    if not wanting:
+        return
     for _, peer, slot in ranked:
-        if not wanting:
-            break
         if len(lists[slot]) == copies - 1 and load[peer] < bounds[peer] and peer not in lists[slot]:
             lists[slot].append(peer)
             load[peer] += 1
             wanting -= 1
+            if not wanting:
+                return
 
 
-def _draws(peer: str, num_slots: int) -> Iterable[tuple[int, float]]:
-    return enumerate(_uniform(peer, num_slots))
+class _Ranking:
+    """(1 / score, peer, slot) from the highest score down, as far as somebody reads.
+
+    With many peers every slot is taken long before the end; `read` has what was looked at.
+    """
+
+    def __init__(self, weights: Mapping[str, int], num_slots: int) -> None:
+        self.read: list[tuple[float, str, int]] = []
+        self._rest = merge(*(_descending(peer, weight, num_slots) for peer, weight in weights.items()))
+
+    def __iter__(self) -> Iterator[tuple[float, str, int]]:
+        yield from self.read
+        for pair in self._rest:
+            self.read.append(pair)
+            yield pair
 
 
-@lru_cache(maxsize=1024)
+def _descending(peer: str, weight: int, num_slots: int) -> Iterator[tuple[float, str, int]]:
+    draws = _uniform(peer, num_slots)
+    for slot in _ordered(peer, num_slots):
+        yield -math.log(draws[slot]) / weight, peer, slot
+
+
+@lru_cache(maxsize=4096)
 def _uniform(peer: str, num_slots: int) -> array[float]:
     """u in (0, 1) per slot. One hash yields eight draws; a slot's draw does not depend on `num_slots`."""
     draws: array[float] = array("d")
@@ -100,6 +115,13 @@ def _uniform(peer: str, num_slots: int) -> array[float]:
         # 53 bits: more would round to 1.0, whose logarithm is 0
         draws.extend(((int.from_bytes(digest[i : i + 8]) >> 11) + 0.5) / 2**53 for i in range(0, 64, 8))
     return draws[:num_slots]
+
+
+@lru_cache(maxsize=4096)
+def _ordered(peer: str, num_slots: int) -> array[int]:
+    """All slots, the largest draw first."""
+    draws = _uniform(peer, num_slots)
+    return array("L", sorted(range(num_slots), key=lambda slot: (-draws[slot], slot)))
 
 
 @dataclass(frozen=True)
@@ -211,6 +233,7 @@ class Watch:
     free_since: dict[int, float] = field(default_factory=dict)  # first look at a slot that nobody ever claimed
     fair: dict[int, int] = field(default_factory=dict)  # epochs that the claims' owners can have come by honestly
     distrusted: set[str] = field(default_factory=set)  # peers
+    _desired: Sequence[Sequence[str]] = ()  # at the last look
 
     def observe(self, now: float, claims: Mapping[int, LeaseClaim], desired: Sequence[Sequence[str]]) -> None:
         """Takes in the directory's claims (live and last known, this peer's too) and the desired owners.
@@ -228,7 +251,9 @@ class Watch:
                 if known is None or known.owner != claim.owner:
                     self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + 1)
                 self.claims[slot] = claim
-        for slot, peers in enumerate(desired):
+        self.free_since = {slot: since for slot, since in self.free_since.items() if slot not in self.claims}
+        changed, self._desired = desired is not self._desired, desired or self._desired
+        for slot, peers in enumerate(desired if changed else ()):  # at most looks it has not
             _since(self.wanted_since, slot, now, bool(peers) and peers[0] == self.me)
             _since(self.unlisted_since, slot, now, self.me not in peers)
             _since(self.free_since, slot, now, slot not in self.claims)
@@ -273,6 +298,8 @@ class Situation:
     held: Mapping[int, int]  # slots this peer owns now, with its epoch
     copies: Mapping[int, Copy]  # standby copies and slots found in its checkpoint
     busy: Collection[int] = ()  # slots with an acquisition under way, which `held` does not show yet
+    # `desired` with those that have fallen silent: its standbys may have copies. Called where a slot is abandoned.
+    former: Callable[[], Sequence[Sequence[str]]] = tuple
 
 
 def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
@@ -296,11 +323,12 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
         if slot in situation.busy:
             continue
         if claim is None:
-            if situation.now >= _free_turn(watch, situation, rules, slot):
+            if _may_claim(watch, situation, rules, slot):
                 free.append(ClaimFree(slot, 1))
         elif _abandoned(watch, situation, slot, claim):
-            if room > 0 and situation.now >= _orphan_turn(watch, situation, rules, slot, claim):
-                sources = tuple(p for p in listed if p != watch.me)
+            if room > 0 and _may_take_over(watch, situation, rules, slot, claim):
+                asked = dict.fromkeys((*listed, *(situation.former() or situation.desired)[slot]))
+                sources = tuple(peer for peer in asked if peer != watch.me)
                 orphans.append(TakeOver(slot, claim.epoch + 1, situation.copies.get(slot), sources))
         elif claim.owner != watch.me:
             wanted = watch.wanted_since.get(slot)
@@ -337,39 +365,35 @@ def _abandoned(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim)
 
 def _restored(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) -> bool:
     """This peer owned the slot, restarted, and found its state on disk: nobody has a better claim."""
-    copy = situation.copies.get(slot)
-    return claim.owner == watch.me and copy is not None and copy.epoch >= claim.epoch
+    return claim.owner == watch.me and (copy := situation.copies.get(slot)) is not None and copy.epoch >= claim.epoch
 
 
-def _orphan_turn(watch: Watch, situation: Situation, rules: Rules, slot: int, claim: LeaseClaim) -> float:
-    """When this peer may take an abandoned slot."""
+def _may_take_over(watch: Watch, situation: Situation, rules: Rules, slot: int, claim: LeaseClaim) -> bool:
+    """Whether it is this peer's turn to take an abandoned slot."""
     if _restored(watch, situation, slot, claim):
-        return situation.now
+        return True
     listed = situation.desired[slot]
     copy = situation.copies.get(slot)
     if copy is None:
-        turn = len(listed) + 1 + _rank(watch, situation, slot)
-    elif watch.me in listed and copy.epoch >= claim.epoch:
-        turn = listed.index(watch.me)
-    else:
-        turn = len(listed)
-    return claim.expires_at + turn * rules.grace
+        return _has_waited(watch, situation, rules, slot, claim.expires_at + (len(listed) + 1) * rules.grace)
+    turn = listed.index(watch.me) if watch.me in listed and copy.epoch >= claim.epoch else len(listed)
+    return situation.now >= claim.expires_at + turn * rules.grace
 
 
-def _free_turn(watch: Watch, situation: Situation, rules: Rules, slot: int) -> float:
-    """When this peer may claim a slot that nobody ever claimed."""
+def _may_claim(watch: Watch, situation: Situation, rules: Rules, slot: int) -> bool:
+    """Whether it is this peer's turn to claim a slot that nobody ever claimed."""
     if slot in watch.wanted_since:
-        return watch.wanted_since[slot] + rules.settle
-    return watch.free_since[slot] + rules.settle + (1 + _rank(watch, situation, slot)) * rules.grace
+        return situation.now >= watch.wanted_since[slot] + rules.settle
+    return _has_waited(watch, situation, rules, slot, watch.free_since[slot] + rules.settle + rules.grace)
 
 
-def _rank(watch: Watch, situation: Situation, slot: int) -> int:
-    """This peer's place among all live ones: the listed, then the others by their draw."""
+def _has_waited(watch: Watch, situation: Situation, rules: Rules, slot: int, first: float) -> bool:
+    """Whether it is this peer's turn if all live ones take turns from `first` on: the listed, then others by draw."""
     listed = situation.desired[slot]
     if watch.me in listed:
-        return listed.index(watch.me)
-    num_slots = len(situation.desired)
-    mine = _uniform(watch.me, num_slots)[slot]
-    return len(listed) + sum(
-        _uniform(peer, num_slots)[slot] > mine for peer in situation.live if peer != watch.me and peer not in listed
-    )
+        return situation.now >= first + listed.index(watch.me) * rules.grace
+    if situation.now < first + len(listed) * rules.grace:
+        return False  # whoever is next: to compare all peers for every slot would take long
+    draws = {peer: _uniform(peer, len(situation.desired))[slot] for peer in (*situation.live, watch.me)}
+    before = sum(draw > draws[watch.me] for peer, draw in draws.items() if peer not in listed)
+    return situation.now >= first + (len(listed) + before) * rules.grace

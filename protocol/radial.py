@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -91,25 +91,61 @@ def combine(fragment: Fragment, average: Tensor, facts: Sequence[NormedClaims]) 
             raise ValueError(f"{fact.peer_id} has not {count} finite norms for fragment {fragment.index}")
     share_by_peer = shares(weights(facts))
     share = [share_by_peer[fact.peer_id] for fact in facts]
+    norms = [[fact.norms[index] for fact in facts] for index in range(count)]
+    return scaled(fragment, average, sum(share), [lengths(each, share, norm_limit(each)) for each in norms])
+
+
+class Lengths(NamedTuple):
+    """What members say of one tensor's length. Sums, so that groups of members can be added."""
+
+    norms: float  # sum of s n, each n capped
+    moved: float  # sum of s over n > 0
+    squares: float  # sum of s^2 over n > 0
+
+    @classmethod
+    def added(cls, parts: Sequence[Lengths]) -> Lengths:
+        """Of several groups."""
+        return cls(*(math.fsum(each) for each in zip(*parts, strict=True)))
+
+
+def norm_limit(norms: Sequence[float]) -> float:
+    """What a norm is capped at: three times the lower median of those above 0."""
+    ordered = sorted(norm for norm in norms if norm > 0)
+    return NORM_CAP * ordered[(len(ordered) - 1) // 2] if ordered else 0.0
+
+
+def lengths(norms: Sequence[float], share: Sequence[float], limit: float) -> Lengths:
+    """Of one tensor, over members with these norms and shares."""
+    moved = [(norm, s) for norm, s in zip(norms, share, strict=True) if norm > 0]
+    return Lengths(
+        math.fsum(s * min(norm, limit) for norm, s in moved),
+        math.fsum(s for _, s in moved),
+        math.fsum(s * s for _, s in moved),
+    )
+
+
+def scaled(fragment: Fragment, average: Tensor, total: float, by_tensor: Sequence[Lengths]) -> Tensor:
+    """The merged pseudo-gradient of averaged directions, shape (numel,), float32; a new tensor.
+
+    Args:
+        total: sum of all members' shares.
+        by_tensor: in the fragment's order.
+    """
+    _require_flat(fragment, average)
     merged = average.clone()
-    for index, (start, end) in enumerate(_radial(fragment)):
+    for (start, end), said in zip(_radial(fragment), by_tensor, strict=True):
         unit = _unit(end - start)
-        resultant = _length(merged[start:end]) / unit
-        _multiply(merged[start:end], _scale(resultant, [fact.norms[index] for fact in facts], share) / unit)
+        _multiply(merged[start:end], _scale(_length(merged[start:end]) / unit, total, said) / unit)
     return merged
 
 
-def _scale(resultant: float, norms: Sequence[float], share: Sequence[int]) -> float:
+def _scale(resultant: float, total: float, said: Lengths) -> float:
     """What the averaged direction is to be multiplied by. `resultant`: its length, 1 if all members' are equal."""
-    moved = [(norm, s) for norm, s in zip(norms, share, strict=True) if norm > 0]
-    if not moved:
+    if not said.moved:
         return 0.0
-    ordered = sorted(norm for norm, _ in moved)
-    limit = NORM_CAP * ordered[(len(ordered) - 1) // 2]
-    total = sum(share)
-    mean = math.fsum(s * min(norm, limit) for norm, s in moved) / total
-    if resultant * total < DEGENERATE * math.sqrt(sum(s * s for _, s in moved)):
-        return mean * total / sum(s for _, s in moved)
+    mean = said.norms / total
+    if resultant * total < DEGENERATE * math.sqrt(said.squares):
+        return mean * total / said.moved
     return mean / resultant
 
 

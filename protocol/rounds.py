@@ -75,8 +75,11 @@ def latest_commit(votes: Iterable[Mapping[str, Vote]], fragments: int, quorum_si
     """The highest round that any fragment's votes commit; None before the first. One mapping per fragment."""
     best: int | None = None
     for by_peer in votes:
-        for round_ in {vote.round for vote in by_peer.values()}:
-            if (best is None or round_ > best) and tally(by_peer, round_, fragments, quorum_size).committed is not None:
+        counted = Counter(vote.round for vote in by_peer.values())  # once, however many rounds peers are apart
+        for round_, count in counted.items():
+            if count < quorum_size or (best is not None and round_ <= best):
+                continue
+            if tally(by_peer, round_, fragments, quorum_size).committed is not None:
                 best = round_
     return best
 

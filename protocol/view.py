@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from .records import LeaseRecord, PeerRecord, VoteRecord
 
+# A peer that fell silent is remembered for so many of its record's lifetimes. It may be cut off and come back.
+ABSENT_LIFETIMES = 15
+
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseClaim:
@@ -29,6 +32,7 @@ class View:
     known_epochs: Mapping[int, int] = field(default_factory=dict)  # by slot; the highest ever seen, live or not
     distrusted: frozenset[str] = frozenset()  # peers whose leases were left out
     last_holders: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot without owner; who held it last
+    absent: Mapping[str, PeerRecord] = field(default_factory=dict)  # by peer id; ran out a short time ago
 
 
 def wins(challenger: LeaseClaim, holder: LeaseClaim) -> bool:
@@ -44,6 +48,14 @@ def claims_of(records: Iterable[LeaseRecord]) -> Iterable[tuple[int, LeaseClaim]
                 lease.slot,
                 LeaseClaim(owner=record.owner, epoch=lease.epoch, version=lease.version, expires_at=record.expires_at),
             )
+
+
+def remember(strongest: dict[int, LeaseClaim], record: LeaseRecord) -> None:
+    """Takes a record's claims into the strongest ever seen; a renewal replaces what it renews."""
+    for slot, claim in claims_of([record]):
+        known = strongest.get(slot)
+        if known is None or (known.owner, known.epoch) == (claim.owner, claim.epoch) or wins(claim, known):
+            strongest[slot] = claim
 
 
 def resolve(
@@ -62,7 +74,8 @@ def resolve(
 
     Args:
         now: unix seconds.
-        peers, leases: expired ones are left out of the view.
+        peers: expired ones are absent for a while, then left out of the view.
+        leases: expired ones are left out of the view.
         votes: (voter, record).
         strongest: by slot, the strongest claim ever seen.
         distrusted: peers that have no part in `leases` and `strongest`.
@@ -78,9 +91,16 @@ def resolve(
     for voter, vote in votes:
         if vote.expires_at > now:
             by_fragment.setdefault(vote.fragment, {})[voter] = vote
+    live, absent = {}, {}
+    for peer in peers:
+        if peer.expires_at > now:
+            live[peer.peer_id] = peer
+        elif peer.expires_at + ABSENT_LIFETIMES * (peer.expires_at - peer.issued_at) > now:
+            absent[peer.peer_id] = peer
     return View(
         time=now,
-        peers={peer.peer_id: peer for peer in peers if peer.expires_at > now},
+        peers=live,
+        absent=absent,
         leases=owners,
         votes=by_fragment,
         distrusted=distrusted,

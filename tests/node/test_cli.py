@@ -32,7 +32,8 @@ HEAVY = ("torch", "hivemind", "libp2p", "transformers", "bitsandbytes", "prometh
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["join", "--help"], ["found", "--help"], ["status", "--help"], ["version"]]
+    "argv",
+    [["--help"], ["join", "--help"], ["found", "--help"], ["status", "--help"], ["simulate", "--help"], ["version"]],
 )
 def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     program = (
@@ -57,6 +58,7 @@ def test_help_names_every_command_and_shows_how(capsys: pytest.CaptureFixture[st
         "status",
         "export",
         "evaluate",
+        "simulate",
         "identity",
         "version",
         "shoal join shoal://",

@@ -20,6 +20,9 @@ from shoal.protocol.ownership import (
     TakeOver,
     Watch,
     Yield,
+    _match,
+    _Ranking,
+    _uniform,
     decide,
     desired_owners,
     grants_handover,
@@ -53,6 +56,39 @@ def test_every_slot_has_an_owner_and_nobody_is_above_its_bound(
     for peers in lists:
         assert len(set(peers)) == len(peers)
         assert len(peers) == (min(replication, len(weights)) if peers else 0)
+
+
+def sorted_first(num_slots: int, capacity: dict[str, int]) -> list[list[str]]:
+    """Owners as the formula has them: all pairs by score, from the highest down."""
+    weights = {p: min(c, num_slots) for p, c in capacity.items() if c > 0}
+    total = sum(weights.values())
+    pairs = sorted(
+        (-math.log(_uniform(p, num_slots)[s]) / w, p, s) for p, w in weights.items() for s in range(num_slots)
+    )
+    fair = {p: num_slots * w / total for p, w in weights.items()}
+    lists: list[list[str]] = [[] for _ in range(num_slots)]
+    load = Counter[str]()
+    for _, peer, slot in pairs:
+        bound = min(weights[peer], max(math.ceil(fair[peer]), int(1.25 * fair[peer])))
+        if not lists[slot] and load[peer] < (weights[peer] if total <= num_slots else bound):
+            lists[slot].append(peer)
+            load[peer] += 1
+    return lists
+
+
+@given(st.integers(1, 64), capacities)
+def test_owners_are_those_of_the_highest_scores(num_slots: int, capacity: dict[str, int]) -> None:
+    assert desired_owners(num_slots, capacity, 1) == sorted_first(num_slots, capacity)
+
+
+def test_with_many_peers_few_pairs_are_looked_at() -> None:
+    """Every peer computes this on every piece of news: all pairs of a large swarm would be too many."""
+    peers = peers_of(1000, 8)
+    ranked = _Ranking(peers, 64)
+    lists: list[list[str]] = [[] for _ in range(64)]
+    _match(lists, ranked, 1, dict.fromkeys(peers, 1))
+    assert all(lists)
+    assert len(ranked.read) < 64_000 / 20
 
 
 def test_few_slots_split_evenly() -> None:

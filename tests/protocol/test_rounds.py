@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.protocol.rounds import (
+    latest_commit,
     most_held,
     quorum,
     tally,
@@ -33,6 +34,14 @@ def test_a_majority_commits_and_names_who_differs():
     votes = {"x": Vote(2, A), "y": Vote(2, B), "z": Vote(2, A)}
     verdict = tally(votes, 2, P, quorum(3))
     assert (verdict.committed, verdict.supporters, verdict.dissenters) == (A, ("x", "z"), ("y",))
+
+
+def test_the_latest_commit_is_the_highest_round_with_a_quorum():
+    votes = {"w": Vote(2, A), "x": Vote(2, A), "y": Vote(4, A), "z": Vote(4, A), "new": Vote(6, B)}
+    assert latest_commit([votes], P, 2) == 4
+    assert latest_commit([votes], P, 3) is None
+    assert latest_commit([votes, {"x": Vote(7, A, 1), "y": Vote(7, A, 1)}], P, 2) == 7
+    assert latest_commit([{"x": Vote(2, A), "y": Vote(2, B)}], P, 2) is None
 
 
 def test_most_held_is_one_choice_for_all():
