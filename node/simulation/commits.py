@@ -87,6 +87,11 @@ class Commits:
         found = [self.newest(cohort, fragment, need) for fragment in range(self._parts)]
         return [held or first for held, first in zip(found, self.first(), strict=True)]
 
+    def joined(self, peer: VirtualPeer) -> None:
+        """It says what it holds, as all do again and again."""
+        for fragment in range(self._parts):
+            self._repeat_vote(peer, fragment)
+
     # -- voting ----------------------------------------------------------------------------------------------------
 
     def propose(self, state: State, average: Tensor, voters: Sequence[VirtualPeer]) -> None:

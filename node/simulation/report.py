@@ -68,7 +68,7 @@ def report_of(swarm: Swarm, seconds_to_simulate: float) -> Report:
         bytes_per_second={k: v / measured.peer_seconds for k, v in sorted(measured.sent.items())},
         bytes_per_round=measured.sent["merging"] / finished / (measured.peer_seconds / world.now),
         settling_seconds=statistics.median(settling) if settling else None,
-        settling_seconds_p95=settling[int(0.95 * (len(settling) - 1))] if settling else None,
+        settling_seconds_p95=settling[int(0.95 * len(settling))] if settling else None,
         joins=measured.joins,
         crashes=measured.crashes,
         leaves=measured.leaves,

@@ -159,6 +159,7 @@ class Swarm:
         peer.trains_from = self.world.now
         self.slots.joined(peer, at_start=at_start)
         self.world.announce_phase(peer, "training")
+        self.commits.joined(peer)
         self.rounds.starts(peer)
 
     def _next_arrival(self) -> None:

@@ -57,8 +57,8 @@ def test_whoever_is_not_asked_would_have_decided_nothing() -> None:
 
 @pytest.mark.parametrize("peers", [2, 12])
 def test_a_faultless_swarm_commits_nearly_all_that_it_learns(peers: int) -> None:
-    swarm, report = simulated(replace(SMALL, peers=peers, hours=0.2, loss=0.0, mean_capacity=40.0))
-    assert 0.95 < report.goodput <= 1.0
+    swarm, report = simulated(replace(SMALL, peers=peers, hours=0.15, loss=0.0, mean_capacity=40.0))
+    assert 0.93 < report.goodput <= 1.0
     assert report.coverage == pytest.approx(1.0)
     assert set(report.rounds) == {"committed"}
     assert report.lost_slots == report.refetched == 0
@@ -68,9 +68,9 @@ def test_a_faultless_swarm_commits_nearly_all_that_it_learns(peers: int) -> None
 
 
 def test_more_than_one_group_merges_in_rows_and_columns() -> None:
-    swarm, report = simulated(replace(SMALL, peers=90, hours=0.04, loss=0.0))
+    swarm, report = simulated(replace(SMALL, peers=70, hours=0.02, loss=0.0))
     assert len(swarm.world.peers) > MAX_GROUP
-    assert report.commits > 5
+    assert report.commits > 2
     last = swarm.commits.states[swarm.commits.chains[0][-1]]
     assert len(last.tokens) > MAX_GROUP
     assert report.coverage == pytest.approx(1.0)
