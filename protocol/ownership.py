@@ -9,8 +9,9 @@ of one or two slots and everybody's bound steps down at once). If all capacities
 filled to its capacity and the slots of lowest score have no owner. Standbys are drawn in the same way among the peers
 a slot does not have yet.
 
-**Epochs.** Every change of owner raises a slot's epoch by one. Of two claims the higher epoch wins, then the smaller
-peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
+**Epochs.** Every change of owner raises a slot's epoch by one, a takeover with a copy by two: a peer that was cut off
+from all copies and restarted the slot must lose to who went on from one, whatever their ids. Of two claims the higher
+epoch wins, then the smaller peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
 
 **Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
 abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
@@ -35,6 +36,7 @@ from .view import LeaseClaim, wins
 
 SLACK = 1.25  # of the fair share, see above
 MAX_EPOCH = (1 << 48) - 1  # that messages carry; a claim beyond cannot be published
+COPY_RAISE = 2  # of the epoch, by a takeover with a copy; all other changes raise it by one
 UNKNOWN_OWNER = "~"  # of an epoch learned otherwise; loses every tie, being greater than any peer id
 DEPOSED_OWNER = "~deposed"  # of a slot whose owner is distrusted; any live claim beats it
 
@@ -226,7 +228,7 @@ class Watch:
             hidden = known is not None and known.owner == DEPOSED_OWNER and claim.expires_at > now
             if known is None or hidden or wins(claim, known) or (renewed and claim.expires_at > known.expires_at):
                 if known is None or known.owner != claim.owner:
-                    self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + 1)
+                    self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + COPY_RAISE)
                 self.claims[slot] = claim
         for slot, peers in enumerate(desired):
             _since(self.wanted_since, slot, now, bool(peers) and peers[0] == self.me)
@@ -301,7 +303,9 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
         elif _abandoned(watch, situation, slot, claim):
             if room > 0 and situation.now >= _orphan_turn(watch, situation, rules, slot, claim):
                 sources = tuple(p for p in listed if p != watch.me)
-                orphans.append(TakeOver(slot, claim.epoch + 1, situation.copies.get(slot), sources))
+                copy = situation.copies.get(slot)
+                raised = claim.epoch + (1 if copy is None else COPY_RAISE)
+                orphans.append(TakeOver(slot, raised, copy, sources))
         elif claim.owner != watch.me:
             wanted = watch.wanted_since.get(slot)
             patience = 0.0 if claim.owner in situation.leaving else rules.settle
