@@ -251,8 +251,8 @@ class Player:
         if not peer.alive:
             return
         self._peers.kill(peer)
-        step = int(peer.status.get("step", 0))
-        self._orphans += [Orphan(slot, peer.name, epoch, self._now(), step) for slot, epoch in peer.leases.items()]
+        step, now = int(peer.status.get("step", 0)), self._now()
+        self._orphans += [Orphan(slot, peer.name, epoch, now, step) for slot, epoch in peer.leases.items()]
 
     def _restart(self, peer: Peer) -> None:
         if not peer.alive:

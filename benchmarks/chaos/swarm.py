@@ -21,6 +21,7 @@ from .tape import LIARS, Tape
 
 START_SECONDS = 300.0  # eight peers import torch on two cores
 EXPORT_SECONDS = 180.0
+SETTLE_LEASES = 4  # of the last killed peer, its heirs' turns, and what a busy machine adds
 STEPS = 1_000_000  # the clock ends a run, not the schedule: so the learning rate stays where it is after the warm-up
 
 
@@ -107,6 +108,9 @@ def play(setup: Setup, tape: Tape, say: Callable[[str], None]) -> Played:
             latency_ms=setup.latency_ms, rate_mbit=setup.rate_mbit, say=say,
         )  # fmt: skip
         played = player.play(tape, setup.seconds)
+        heirs = SETTLE_LEASES * setup.lease_seconds
+        with contextlib.suppress(SwarmFailed):  # then the export says which slot nobody owns
+            wait(peers, lambda: _all_owned(peers), "every slot is owned", heirs)
         invite, out = peers.all["founder"].status["invite"], peers.folder / "model"
         exported = peers.call("export", ["export", invite, str(out)], EXPORT_SECONDS)
         if exported.returncode:
@@ -120,6 +124,12 @@ def play(setup: Setup, tape: Tape, say: Callable[[str], None]) -> Played:
                 out, windows=setup.windows, context_length=context
             ).nats_per_token
         return played
+
+
+def _all_owned(peers: Peers) -> bool:
+    living = [peer for peer in peers.composers if peer.alive]
+    owned = {slot for peer in living for slot in peer.leases}
+    return len(owned) == max(int(peer.status.get("slots_total", 0)) for peer in living) > 0
 
 
 def _keep_logs(folder: Path, keep: Path) -> None:

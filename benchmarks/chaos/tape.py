@@ -91,7 +91,9 @@ def standard(composers: Sequence[str], seconds: float) -> Tape:
         Fault(at=0, fault="straggler", peers=(composers[-1],), value=0.25),
         Fault(at=seconds * 0.05, fault="kill", peers=(killed[0],), seconds=back),
         Fault(at=seconds * 0.30, fault="kill", peers=(killed[1],), seconds=back),
-        Fault(at=seconds * 0.50, fault="partition", peers=tuple(composers[:cut]), seconds=min(60.0, seconds / 4)),
+        Fault(
+            at=seconds * 0.50, fault="partition", peers=tuple(composers[2 : 2 + cut]), seconds=min(60.0, seconds / 4)
+        ),
         Fault(at=seconds * 0.80, fault="kill", peers=(killed[2],)),
     )
 
