@@ -90,6 +90,7 @@ class OuterDriver:
     ) -> None:
         self._links, self._trainer, self._averager, self._fragments = links, trainer, averager, fragments
         self.held = held
+        links.state.set_held((state.round, state.digest) for state in held)
         spec = links.manifest.outer
         self._due_steps = max(1, spec.every_steps // spec.fragments)
         self._last_round_step = 0
@@ -351,6 +352,7 @@ class OuterDriver:
                 composer.abandon_round(index)  # made without this peer: its work is not in it
             composer.commit_round(index, fragment, momentum)
             self.held[index] = state  # here, so that a checkpoint or a round never sees one without the other
+            self._links.state.set_held((held.round, held.digest) for held in self.held)
 
         await asyncio.wrap_future(self._trainer.ask(commit))
         proposal = self._proposals.get(index)

@@ -132,6 +132,7 @@ class PeerState:
         self._sketch_ages = Histogram(VERSION_BOUNDS)
         self._last_round: dict[str, Any] | None = None
         self._committed_at: float | None = None
+        self._held: tuple[tuple[int, str], ...] = ()
         self._checkpoint_seconds = Histogram()
         self._checkpoint: dict[str, Any] | None = None
         self._clock_offset: float | None = None
@@ -236,6 +237,11 @@ class PeerState:
                 "seconds": seconds, "at": now,
             }  # fmt: skip
 
+    def set_held(self, held: Iterable[tuple[int, bytes]]) -> None:
+        """By fragment, the round that made the common state that this peer has, and its digest."""
+        with self._lock:
+            self._held = tuple((round, digest.hex()) for round, digest in held)
+
     def record_sketch_age(self, versions: int) -> None:
         """A slot's sketches were taken in; so many stand-ins were published since the one that they were taken at."""
         with self._lock:
@@ -339,6 +345,7 @@ class PeerState:
                     "rounds": self._labelled(Count.ROUNDS),
                     "last": last_round,
                     "committed_at": self._committed_at,
+                    "held": [{"round": round, "digest": digest} for round, digest in self._held],
                     "seconds": self._round_seconds.snapshot(),
                 },
                 "peers": [asdict(peer) for peer in self._peers],

@@ -1,16 +1,8 @@
-"""Who should own which slot, and what one peer does about it. Pure: the clock and the view of the swarm are arguments.
+"""What one peer does about who should own which slot (`rendezvous.py`). Pure: clock and view are arguments.
 
-**Desired owners.** Weighted rendezvous hashing with bounded load. Every (slot, peer) pair draws u in (0, 1) by hash and
-scores -w / ln(u), where w is the peer's capacity (at most the number of slots, so that a giant is not a hub). Pairs are
-taken from the highest score down; a peer is full at its *bound*: a quarter above its fair share (slots * w / sum of w),
-rounded down, but at least the fair share rounded up, and never above its capacity. Few slots split evenly that way
-(16 over three peers: 6 at most), and a joiner moves 1.2 to 1.5 times its own share on average (more where shares are
-of one or two slots and everybody's bound steps down at once). If all capacities together are too small, every peer is
-filled to its capacity and the slots of lowest score have no owner. Standbys are drawn in the same way among the peers
-a slot does not have yet.
-
-**Epochs.** Every change of owner raises a slot's epoch by one. Of two claims the higher epoch wins, then the smaller
-peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
+**Epochs.** Every change of owner raises a slot's epoch by one, a takeover with a copy by two: a peer that was cut off
+from all copies and restarted the slot must lose to who went on from one, whatever their ids. Of two claims the higher
+epoch wins, then the smaller peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
 
 **Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
 abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
@@ -24,104 +16,17 @@ once they claim the same epoch, and the weaker one yields as soon as it sees the
 
 from __future__ import annotations
 
-import hashlib
 import math
-from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from heapq import merge
 
+from .rendezvous import draws_of
 from .view import LeaseClaim, wins
 
-SLACK = 1.25  # of the fair share, see above
 MAX_EPOCH = (1 << 48) - 1  # that messages carry; a claim beyond cannot be published
+COPY_RAISE = 2  # of the epoch, by a takeover with a copy; all other changes raise it by one
 UNKNOWN_OWNER = "~"  # of an epoch learned otherwise; loses every tie, being greater than any peer id
 DEPOSED_OWNER = "~deposed"  # of a slot whose owner is distrusted; any live claim beats it
-
-
-def desired_owners(num_slots: int, capacities: Mapping[str, int], replication: int) -> list[list[str]]:
-    """Per slot the peers that should hold it: the owner, then `replication - 1` standbys, fewer if there are not
-    enough peers.
-
-    Args:
-        num_slots: slots of the run.
-        capacities: slots each live peer can own, by peer id; 0 for peers that own nothing or are leaving.
-        replication: copies of a slot, at least 1.
-    """
-    weights = {peer: min(capacity, num_slots) for peer, capacity in capacities.items() if capacity > 0}
-    lists: list[list[str]] = [[] for _ in range(num_slots)]
-    if not num_slots or not weights:
-        return lists
-    total = sum(weights.values())
-    ranked = _Ranking(weights, num_slots)
-    fair = {peer: num_slots * weight / total for peer, weight in weights.items()}
-    bounds = {peer: max(math.ceil(share), int(share * SLACK)) for peer, share in fair.items()}
-    scarce = total <= num_slots
-    hard = {peer: weight if scarce else min(weight, bounds[peer]) for peer, weight in weights.items()}
-    _match(lists, ranked, 1, hard)
-    for copies in range(2, min(replication, len(weights)) + 1):
-        _match(lists, ranked, copies, bounds)
-        _match(lists, ranked, copies, dict.fromkeys(weights, num_slots))  # bounds are soft: better crowded than alone
-    return lists
-
-
-def _match(
-    lists: list[list[str]], ranked: Iterable[tuple[float, str, int]], copies: int, bounds: Mapping[str, int]
-) -> None:
-    """Adds the best peer with room to every owned slot with fewer than `copies` peers."""
-    load = dict.fromkeys(bounds, 0)
-    wanting = sum(len(peers) == copies - 1 for peers in lists)
-    if not wanting:
-        return
-    for _, peer, slot in ranked:
-        if len(lists[slot]) == copies - 1 and load[peer] < bounds[peer] and peer not in lists[slot]:
-            lists[slot].append(peer)
-            load[peer] += 1
-            wanting -= 1
-            if not wanting:
-                return
-
-
-class _Ranking:
-    """(1 / score, peer, slot) from the highest score down, as far as somebody reads.
-
-    With many peers every slot is taken long before the end; `read` has what was looked at.
-    """
-
-    def __init__(self, weights: Mapping[str, int], num_slots: int) -> None:
-        self.read: list[tuple[float, str, int]] = []
-        self._rest = merge(*(_descending(peer, weight, num_slots) for peer, weight in weights.items()))
-
-    def __iter__(self) -> Iterator[tuple[float, str, int]]:
-        yield from self.read
-        for pair in self._rest:
-            self.read.append(pair)
-            yield pair
-
-
-def _descending(peer: str, weight: int, num_slots: int) -> Iterator[tuple[float, str, int]]:
-    draws = _uniform(peer, num_slots)
-    for slot in _ordered(peer, num_slots):
-        yield -math.log(draws[slot]) / weight, peer, slot
-
-
-@lru_cache(maxsize=4096)
-def _uniform(peer: str, num_slots: int) -> array[float]:
-    """u in (0, 1) per slot. One hash yields eight draws; a slot's draw does not depend on `num_slots`."""
-    draws: array[float] = array("d")
-    for block in range(-(-num_slots // 8)):
-        digest = hashlib.blake2b(block.to_bytes(8) + peer.encode(), digest_size=64, person=b"shoal-owner").digest()
-        # 53 bits: more would round to 1.0, whose logarithm is 0
-        draws.extend(((int.from_bytes(digest[i : i + 8]) >> 11) + 0.5) / 2**53 for i in range(0, 64, 8))
-    return draws[:num_slots]
-
-
-@lru_cache(maxsize=4096)
-def _ordered(peer: str, num_slots: int) -> array[int]:
-    """All slots, the largest draw first."""
-    draws = _uniform(peer, num_slots)
-    return array("L", sorted(range(num_slots), key=lambda slot: (-draws[slot], slot)))
 
 
 @dataclass(frozen=True)
@@ -249,7 +154,7 @@ class Watch:
             hidden = known is not None and known.owner == DEPOSED_OWNER and claim.expires_at > now
             if known is None or hidden or wins(claim, known) or (renewed and claim.expires_at > known.expires_at):
                 if known is None or known.owner != claim.owner:
-                    self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + 1)
+                    self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + COPY_RAISE)
                 self.claims[slot] = claim
         self.free_since = {slot: since for slot, since in self.free_since.items() if slot not in self.claims}
         changed, self._desired = desired is not self._desired, desired or self._desired
@@ -329,7 +234,9 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
             if room > 0 and _may_take_over(watch, situation, rules, slot, claim):
                 asked = dict.fromkeys((*listed, *(situation.former() or situation.desired)[slot]))
                 sources = tuple(peer for peer in asked if peer != watch.me)
-                orphans.append(TakeOver(slot, claim.epoch + 1, situation.copies.get(slot), sources))
+                copy = situation.copies.get(slot)
+                epoch = claim.epoch + (1 if copy is None else COPY_RAISE)
+                orphans.append(TakeOver(slot, epoch, copy, sources))
         elif claim.owner != watch.me:
             wanted = watch.wanted_since.get(slot)
             patience = 0.0 if claim.owner in situation.leaving else rules.settle
@@ -394,6 +301,6 @@ def _has_waited(watch: Watch, situation: Situation, rules: Rules, slot: int, fir
         return situation.now >= first + listed.index(watch.me) * rules.grace
     if situation.now < first + len(listed) * rules.grace:
         return False  # whoever is next: to compare all peers for every slot would take long
-    draws = {peer: _uniform(peer, len(situation.desired))[slot] for peer in (*situation.live, watch.me)}
+    draws = {peer: draws_of(peer, len(situation.desired))[slot] for peer in (*situation.live, watch.me)}
     before = sum(draw > draws[watch.me] for peer, draw in draws.items() if peer not in listed)
     return situation.now >= first + (len(listed) + before) * rules.grace

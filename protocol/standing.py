@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
-from .ownership import Copy, Situation, Watch, desired_owners
+from .ownership import Copy, Situation, Watch
 from .records import PeerRecord, VoteRecord
+from .rendezvous import desired_owners
 from .view import LeaseClaim, View
 
 OWNING_ROLES = frozenset({"composer", "worker"})
@@ -28,7 +29,7 @@ class Standing:
     silent: Mapping[str, int]  # capacities of those that have fallen silent lately
 
     def desired(self, num_slots: int, replication: int) -> Sequence[Sequence[str]]:
-        """See `ownership.desired_owners`."""
+        """See `rendezvous.desired_owners`."""
         return _desired(num_slots, self._frozen, replication)
 
     def former(self, num_slots: int, replication: int) -> Sequence[Sequence[str]]:

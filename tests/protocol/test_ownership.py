@@ -20,14 +20,12 @@ from shoal.protocol.ownership import (
     TakeOver,
     Watch,
     Yield,
-    _match,
     _Ranking,
-    _uniform,
     decide,
-    desired_owners,
     grants_handover,
 )
-from shoal.protocol.view import LeaseClaim
+from shoal.protocol.rendezvous import _match, desired_owners, draws_of
+from shoal.protocol.view import LeaseClaim, wins
 
 RULES = Rules(lease=16.0)
 capacities = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=6), st.integers(0, 40), max_size=8)
@@ -63,7 +61,7 @@ def sorted_first(num_slots: int, capacity: dict[str, int]) -> list[list[str]]:
     weights = {p: min(c, num_slots) for p, c in capacity.items() if c > 0}
     total = sum(weights.values())
     pairs = sorted(
-        (-math.log(_uniform(p, num_slots)[s]) / w, p, s) for p, w in weights.items() for s in range(num_slots)
+        (-math.log(draws_of(p, num_slots)[s]) / w, p, s) for p, w in weights.items() for s in range(num_slots)
     )
     fair = {p: num_slots * w / total for p, w in weights.items()}
     lists: list[list[str]] = [[] for _ in range(num_slots)]
@@ -205,8 +203,8 @@ def test_orphans_go_to_copies_in_order_and_are_lost_only_then() -> None:
         raise AssertionError("never")
 
     copy = Copy(5, 40)
-    assert first("c", {0: copy}) == (100.0, TakeOver(0, 6, copy, ("a", "b")))
-    assert first("a", {0: copy}) == (108.0, TakeOver(0, 6, copy, ("c", "b")))
+    assert first("c", {0: copy}) == (100.0, TakeOver(0, 7, copy, ("a", "b")))
+    assert first("a", {0: copy}) == (108.0, TakeOver(0, 7, copy, ("c", "b")))
     assert first("b", {0: copy})[0] == 116.0
     assert first("b", {0: Copy(4, 90)})[0] == 124.0  # from before the last change of owner
     assert first("z", {0: copy})[0] == 124.0  # not listed any more
@@ -216,11 +214,24 @@ def test_orphans_go_to_copies_in_order_and_are_lost_only_then() -> None:
     assert first("a", {})[0] == 140.0
 
 
+def test_on_two_sides_of_a_split_a_copy_beats_a_restart() -> None:
+    """Whoever was cut off from all copies restarts the slot; when both sides meet, what was learned must win."""
+    claims = {0: claimed("owner", 5, 40, 100.0)}
+    for heir, alone in (("a", "z"), ("z", "a")):
+        taken = []
+        for me, copies in ((heir, {0: Copy(5, 40)}), (alone, {})):
+            watch = watching(me, 90.0, claims, [[me]])
+            [action] = decide(watch, situation(1000.0, [[me]], copies=copies), RULES)
+            assert isinstance(action, TakeOver)
+            taken.append(claimed(me, action.epoch, 0, 2000.0))
+        assert wins(*taken)
+
+
 def test_a_restarted_owner_takes_its_own_slot_back_at_once() -> None:
     watch = watching("a", 100.0, {0: claimed("a", 5, 40, 110.0)}, [["a"]])
     assert decide(watch, situation(100.0, [["a"]]), RULES) == []
     copy = Copy(5, 38)
-    assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 6, copy, ())]
+    assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 7, copy, ())]
 
 
 def test_standbys_follow_and_forget() -> None:

@@ -1,0 +1,1 @@
+"""Real peers in network namespaces, under faults from a tape that can be played again: `docs/chaos.md`."""
