@@ -20,11 +20,10 @@ from shoal.protocol.ownership import (
     TakeOver,
     Watch,
     Yield,
-    _Ranking,
     decide,
     grants_handover,
 )
-from shoal.protocol.rendezvous import _match, desired_owners, draws_of
+from shoal.protocol.rendezvous import _match, _Ranking, desired_owners, draws_of
 from shoal.protocol.view import LeaseClaim, wins
 
 RULES = Rules(lease=16.0)
