@@ -13,7 +13,7 @@ import torch
 
 from .network import NetworkMissing
 from .playing import Played
-from .report import markdown
+from .report import CALM, markdown
 from .swarm import Setup, SwarmFailed, play
 from .tape import Tape, flippers, read, seeded, standard, text
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 def compare(setup: Setup, tape: Tape, arguments: argparse.Namespace) -> dict[str, Played]:
     """The run without faults, then with; flippers also against averages that resist them."""
-    plans: dict[str, tuple[Tape, list[str]]] = {} if arguments.no_baseline else {"no faults": ((), [])}
+    plans: dict[str, tuple[Tape, list[str]]] = {} if arguments.no_baseline else {CALM: ((), [])}
     if tape or not plans:
         plans[arguments.tape] = (tape, [])
     if arguments.tape == "flippers":

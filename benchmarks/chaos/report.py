@@ -7,6 +7,8 @@ from typing import Any
 
 from .playing import Played
 
+CALM = "no faults"
+
 
 def goodput(faulty: Played, calm: Played) -> float:
     """Committed tokens over those of the run without faults, in the same wall time."""
@@ -14,8 +16,8 @@ def goodput(faulty: Played, calm: Played) -> float:
 
 
 def markdown(runs: dict[str, Played], tape: str) -> str:
-    """Runs by name, the one without faults first."""
-    calm = next(iter(runs.values()))
+    """Runs by name; goodput is against the one called `CALM`, if that is among them."""
+    calm = runs.get(CALM)
     lines = [
         "| run | committed tokens | goodput | held-out nats per token | blocked by the network | slots lost | "
         "equal digests at the end | forked rounds |",
@@ -23,9 +25,10 @@ def markdown(runs: dict[str, Played], tape: str) -> str:
     ]
     for name, run in runs.items():
         loss = "-" if run.nats_per_token is None else f"{run.nats_per_token:.4f}"
+        share = "-" if calm is None else f"{goodput(run, calm):.1%}"
         agreed = "no" if run.agreed_after is None else f"after {run.agreed_after:.1f} s"
         lines.append(
-            f"| {name} | {run.committed_tokens:,} | {goodput(run, calm):.1%} | {loss} | {run.blocked_share:.1%} | "
+            f"| {name} | {run.committed_tokens:,} | {share} | {loss} | {run.blocked_share:.1%} | "
             f"{run.lost_slots:.0f} | {agreed} | {len(run.forks)} |"
         )
     for name, run in runs.items():
