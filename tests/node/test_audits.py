@@ -22,6 +22,7 @@ from shoal.protocol import resources
 from shoal.protocol.auditing import LIES, Finding
 from shoal.protocol.errors import FetchFailed
 from shoal.protocol.messages import Accusation
+from shoal.protocol.ownership import COPY_RAISE
 from shoal.protocol.records import Lease, LeaseRecord
 from tiny import SLOTS, manifest_of
 
@@ -156,7 +157,7 @@ def test_a_worker_that_falsifies_its_updates_is_deposed_and_an_honest_one_is_not
         it.step_until(lambda: it.owned(honest) == ALL, "the liar's slots are the honest worker's")
         it.swarm.until(lambda: not liar.held, "the liar lets go")
         for slot, epoch in epochs.items():
-            assert honest.held[slot] == epoch + 1
+            assert honest.held[slot] == epoch + COPY_RAISE
         assert {slot: honest.held[slot] for slot in kept} == kept
         for auditor in it.auditors.values():  # each has seen for itself
             assert auditor._deposing.distrust.convicted == {liar.peer_id: Finding.WRONG_UPDATE}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loopback_workers import by_layer, counted, same, without_published, worked_manifest, working
+from shoal.protocol.ownership import COPY_RAISE
 from tiny import LAYERS, SLOTS
 
 ALL = set(range(SLOTS))
@@ -84,8 +85,8 @@ def test_a_worker_takes_over_from_one_that_vanished(tmp_path: Path) -> None:
         first.vanish()
         it.swarm.until(lambda: set(second.held) == ALL, "the other takes over")
         for slot, epoch in epochs.items():
-            assert second.held[slot] == epoch + 1
-            got = by_layer(second.ask(lambda w, s=slot: w.snapshot(s)), slot, epoch + 1)
+            assert second.held[slot] == epoch + COPY_RAISE
+            got = by_layer(second.ask(lambda w, s=slot: w.snapshot(s)), slot, epoch + COPY_RAISE)
             assert any(same(got, state[slot]) for state in states)  # as of its copy, every expert at its layer
         it.swarm.until(lambda: {t.owner for t in composer.exchange.owners().values()} == {second.peer_id}, "known")
         it.step(2)
