@@ -1,12 +1,14 @@
 """A swarm in one process: the node's own composers, workers, codecs and merging, with function calls for a network.
 
 Every composer takes one inner step in turn; deltas and sketches pass through their wire bytes, and rounds through the
-pure merging code. Sketches of a step reach the owner before it takes that step, and nothing is lost. So what this
-shows is the method, and what the real node loses against it is the network's doing; `late` is a part of that.
+pure merging code: each is under way for exactly `outer.overlap_steps`, which the node only tries to keep. Sketches of a
+step reach the owner before it takes that step, and nothing is lost. So what this shows is the method, and what the real
+node loses against it is the network's doing; `late` is a part of that.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ..node.composer import Composer, Entry
 from ..node.manifest import Manifest
+from ..node.model.cut import cadences
 from ..node.owning import ExpertOwner
 from ..node.publishing import FIDELITY_EVERY, FIRST_FIDELITY
 from ..node.worker import Worker
@@ -82,6 +85,7 @@ class InProcessSwarm:
         self._late = late
         self._sketches: deque[tuple[int, int, list[Sent]]] = deque()  # due step, version that they were taken at
         self._deltas: deque[tuple[int, list[tuple[int, list[bytes]]]]] = deque()  # due step, by slot
+        self._rounds: deque[tuple[int, int, list[Entry]]] = deque()  # due step, fragment, what was sent
         self._published = self._applied = 0  # versions of all stand-ins
         self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
         if self.replicas and manifest.outer.merge == "radial":
@@ -103,21 +107,24 @@ class InProcessSwarm:
     def run(self, steps: int) -> Iterator[float]:
         """Train for `steps` inner steps each; yields the composers' mean loss after every step."""
         outer, publish_every = self.manifest.outer, self.manifest.standin.publish_every
-        due_every = max(1, outer.every_steps // outer.fragments)
-        rounds = 0
+        cadence = cadences(self.composers[0].fragments, outer)
         for step in range(1, steps + 1):
             losses = self._step(step)
             self._share_counts()
             if step % publish_every == 0 and not self.replicas:
                 self._publish(step)
             self._apply_deltas(step)
-            if step % due_every == 0 and len(self.composers) > 1:
-                self._round(rounds % len(self.composers[0].fragments))
-                rounds += 1
+            if len(self.composers) > 1:
+                for index, due in enumerate(cadence):
+                    if due.before(step) == step:
+                        self._begin_round(index, step)
+            self._end_rounds(step)
             yield sum(losses) / len(losses)
+        self._end_rounds(math.inf)
         for fragment in range(len(self.composers[0].fragments)):
             if len(self.composers) > 1 and self.composers[0].steps_since_commit(fragment):
-                self._round(fragment)
+                self._begin_round(fragment, steps)
+        self._end_rounds(math.inf)
 
     def _step(self, step: int) -> list[float]:
         for composer in self.composers:
@@ -164,10 +171,19 @@ class InProcessSwarm:
                     for standin, delta in zip(receiver.standins(slot), layers, strict=True):
                         standin.apply(delta)
 
-    def _round(self, index: int) -> None:
+    def _begin_round(self, index: int, step: int) -> None:
+        if any(index == under_way for _, under_way, _ in self._rounds):
+            return  # as in the node, a fragment has one round at a time
         entries = [c.begin_round(index) for c in self.composers]
         for i in range(self.flippers):
             entries[i] = entries[i]._replace(vector=-entries[i].vector)
+        self._rounds.append((step + self.manifest.outer.overlap_steps, index, entries))
+
+    def _end_rounds(self, step: float) -> None:
+        while self._rounds and self._rounds[0][0] <= step:
+            self._end_round(*self._rounds.popleft()[1:])
+
+    def _end_round(self, index: int, entries: list[Entry]) -> None:
         average, facts = self._average(entries)
         for composer in self.composers:
             composer.commit_round(index, *composer.propose(index, average, facts))

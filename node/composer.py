@@ -26,12 +26,13 @@ from torch import Tensor
 from ..kernels.experts import DenseExpert
 from ..kernels.standin import StandIn
 from ..protocol import radial
-from ..protocol.fragments import Fragment, flatten, partition, unflatten
+from ..protocol.fragments import Fragment, flatten, unflatten
 from ..protocol.merging import Facts, outer_step
 from ..protocol.parts import COARSE, PartCodec
 from ..protocol.radial import NormedClaims
 from .manifest import Manifest
 from .model.build import build_model
+from .model.cut import backbone_fragments
 from .optimizer import make_optimizer
 from .owning import ExpertOwner, expert_type
 from .sketching import Collector
@@ -105,9 +106,7 @@ class Composer(ExpertOwner):
             experts = self.model.experts_of(slot)
             self._begin_owning(slot, experts, self._make_publishers(slot, experts, published=None))
 
-        self.fragments: list[Fragment] = partition(
-            {name: tuple(p.shape) for name, p in self.backbone.items()}, manifest.outer.fragments
-        )
+        self.fragments = backbone_fragments(manifest)
         self.common = [flatten(f, self.backbone) for f in self.fragments]
         self.momentum = [torch.zeros_like(c) for c in self.common]
         self._rounds: dict[int, _Round] = {}

@@ -11,7 +11,6 @@ import torch
 
 from ..protocol.auditing import BYTES_PER_WEIGHT, SentLog
 from ..protocol.averaging import OuterAverager
-from ..protocol.fragments import partition
 from ..protocol.handles import Handles
 from ..protocol.identity import Identity
 from ..protocol.merging import digest as digest_of
@@ -21,6 +20,7 @@ from .auditor import Auditor
 from .background import NetworkThread
 from .checkpoint import Checkpoint, CheckpointStore
 from .checkpoint_writer import CheckpointWriter
+from .common_state import CommonState, Held
 from .composer import Composer, StepReport
 from .config import PeerConfig
 from .copies import Snapshot
@@ -36,8 +36,8 @@ from .keeper import SlotKeeper
 from .links import Links
 from .logs import get_logger
 from .membership import Membership
-from .model.init import backbone_shapes
-from .outer import Held, OuterDriver
+from .model.cut import backbone_fragments, cadences
+from .outer import OuterDriver
 from .persistence import composer_tensors, restore_backbone, saved_slots
 from .serving import Library
 from .sketch_receiving import SketchReceiver
@@ -70,7 +70,7 @@ class ComposerPeer:
     def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run, dht: hivemind.DHT) -> None:
         self.config, self.state, self.identity, self.facts = config, state, identity, run
         spec = run.manifest.outer
-        self.fragments = partition(backbone_shapes(run.manifest.model), spec.fragments)
+        self.fragments = backbone_fragments(run.manifest)
         self.averager = OuterAverager(
             dht=dht,
             identity=identity,
@@ -115,7 +115,10 @@ class ComposerPeer:
         self.trainer = Trainer(composer, self._after_step)
         weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
         self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
-        self.outer = OuterDriver(links, self.trainer, self.averager, self.fragments, held)
+        self.common = CommonState(links, self.trainer, self.fragments, held)
+        self.outer = OuterDriver(
+            links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest.outer)
+        )
         self.keeper = SlotKeeper(
             links,
             self.trainer,
@@ -150,7 +153,7 @@ class ComposerPeer:
         )
         member.on_accusation = self.deposing.on_accusation
         self.links, self.member = links, member
-        library.stock(self.trainer, self.outer, self.exchange, self.keeper)
+        library.stock(self.trainer, self.common, self.exchange, self.keeper)
         member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
         member.on_round_open, member.on_records = self.outer.on_round_open, self.exchange.on_leases
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
@@ -186,7 +189,7 @@ class ComposerPeer:
 
     async def _join(self) -> None:
         await catch_up(
-            self.links, self.trainer, self.outer, self.exchange, lambda what: self.state.enter(Phase.SYNCING, what)
+            self.links, self.trainer, self.common, self.exchange, lambda what: self.state.enter(Phase.SYNCING, what)
         )
         await self.keeper.recall()
         await self._start_where_the_swarm_is()
@@ -305,7 +308,7 @@ class ComposerPeer:
             "run_id": self.facts.run_id,
             "step": composer.step,
             "tokens": composer.tokens,
-            "held": [held.round for held in self.outer.held],
+            "held": [held.round for held in self.common.held],
             "slots": {str(slot): self.keeper.held.get(slot, 0) for slot in composer.owned},
             "batches": self.batches.state_dict(),
         }

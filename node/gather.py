@@ -21,7 +21,7 @@ from ..protocol import messages, resources
 from ..protocol.dht import start_dht
 from ..protocol.directory import Directory
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
-from ..protocol.fragments import Fragment, partition, unflatten
+from ..protocol.fragments import Fragment, unflatten
 from ..protocol.handles import Handles
 from ..protocol.identity import Identity
 from ..protocol.merging import digest as digest_of
@@ -36,6 +36,7 @@ from .joining import newest
 from .links import Links
 from .logs import get_logger
 from .manifest import PROTOCOL_VERSION, Manifest, verify
+from .model.cut import backbone_fragments
 from .model.init import backbone_shapes, expert_shape
 from .presence import hold_data_dir
 from .state import PeerState
@@ -180,7 +181,7 @@ async def _manifest(directory: Directory, run_id: str) -> bytes:
 async def _fetch_all(links: Links, handles: Handles, progress: Callable[[str], None]) -> Gathered:
     manifest = links.manifest
     await links.directory.read()
-    fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
+    fragments = backbone_fragments(manifest)
     backbone: dict[str, Tensor] = {}
     rounds = []
     for fragment in fragments:

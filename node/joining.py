@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import partial
 
 from ..protocol.rounds import latest_commit, majority, tally
+from .common_state import CommonState, Held
 from .composer import Composer
 from .exchange import Exchange
 from .links import Links
 from .logs import get_logger
-from .outer import Held, OuterDriver
 from .trainer import Trainer
 
 log = get_logger(__name__)
@@ -23,7 +23,7 @@ PARALLEL_FETCHES = 2  # peers refuse more than a few streams at a time from one 
 
 
 async def catch_up(
-    links: Links, trainer: Trainer[Composer], outer: OuterDriver, exchange: Exchange, progress: Callable[[str], None]
+    links: Links, trainer: Trainer[Composer], common: CommonState, exchange: Exchange, progress: Callable[[str], None]
 ) -> None:
     """Fetch the newest common backbone and every owner's published stand-ins.
 
@@ -31,14 +31,14 @@ async def catch_up(
     """
     progress("reading the directory")
     await links.read_directory()
-    await _backbone(links, trainer, outer, progress)
+    await _backbone(links, trainer, common, progress)
     await _standins(links, exchange, progress)
 
 
 async def _backbone(
-    links: Links, trainer: Trainer[Composer], outer: OuterDriver, progress: Callable[[str], None]
+    links: Links, trainer: Trainer[Composer], common: CommonState, progress: Callable[[str], None]
 ) -> None:
-    parts = len(outer.held)
+    parts = len(common.held)
     for index in range(parts):
         progress(f"backbone fragment {index + 1} of {parts}")
         deadline = links.loop.time() + BACKBONE_SECONDS
@@ -49,9 +49,9 @@ async def _backbone(
             wanted, backers = newest(links, index, parts, majority(len(links.active_composers())))
             if wanted is None and not links.votes(index):
                 break  # nobody has merged anything yet
-            if wanted is not None and wanted.round <= outer.held[index].round:
+            if wanted is not None and wanted.round <= common.held[index].round:
                 break
-            if wanted is not None and await outer.fetch_fragment(index, wanted, backers):
+            if wanted is not None and await common.fetch_fragment(index, wanted, backers):
                 # Whatever was trained here before the peer went away is long stale: take the swarm's state as it is.
                 await asyncio.wrap_future(trainer.ask(partial(_drop_drift, index=index)))
                 break

@@ -83,12 +83,16 @@ class OuterSpec(Spec, frozen=True, kw_only=True):
 
     fragments: Count = 2  # balanced subsets of the backbone, merged in turn
     every_steps: Count = 8  # H: each fragment is merged once per H inner steps
+    embeddings_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # H of embeddings and output head; 0 = every_steps
+    router_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # H of routers and norms; 0 = every_steps
+    in_flight: Count = 2  # fragments that are merged at the same time
+    overlap_steps: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # tau: a round's share of steps; 0 = in_flight * H / P
     learning_rate: Positive = 1.0  # 1.0 with momentum 0 is the plain token-weighted mean
     momentum: Fraction = 0.0  # Nesterov
     merge: Literal["mean", "radial"] = "mean"  # embeddings and head always by the mean (protocol/radial.py)
     robust: bool = False  # averages that a minority of liars cannot move far (protocol/robust.py)
     codec: Literal["float32", "float16", "int8", "int4"] = "float16"  # of pseudo-gradients on the wire
-    matchmaking_seconds: Positive = 5.0  # how long a round waits for stragglers
+    matchmaking_seconds: Positive = 5.0  # how long a round looks for a quorum, and waits for stragglers at most
     timeout_seconds: Positive = 30.0  # after which a round has failed
 
 
@@ -299,6 +303,7 @@ def _decode(data: bytes) -> Manifest:
             raise UnknownFields(error.cause, fix="use the software version that founded the run") from error
         raise ManifestError(error.cause, fix="correct that field, or use the version that founded the run") from error
     _check_weights(manifest)
+    _check_cadences(manifest.outer)
     if manifest.sketch.kind == "gradient":
         _check_gradient_sketches(manifest)
     if manifest.outer.merge == "radial":
@@ -318,6 +323,16 @@ def _check_weights(manifest: Manifest) -> None:
         raise ManifestError(
             "narrow stand-ins are not all of an expert, and ownership.snapshot_format says to send nothing else",
             fix="set ownership.snapshot_format to int8, or standin.kind to lowbit",
+        )
+
+
+def _check_cadences(outer: OuterSpec) -> None:
+    """Raise ManifestError where fragments would have to hold tensors that are due at different times."""
+    cadences = {every or outer.every_steps for every in (0, outer.embeddings_every, outer.router_every)}
+    if len(cadences) > outer.fragments:
+        raise ManifestError(
+            f"the backbone's tiers have {len(cadences)} cadences, but there are {outer.fragments} fragments",
+            fix=f"set outer.fragments to {len(cadences)} at least, or fewer different cadences",
         )
 
 
@@ -346,12 +361,11 @@ def _check_gradient_sketches(manifest: Manifest) -> None:
 def _check_radial_merge(manifest: Manifest) -> None:
     """Raise ManifestError where a fragment has more tensors than a member's facts can have norms."""
     from ..protocol.facts import MAX_NORMS  # not above: as in `_check_gradient_sketches`
-    from ..protocol.fragments import partition
     from ..protocol.radial import num_norms
-    from .model.init import backbone_shapes
+    from .model.cut import backbone_fragments
 
     try:
-        fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
+        fragments = backbone_fragments(manifest)
     except ValueError as error:
         raise ManifestError(
             f"the backbone cannot be cut: {error}", fix="correct the model or outer.fragments"

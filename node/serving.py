@@ -19,10 +19,10 @@ from .state import Count
 
 if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would be most of its start
     from .audit_record import AuditDesk
+    from .common_state import CommonState
     from .composer import Composer
     from .exchange import Exchange
     from .keeper import SlotKeeper
-    from .outer import OuterDriver
     from .trainer import Trainer
     from .worker import Worker
 
@@ -39,15 +39,15 @@ class Library:
         self._links = links
         self._manifest = Resource(signed_manifest)
         self.handle_key: bytes | None = None
-        self._shelves: tuple[Trainer[Composer], OuterDriver, Exchange] | None = None
+        self._shelves: tuple[Trainer[Composer], CommonState, Exchange] | None = None
         self._keeper: SlotKeeper[Any] | None = None
         self._desk: AuditDesk | None = None
 
     def stock(
-        self, trainer: Trainer[Composer], outer: OuterDriver, exchange: Exchange, keeper: SlotKeeper[Composer]
+        self, trainer: Trainer[Composer], common: CommonState, exchange: Exchange, keeper: SlotKeeper[Composer]
     ) -> None:
         """From now on answer for a composer too."""
-        self._shelves = (trainer, outer, exchange)
+        self._shelves = (trainer, common, exchange)
         self._keeper = keeper
 
     def stock_slots(self, keeper: SlotKeeper[Worker], desk: AuditDesk) -> None:
@@ -87,12 +87,12 @@ class Library:
             return None if self._desk is None else await self._desk.serve(index, *wanted.pair, requester)
         if self._shelves is None:
             return None
-        trainer, outer, exchange = self._shelves
+        trainer, common, exchange = self._shelves
         if kind is ResourceKind.HANDLES:
             assert wanted.pair is not None
             table = exchange.layers.handles.table(index, *wanted.pair, exchange.layers.num_layers)
             return Resource(messages.encode(table))
-        if index >= len(outer.held):
+        if index >= len(common.held):
             return None
 
         def state(composer: Composer) -> bytes:

@@ -288,6 +288,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 suspicion=suspects(account.missing, {fact.peer_id for fact in facts if fact.reduces}),
                 whole=account.whole,
                 matchmaking_seconds=matched,
+                quorum_seconds=min(matched, self._matchmakings[order.own.fragment].quorum_seconds),
                 bytes_sent=account.bytes_sent,
                 bytes_received=account.bytes_received,
             )
@@ -310,6 +311,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             attempt=order.own.attempt,
             expected=max(order.expected, order.quorum),
             quorum=order.quorum,
+            grace=order.grace,
             avoid=order.avoid,
         )
 

@@ -147,6 +147,7 @@ class Averager:
         steps: int,
         expected: int,
         quorum: int,
+        grace: float,
         base: bytes,
         avoid: Collection[str],
         receiver: str = "",
@@ -196,6 +197,7 @@ class Averager:
                 signed_facts=sign_facts(self._identity, self._run_id, own),
                 expected=expected,
                 quorum=quorum,
+                grace=grace,
                 avoid=frozenset(avoid),
                 receiver=receiver,
             )
@@ -284,6 +286,7 @@ class Averager:
             fraction=report.whole / numel,
             seconds=time.monotonic() - pending.submitted,
             matchmaking_seconds=report.matchmaking_seconds,
+            quorum_seconds=report.quorum_seconds,
             bytes_sent=report.bytes_sent,
             bytes_received=report.bytes_received,
             detail=report.detail,
@@ -327,6 +330,7 @@ class OuterAverager(Averager):
         steps: int,
         expected: int,
         quorum: int,
+        grace: float = math.inf,
         base: bytes = bytes(32),
         avoid: Collection[str] = (),
         norms: Sequence[float] = (),
@@ -339,6 +343,7 @@ class OuterAverager(Averager):
             tokens, steps: trained since the fragment's last common state, both at least 1; they set the weight.
             expected: members after which the round starts at once (this one included).
             quorum: members without which it does not start.
+            grace: seconds that it waits for the others once a quorum is there; the window's end comes first.
             base: digest of the common state that the pseudo-gradient was measured from; others' must be equal.
             avoid: peer ids not to meet, e.g. an earlier attempt's `failed`.
             norms: `radial.split`'s other half, for everybody's facts; others must have as many.
@@ -354,6 +359,7 @@ class OuterAverager(Averager):
             steps=steps,
             expected=expected,
             quorum=quorum,
+            grace=grace,
             base=base,
             avoid=avoid,
             norms=norms,

@@ -1,6 +1,12 @@
 """Cutting the backbone into P balanced fragments, merged in turn.
 
 A fragment is a flat float32 vector: its tensors, flattened row-major, one after the other in `names` order.
+
+    embeddings   embeddings and output head
+    router       routers and norms: small, and what all experts' inputs and weights hang on
+    body         attention and whatever else there is
+
+A tier can have a cadence of its own; then no fragment holds tensors of two cadences.
 """
 
 from __future__ import annotations
@@ -8,12 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Tier = Literal["embeddings", "router", "body"]
+
 _EMBEDDING_PARTS = frozenset({"embed_tokens", "wte", "word_embeddings", "embedding", "embeddings"})
 _HEAD_PARTS = frozenset({"lm_head", "output_projection", "embed_out"})
+_ROUTER_PARTS = frozenset({"gate", "router"})  # of layers; a dense MLP's are gate_proj
 
 
 @dataclass(frozen=True)
@@ -26,19 +36,53 @@ class Fragment:
     numel: int
 
 
-def partition(shapes: Mapping[str, Sequence[int]], fragments: int) -> list[Fragment]:
+def partition(
+    shapes: Mapping[str, Sequence[int]], fragments: int, every: Mapping[Tier, int] | None = None
+) -> list[Fragment]:
     """Greedy balanced bin packing: largest tensor first, each into the smallest fragment so far.
 
     The same on every peer, whatever the order of `shapes`. Embeddings and the output head never share a fragment when
     there are at least two: both are as large as all the rest of a small model, and together they would unbalance it.
 
-    Raises ValueError if there are fewer tensors than fragments.
+    Args:
+        every: each tier's inner steps between merges; by default all have the same. Each cadence gets as many fragments
+            as its share of the elements, one at least.
+
+    Raises ValueError if there are fewer tensors than fragments, or fewer fragments than cadences.
     """
     if not 1 <= fragments <= len(shapes):
         raise ValueError(f"cannot cut {len(shapes)} tensors into {fragments} fragments")
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if empty := [name for name, size in sizes.items() if size == 0]:
         raise ValueError(f"tensors without elements: {empty}")
+    cadences: dict[int, dict[str, int]] = {}
+    for name, size in sizes.items():
+        cadences.setdefault(every[tier_of(name)] if every else 0, {})[name] = size
+    groups = [cadences[steps] for steps in sorted(cadences)]
+    if len(groups) > fragments:
+        raise ValueError(f"{len(groups)} cadences need as many fragments, not {fragments}")
+    shares = _apportion([(sum(group.values()), len(group)) for group in groups], fragments)
+    bins = [names for group, share in zip(groups, shares, strict=True) for names in _pack(group, share)]
+    result = []
+    for i, names in enumerate(bins):
+        ordered = tuple(sorted(names))
+        counts = tuple(sizes[name] for name in ordered)
+        result.append(Fragment(index=i, names=ordered, sizes=counts, numel=sum(counts)))
+    return result
+
+
+def _apportion(groups: Sequence[tuple[int, int]], fragments: int) -> list[int]:
+    """How many fragments each (elements, tensors) gets: one, and the next always to whose fragments are largest."""
+    shares = [1] * len(groups)
+    for _ in range(fragments - len(groups)):
+        open_ = [i for i, (_, tensors) in enumerate(groups) if shares[i] < tensors]
+        largest = max(open_, key=lambda i: (groups[i][0] / shares[i], -i))
+        shares[largest] += 1
+    return shares
+
+
+def _pack(sizes: Mapping[str, int], fragments: int) -> list[list[str]]:
+    """The names of each fragment; none is empty."""
     bins: list[list[str]] = [[] for _ in range(fragments)]
     loads = [0] * fragments
     home: dict[str, int] = {}
@@ -59,12 +103,7 @@ def partition(shapes: Mapping[str, Sequence[int]], fragments: int) -> list[Fragm
             moved = min(bins[donor], key=lambda name: (sizes[name], name))
             bins[donor].remove(moved)
             bins[i].append(moved)
-    result = []
-    for i, names in enumerate(bins):
-        ordered = tuple(sorted(names))
-        counts = tuple(sizes[name] for name in ordered)
-        result.append(Fragment(index=i, names=ordered, sizes=counts, numel=sum(counts)))
-    return result
+    return bins
 
 
 def flatten(fragment: Fragment, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -93,3 +132,12 @@ def kind_of(name: str) -> str | None:
     if parts & _EMBEDDING_PARTS:
         return "embedding"
     return "head" if parts & _HEAD_PARTS else None
+
+
+def tier_of(name: str) -> Tier:
+    """The tier of a backbone tensor, by its name in transformers."""
+    if kind_of(name) is not None:
+        return "embeddings"
+    parts = name.split(".")
+    is_norm = any(part == "norm" or part.endswith(("_norm", "layernorm")) for part in parts)
+    return "router" if is_norm or _ROUTER_PARTS & set(parts) else "body"

@@ -2,7 +2,7 @@
 
     bucket = prefix.0b<48 bits of round><16 bits of attempt>      peers of different rounds never meet
     the earliest declared expiration leads; others ask to join    hivemind's protocol, unchanged
-    full at `expected` members: start at once; else when the window ends, with at least `quorum`
+    full at `expected` members: start at once; else `grace` after a quorum is there; else, with one, as the window ends
 
 hivemind would have let anybody join with any metadata. Here a leader checks a follower's signed facts at the door, so
 that a peer with bad facts costs nobody a round; followers check the leader's and everybody's once the group is made.
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from hivemind.dht import DHT
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
+from hivemind.utils.asyncio import cancel_and_wait
 
 from .errors import BadSignature, Refused
 from .facts import MAX_ATTEMPT, MAX_ROUND
@@ -42,6 +45,7 @@ class Search:
         scheduled_time: DHT time (seconds) at which a group starts even if members are missing.
         deadline: DHT time at which the search gives up.
         data_for_gather: signed facts, shown to every member.
+        grace: seconds that a leader with a quorum waits for the others.
         admit: raises BadSignature or Refused unless a peer id (base58) may join with this gathered data.
     """
 
@@ -53,6 +57,7 @@ class Search:
     attempt: int
     expected: int
     quorum: int
+    grace: float
     avoid: frozenset[str]
 
     def get_timeout(self) -> float:
@@ -111,6 +116,8 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind is untype
         self.refusals: dict[str, str] = {}  # peer id: why it was not let in, in the current search
         self._one_search = asyncio.Lock()
         self._unanswered: dict[PeerID, int] = {}
+        self._joined = asyncio.Event()  # somebody is about to be this peer's follower
+        self.quorum_seconds = math.inf  # of the last search, until this peer led a quorum
 
     async def find_group(self, search: Search) -> GroupInfo | None:
         """Members in the order that the all-reduce uses, or None if no group of `search.quorum` met in time."""
@@ -119,7 +126,29 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind is untype
             self.group_key_manager.avoid = search.avoid
             self.target_group_size, self.min_group_size = search.expected, search.quorum
             self.refusals, self._unanswered = {}, {}
-            return await self.look_for_group(search)
+            self._joined.clear()
+            self.quorum_seconds = math.inf
+            grace = asyncio.create_task(self._start_after_grace(search))
+            try:
+                return await self.look_for_group(search)
+            finally:
+                await cancel_and_wait(grace)
+
+    async def _start_after_grace(self, search: Search) -> None:
+        """Start the group that this peer leads, if it does, without those for whom hivemind would wait on."""
+        began = time.monotonic()
+        while True:
+            await self._joined.wait()
+            self._joined.clear()
+            if len(self.current_followers) + 1 < search.quorum:
+                continue
+            self.quorum_seconds = min(self.quorum_seconds, time.monotonic() - began)
+            await asyncio.sleep(min(search.grace, search.get_timeout()))
+            async with self.lock_request_join_group:
+                enough = len(self.current_followers) + 1 >= search.quorum
+                if enough and self.is_looking_for_group and not self.assembled_group.done():
+                    await self.leader_assemble_group()
+                    return
 
     def _check_reasons_to_reject(
         self, request: averaging_pb2.JoinRequest, context: P2PContext
@@ -137,6 +166,7 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind is untype
             self.refusals[peer_id] = error.cause
             log.warning("join refused round=%d peer=%s: %s", search.round, peer_id, error.cause)
             return averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
+        self._joined.set()
         return None
 
     async def _request_join_group(self, leader: PeerID) -> GroupInfo | None:

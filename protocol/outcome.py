@@ -34,7 +34,8 @@ class Outcome:
             `avoid`, or let the directory drop the peer.
         proven, suspicion: what `reputation.Reputation` is to hear of the round.
         fraction: of the fragment's elements, how many average every member.
-        seconds: from submit to outcome; `matchmaking_seconds` of them to find the group.
+        seconds: from submit to outcome; `matchmaking_seconds` of them to find the group, and `quorum_seconds` of these
+            until a quorum was there, as far as this member knows.
         bytes_sent, bytes_received: encoded parts only.
     """
 
@@ -50,6 +51,7 @@ class Outcome:
     fraction: float = 0.0
     seconds: float = 0.0
     matchmaking_seconds: float = 0.0
+    quorum_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     detail: str = ""
@@ -58,7 +60,8 @@ class Outcome:
 class Order(msgspec.Struct, frozen=True):
     """Parent to averager process: run one attempt. The input lies in the fragment's shared buffer.
 
-    `receiver`: peer id of the one member that may, and must, be in the group without tokens; empty if there is none.
+    `grace`: seconds that a group with a quorum waits for the others, if this peer leads it. `receiver`: peer id of the
+    one member that may, and must, be in the group without tokens; empty if there is none.
     """
 
     ticket: int
@@ -66,6 +69,7 @@ class Order(msgspec.Struct, frozen=True):
     signed_facts: bytes
     expected: int
     quorum: int
+    grace: float
     avoid: frozenset[str]
     receiver: str = ""
 
@@ -83,5 +87,6 @@ class Report(msgspec.Struct, frozen=True):
     suspicion: dict[str, float] = {}
     whole: int = 0  # elements averaged over every member
     matchmaking_seconds: float = 0.0
+    quorum_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0

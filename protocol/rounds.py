@@ -1,6 +1,6 @@
 """When an outer round is committed. Pure: the directory's votes in, decisions out.
 
-    round r merges fragment r mod P
+    round r merges fragment r mod P: each fragment counts rounds of its own
     attempt  an all-reduce within a round; a new attempt follows a group that met and failed
     vote     "after round r my fragment has this digest"; a peer's newest vote per fragment is the one that counts
     commit   a quorum of peers voted for the same digest
@@ -53,6 +53,11 @@ def majority(active: int) -> int:
 def fragment_of(round_: int, fragments: int) -> int:
     """The fragment that a round merges."""
     return round_ % fragments
+
+
+def next_round(fragment: int, last: int, fragments: int) -> int:
+    """The round that follows round `last` of a fragment; after -1, its first one."""
+    return fragment if last < 0 else last + fragments
 
 
 def tally(votes: Mapping[str, Vote], round_: int, fragments: int, quorum_size: int) -> Verdict:

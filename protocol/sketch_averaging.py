@@ -19,6 +19,7 @@ peer's uplink carries all, and nobody can tell what it added); one round for all
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection
 from concurrent.futures import Future
 
@@ -118,6 +119,7 @@ class SketchAverager(Averager):
             steps=1,
             expected=expected,
             quorum=2,
+            grace=math.inf,  # who is missing here is missing in the expert's step
             base=_base(slot, owner, epoch),
             avoid=avoid,
             receiver=owner,

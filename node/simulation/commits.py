@@ -17,7 +17,7 @@ from .wire import sealed_bytes, vote_record
 from .world import Held, VirtualPeer, World
 
 NUMEL = 256
-SPLIT_SECONDS = 30.0  # as in `node/outer.py`
+SPLIT_SECONDS = 30.0  # as in `node/common_state.py`
 MAX_LISTED = 64  # members in a vote: more than a record holds are those of one's own row
 MEMBER_BYTES = 54  # of one of them
 
@@ -215,7 +215,7 @@ class Commits:
         for fragment in range(self._parts):
             newest = self.newest(cohort, fragment)
             peers = [world.peers[peer_id] for peer_id in sorted(cohort.members)]
-            for peer in (p for p in peers if p.in_round is None and fragment not in p.fetching):
+            for peer in (p for p in peers if fragment not in p.in_round and fragment not in p.fetching):
                 if newest is not None:
                     peer.split_since.pop(fragment, None)
                     self._take(peer, fragment, newest)

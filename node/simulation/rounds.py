@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...protocol.cadence import Grace
 from ...protocol.grouping import Grid, Sums, add, contributions, plan, sent_bytes
 from ...protocol.merging import Facts, shares, weights
 from ...protocol.robust import robust_mean
 from ...protocol.rounds import fragment_of
-from .board import NEVER
 from .commits import NUMEL, Commits, State
 from .world import VirtualPeer, World
 
@@ -38,6 +38,7 @@ class Meeting:
     attempt: int
     leader: VirtualPeer
     opened: float
+    quorum_seconds: float = 0.0  # until one was there
     arrivals: dict[str, tuple[float, VirtualPeer]] = field(default_factory=dict)  # by peer id; when it is there
 
 
@@ -74,8 +75,9 @@ class RoundLife:
 
     def __init__(self, world: World, commits: Commits) -> None:
         self._world, self._commits = world, commits
-        self._parts = world.manifest.outer.fragments
-        self._due_steps = max(1, world.manifest.outer.every_steps // self._parts)
+        spec, self._cadences = world.manifest.outer, world.wire.cadences
+        self._parts, self._in_flight = spec.fragments, spec.in_flight
+        self._overlap = spec.overlap_steps or max(1, spec.in_flight * spec.every_steps // spec.fragments)
         self._generator = torch.Generator().manual_seed(world.engine.seed)
         self._target = torch.randn(NUMEL, generator=self._generator)
         self._meetings: dict[tuple[int, int, bool], Meeting] = {}
@@ -86,32 +88,42 @@ class RoundLife:
     def starts(self, peer: VirtualPeer) -> None:
         """It trains from now on."""
         peer.merged_until = [self._world.now] * self._parts
-        peer.began = self._world.now
-        self._schedule(peer)
+        peer.grace = Grace(self._overlap, self._world.manifest.outer.matchmaking_seconds)
+        peer.grace.took_step(peer.step_seconds)
+        for fragment, cadence in enumerate(self._cadences):
+            peer.done[fragment] = cadence.before(peer.first_step)
+            self._schedule(peer, fragment)
 
     def _committed(self, peer: VirtualPeer) -> None:
-        if peer.in_round is not None and peer.in_round < peer.next_round:
-            peer.in_round = None
-            self._schedule(peer)
+        for fragment, number in list(peer.in_round.items()):
+            if number < peer.next_round(fragment):
+                del peer.in_round[fragment]
+                quorum_seconds, started = peer.met[fragment]
+                if peer.grace is not None:
+                    peer.grace.took_round(quorum_seconds, self._world.now - started)
+                self._schedule(peer, fragment)
 
-    def _schedule(self, peer: VirtualPeer) -> None:
+    def _schedule(self, peer: VirtualPeer, fragment: int) -> None:
         if peer.active:
-            due = max(peer.began + self._due_steps * peer.step_seconds, peer.not_before)
-            self._world.engine.at(due, self._due, peer, peer.began)
+            due = peer.done[fragment] + self._cadences[fragment].every - peer.first_step
+            when = max(peer.trains_from + due * peer.step_seconds, peer.not_before.get(fragment, 0.0), self._world.now)
+            self._world.engine.at(when, self._due, peer, fragment, peer.done[fragment])
 
-    def _due(self, peer: VirtualPeer, began: float) -> None:
+    def _due(self, peer: VirtualPeer, fragment: int, done: int) -> None:
         """Its own cadence has come round, unless another round came first."""
         world = self._world
-        if not peer.active or peer.in_round is not None or peer.began != began or world.now < peer.not_before:
+        if not peer.active or fragment in peer.in_round or peer.done[fragment] != done:
             return
-        if world.board.num_active(peer.cohort) < 2:
-            world.engine.after(self._due_steps * peer.step_seconds, self._due, peer, began)
+        if world.now < peer.not_before.get(fragment, 0.0):
+            return
+        if world.board.num_active(peer.cohort) < 2 or len(peer.in_round) >= self._in_flight:
+            world.engine.after(peer.step_seconds, self._due, peer, fragment, done)
         else:
-            self._open(peer, peer.next_round)
+            self._open(peer, peer.next_round(fragment))
 
     def _open(self, peer: VirtualPeer, number: int) -> None:
         """Look for members, and tell everybody in reach. Others join between two of their steps."""
-        world = self._world
+        world, fragment = self._world, fragment_of(number, self._parts)
         attempt = peer.attempts.get(number, 0)
         key = (number, attempt, peer.cohort.cut_since is None)
         world.gossiped("openings", world.wire.opening)
@@ -120,49 +132,61 @@ class RoundLife:
             return
         meeting = self._meetings[key] = Meeting(number, attempt, peer, world.now)
         meeting.arrivals[peer.id] = (world.now, peer)
-        window = world.manifest.outer.matchmaking_seconds
         for other in world.peers.values():
             if other is peer or not other.active or not world.together(other, peer):
                 continue
-            if other.in_round is None and 0 <= number - other.next_round <= self._parts:
+            if fragment not in other.in_round and 0 <= number - other.next_round(fragment) <= self._parts:
                 heard = world.now + other.cohort.lag
                 into_step = math.fmod(max(0.0, heard - other.trains_from), other.step_seconds)
-                there = max(heard + other.step_seconds - into_step, other.not_before)
+                there = max(heard + other.step_seconds - into_step, other.not_before.get(fragment, 0.0))
                 meeting.arrivals[other.id] = (there, other)
                 other.attempts[number] = max(attempt, other.attempts.get(number, 0))
-        expected = world.board.num_active(peer.cohort)
         times = sorted(when for when, _ in meeting.arrivals.values())
-        full = times[expected - 1] if len(times) >= expected else NEVER
-        world.engine.at(min(full, world.now + window), self._assemble, key)
+        expected, need = world.board.num_active(peer.cohort), self._commits.need(peer.cohort)
+        start = world.now + world.manifest.outer.matchmaking_seconds
+        if len(times) >= need:
+            assert peer.grace is not None
+            meeting.quorum_seconds = times[need - 1] - world.now
+            start = min(start, times[need - 1] + peer.grace.seconds)
+        if len(times) >= expected:
+            start = min(start, times[expected - 1])
+        world.engine.at(start, self._assemble, key)
 
     def _assemble(self, key: tuple[int, int, bool]) -> None:
-        """All are there, or the window has ended."""
+        """All are there, or nobody waits any more."""
         world, meeting = self._world, self._meetings.pop(key)
         fragment = fragment_of(meeting.round, self._parts)
         base = meeting.leader.held[fragment].digest
         there = [
             peer
             for when, peer in meeting.arrivals.values()
-            if when <= world.now and peer.active and peer.in_round is None and (peer.cohort.cut_since is None) == key[2]
+            if when <= world.now
+            and peer.active
+            and fragment not in peer.in_round
+            and (peer.cohort.cut_since is None) == key[2]
         ]
-        members = [p for p in there if p.next_round <= meeting.round and p.held[fragment].digest == base]
+        members = [p for p in there if p.next_round(fragment) <= meeting.round and p.held[fragment].digest == base]
         enough = bool(members) and len(members) >= max(self._commits.need(peer.cohort) for peer in members)
-        for peer in there:
-            peer.began = world.now  # the steps until its next round count from here
+        for peer in there:  # the steps until its next round count from here
+            peer.done[fragment] = self._cadences[fragment].nearest(peer.step(world.now))
         if not enough:
             world.measures.rounds["no_group"] += 1
             world.engine.note("round.no_group", round=meeting.round, attempt=meeting.attempt, members=len(members))
             for peer in there:
-                peer.not_before = world.now + RETRY_SECONDS
-                world.engine.at(peer.not_before, self._due, peer, peer.began)
+                self._retry_soon(peer, fragment)
             return
         world.engine.note("round.met", round=meeting.round, attempt=meeting.attempt, members=len(members))
         for peer in members:
-            peer.in_round = meeting.round
+            peer.in_round[fragment] = meeting.round
+            peer.met[fragment] = (meeting.quorum_seconds, world.now)
         for peer in there:
-            if peer.in_round is None:
-                self._schedule(peer)
+            if fragment not in peer.in_round:
+                self._schedule(peer, fragment)
         self._average(meeting, members, fragment, base)
+
+    def _retry_soon(self, peer: VirtualPeer, fragment: int) -> None:
+        peer.not_before[fragment] = self._world.now + RETRY_SECONDS
+        self._world.engine.at(peer.not_before[fragment], self._due, peer, fragment, peer.done[fragment])
 
     # -- averaging -------------------------------------------------------------------------------------------------
 
@@ -260,19 +284,21 @@ class RoundLife:
     def _give_up(self, peer: VirtualPeer, number: int) -> None:
         """No quorum has come in time, unless it has by now."""
         fragment = fragment_of(number, self._parts)
-        if not peer.alive or peer.in_round != number:
+        if not peer.alive or peer.in_round.get(fragment) != number:
             return
         self._commits.catch_up(peer, fragment)
-        if peer.in_round == number and fragment not in peer.fetching:
+        if peer.in_round.get(fragment) == number and fragment not in peer.fetching:
             self._world.measures.rounds["no_quorum"] += 1
             self._world.engine.note("round.no_quorum", peer=peer.name, round=number)
             self._again(peer, number)
 
     def _again(self, peer: VirtualPeer, number: int) -> None:
         """An attempt has failed: nothing has changed, and the next one follows soon."""
-        if peer.alive and peer.in_round == number:
-            peer.in_round = None
-            peer.attempts = {n: attempt for n, attempt in peer.attempts.items() if n >= number}
+        fragment = fragment_of(number, self._parts)
+        if peer.alive and peer.in_round.get(fragment) == number:
+            del peer.in_round[fragment]
+            peer.attempts = {
+                n: attempt for n, attempt in peer.attempts.items() if n >= peer.next_round(fragment_of(n, self._parts))
+            }
             peer.attempts[number] = peer.attempts.get(number, 0) + 1
-            peer.not_before = self._world.now + RETRY_SECONDS
-            self._world.engine.at(peer.not_before, self._due, peer, peer.began)
+            self._retry_soon(peer, fragment)

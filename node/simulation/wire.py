@@ -10,11 +10,11 @@ from ...kernels.standin import StandIn, initial_standin
 from ...protocol import messages
 from ...protocol.envelope import ENVELOPE_OVERHEAD
 from ...protocol.facts import MAX_FACTS_BYTES
-from ...protocol.fragments import partition
 from ...protocol.messages import DeltaBatch, ExpertCounts, RoundOpen, SurrogateDelta
 from ...protocol.records import Lease, LeaseRecord, PeerRecord, Record, VoteRecord
 from ..manifest import Manifest, OwnershipSpec
-from ..model.init import backbone_shapes, expert_shape
+from ..model.cut import backbone_fragments, cadences
+from ..model.init import expert_shape
 from ..model.presets import preset
 from ..sketch_choice import traffic_of
 
@@ -64,7 +64,8 @@ class Wire:
 
     def __init__(self, manifest: Manifest) -> None:
         shape = expert_shape(manifest.model)
-        cut = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
+        cut = backbone_fragments(manifest)
+        self.cadences = cadences(cut, manifest.outer)
         element = ELEMENT_BYTES[manifest.outer.codec]
         self.fragments = [fragment.numel * element for fragment in cut]
         self.sums = [fragment.numel * SUM_BYTES for fragment in cut]

@@ -7,8 +7,10 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from ...protocol.cadence import Grace
 from ...protocol.ownership import Copy, Watch
 from ...protocol.records import Lease
+from ...protocol.rounds import next_round
 from ..manifest import Manifest
 from .board import NEVER, Board, Cohort
 from .engine import Engine
@@ -57,10 +59,12 @@ class VirtualPeer:
     copies: dict[int, Copy] = field(default_factory=dict)
     busy: set[int] = field(default_factory=set)
     announcing: bool = False
-    in_round: int | None = None
-    began: float = 0.0  # when it last entered a round
-    not_before: float = 0.0
-    attempts: dict[int, int] = field(default_factory=dict)
+    grace: Grace | None = None  # once it trains
+    in_round: dict[int, int] = field(default_factory=dict)  # by fragment: the round that it is in
+    met: dict[int, tuple[float, float]] = field(default_factory=dict)  # by fragment: seconds to a quorum, start time
+    done: dict[int, int] = field(default_factory=dict)  # by fragment: the due step that its last round stood for
+    not_before: dict[int, float] = field(default_factory=dict)  # by fragment
+    attempts: dict[int, int] = field(default_factory=dict)  # by round
     proposals: dict[int, Held] = field(default_factory=dict)  # by fragment
     fetching: set[int] = field(default_factory=set)  # fragments
     split_since: dict[int, float] = field(default_factory=dict)  # by fragment
@@ -77,9 +81,8 @@ class VirtualPeer:
         """Whether it takes part in rounds."""
         return self.alive and self.phase == "training"
 
-    @property
-    def next_round(self) -> int:
-        return 1 + max(held.round for held in self.held)
+    def next_round(self, fragment: int) -> int:
+        return next_round(fragment, self.held[fragment].round, len(self.held))
 
     def steps(self, seconds: float) -> int:
         """Inner steps that it takes in so long."""

@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 
 import torch
 from shoal.node.background import NetworkThread
+from shoal.node.common_state import CommonState, Held
 from shoal.node.composer import Composer, StepReport
 from shoal.node.exchange import Exchange
 from shoal.node.keeper import SlotKeeper
 from shoal.node.links import Links
 from shoal.node.manifest import Manifest
 from shoal.node.membership import Membership
-from shoal.node.outer import Held, OuterDriver
+from shoal.node.model.cut import cadences
+from shoal.node.outer import OuterDriver
 from shoal.node.serving import Library
 from shoal.node.sketch_sending import SketchSender
 from shoal.node.sketching import SketchCollector
@@ -62,10 +64,11 @@ class Meeting:
         self._waiting: dict[tuple[int, int, bytes], dict[str, tuple[Tensor, RoundFacts, Future[Outcome]]]] = {}
         self.absent: set[str] = set()  # peers that never find a group
         self.spoilers: set[str] = set()  # peers whose parts are NaN
+        self.stuck: set[int] = set()  # even, odd: rounds of such numbers never find a group
 
     def submit(self, peer: str, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
         future: Future[Outcome] = Future()
-        if peer in self.absent:
+        if peer in self.absent or number % 2 in self.stuck:
             future.set_result(Outcome(Status.NO_GROUP, number, attempt))
             return future
         if self.spoilers & set(facts["avoid"]):
@@ -147,7 +150,9 @@ class LoopbackPeer:
         )
         zeros = [digest(c, m) for c, m in zip(self.composer.common, self.composer.momentum, strict=True)]
         seat: Any = Seat(meeting, links.peer_id)
-        self.outer = OuterDriver(links, self.trainer, seat, self.composer.fragments, [Held(-1, d) for d in zeros])
+        fragments = self.composer.fragments
+        self.common = CommonState(links, self.trainer, fragments, [Held(-1, d) for d in zeros])
+        self.outer = OuterDriver(links, self.trainer, seat, self.common, cadences(fragments, links.manifest.outer))
         self.keeper = SlotKeeper(
             links,
             self.trainer,
@@ -271,7 +276,7 @@ async def _connect(dht: Any, folder: Path, manifest: Manifest, meeting: Meeting)
         signed_manifest=b"",
     )
     peer = LoopbackPeer(links, folder / "standby", meeting)
-    library.stock(peer.trainer, peer.outer, peer.exchange, peer.keeper)
+    library.stock(peer.trainer, peer.common, peer.exchange, peer.keeper)
     member.on_deltas, member.on_counts = peer.exchange.on_deltas, peer.exchange.on_counts
     member.on_round_open, member.on_records = peer.outer.on_round_open, peer.exchange.on_leases
     peer.member, peer.library = member, library

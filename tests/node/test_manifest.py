@@ -56,7 +56,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-64b8219ac2cb"
+    assert run_id_of(manifest()) == "demo-8b2cb8609e22"
 
 
 def test_round_trip() -> None:
@@ -244,6 +244,15 @@ def test_what_travels_must_make_an_expert(settings: tuple[str, ...]) -> None:
     with pytest.raises(ManifestError):
         sign(founder, with_settings(manifest(founder), settings))
     sign(founder, with_settings(manifest(founder), (settings[0], "standin.kind=ternary")))
+
+
+def test_a_fragment_cannot_be_due_at_two_times() -> None:
+    settings = ["outer.embeddings_every=48", "outer.router_every=4"]
+    with pytest.raises(ManifestError, match="3 cadences") as refused:
+        sign(FOUNDER, with_settings(manifest(), [*settings, "outer.fragments=2"]))
+    assert "outer.fragments" in refused.value.fix
+    sign(FOUNDER, with_settings(manifest(), [*settings, "outer.fragments=3"]))
+    sign(FOUNDER, with_settings(manifest(), ["outer.embeddings_every=48", "outer.fragments=2"]))
 
 
 def test_radial_merges_of_fragments_whose_norms_fit_in_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:

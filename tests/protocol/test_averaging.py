@@ -110,6 +110,39 @@ def test_starts_at_once_when_everybody_is_there_and_without_stragglers_at_the_en
     assert peers[0].outcome()["status"] == "no_group"
 
 
+def test_a_group_with_a_quorum_waits_for_the_others_as_long_as_its_leader_grants(swarm):
+    peers = swarm.start(3, sizes=(5000,), matchmaking_seconds=8.0, timeout_seconds=20.0)
+    for peer in peers[:2]:
+        peer.submit(np.full(5000, 1.0), round=0, expected=3, grace=0.5)
+    outcomes = [peer.outcome() for peer in peers[:2]]
+    assert statuses(outcomes) == ["complete"] * 2, reasons(outcomes)
+    assert all(0.5 <= outcome["matchmaking_seconds"] < 5.0 for outcome in outcomes), "it did not wait for the window"
+    assert all(outcome["quorum_seconds"] <= outcome["matchmaking_seconds"] for outcome in outcomes)
+    assert min(outcome["quorum_seconds"] + 0.5 for outcome in outcomes) <= outcomes[0]["matchmaking_seconds"]
+
+    for peer in peers[:2]:
+        peer.submit(np.full(5000, 1.0), round=1, expected=4, grace=6.0)
+    peers[2].submit(np.full(5000, 4.0), round=1, expected=4, grace=6.0)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+    assert {len(outcome["members"]) for outcome in outcomes} == {3}, "who comes within the grace is in it"
+
+
+def test_rounds_of_two_fragments_are_under_way_at_the_same_time(swarm):
+    peers = swarm.start(3, sizes=(600, 900), matchmaking_seconds=6.0)
+    for peer in peers[:2]:
+        peer.submit(np.full(600, 1.0), round=0, expected=3)  # waits for the third
+    for peer in peers:
+        peer.submit(np.full(900, 2.0), round=1, expected=3)
+    first = [peer.outcome() for peer in peers]
+    assert {outcome["average"][0] for outcome in first} == {2.0}, "the later one is there first"
+    peers[2].submit(np.full(600, 4.0), round=0, expected=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(first + outcomes) == ["complete"] * 6, reasons(first + outcomes)
+    assert {float(outcome["average"][0]) for outcome in outcomes} == {2.0}
+    assert {len(outcome["members"]) for outcome in outcomes} == {3}
+
+
 def test_the_end_of_an_answer_is_not_lost_in_thousands_of_streams(swarm):
     """120 rounds of 4 members. While whoever was called closed first, about one in twenty lost a part, or a group."""
     peers = swarm.start(4, sizes=(900,) * 4, matchmaking_seconds=12.0, timeout_seconds=36.0)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shoal.protocol.errors import BadSignature, Refused
 from shoal.protocol.facts import RoundFacts, open_facts, sign_facts
-from shoal.protocol.fragments import flatten, partition, unflatten
+from shoal.protocol.fragments import flatten, partition, tier_of, unflatten
 from shoal.protocol.identity import Identity
 
 RUN = "test-0123456789ab"
@@ -107,6 +107,29 @@ def test_embeddings_and_head_are_apart():
         assert homes["model.embed_tokens.weight"] != homes["lm_head.weight"]
     with pytest.raises(ValueError, match="fragments"):
         partition(shapes, 12)
+
+
+def test_no_fragment_mixes_tensors_that_are_due_at_different_times():
+    shapes = {"model.embed_tokens.weight": [100, 8], "lm_head.weight": [100, 8], "model.norm.weight": [8]}
+    for layer in range(4):
+        shapes |= {f"model.layers.{layer}.self_attn.{name}_proj.weight": [8, 8] for name in "qkvo"}
+        shapes |= {
+            f"model.layers.{layer}.mlp.gate.weight": [16, 8],
+            f"model.layers.{layer}.input_layernorm.weight": [8],
+        }
+    every = {"embeddings": 48, "router": 8, "body": 24}
+    for count in range(3, 9):
+        found = partition(shapes, count, every)
+        assert len(found) == count
+        assert sorted(name for fragment in found for name in fragment.names) == sorted(shapes)
+        tiers = [{tier_of(name) for name in fragment.names} for fragment in found]
+        assert all(len(tier) == 1 for tier in tiers)
+        assert set().union(*tiers) == set(every)
+        assert [fragment.index for fragment in found] == list(range(count))
+    assert sum(tier == {"embeddings"} for tier in tiers) > 1, "the largest tier gets the most fragments"
+    assert partition(shapes, 4, dict.fromkeys(every, 8)) == partition(shapes, 4)
+    with pytest.raises(ValueError, match="3 cadences"):
+        partition(shapes, 2, every)
 
 
 def test_flatten_and_back():

@@ -16,12 +16,12 @@ from shoal.node.evaluate import HELDOUT_SEED, heldout_loss
 from shoal.node.invite import Invite
 from shoal.node.manifest import Manifest, verify
 from shoal.node.model.build import build_model
-from shoal.node.model.init import backbone_shapes
+from shoal.node.model.cut import backbone_fragments
 from shoal.node.slot_order import renamed
 from shoal.protocol import messages, resources
 from shoal.protocol.dht import start_dht
 from shoal.protocol.directory import Directory
-from shoal.protocol.fragments import Fragment, partition, unflatten
+from shoal.protocol.fragments import Fragment, unflatten
 from shoal.protocol.handles import Handles
 from shoal.protocol.identity import Identity
 from shoal.protocol.merging import digest
@@ -61,7 +61,7 @@ def test_all_hold_the_same_and_the_checkpoint_is_that(swarm: Swarm, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
 
-    fragments = partition(backbone_shapes(manifest.model), manifest.outer.fragments)
+    fragments = backbone_fragments(manifest)
     handles = Handles((swarm.folder / "bootstrap" / "handle.key").read_bytes())
     fetched = fetch_all(swarm, [peer.id for peer in both], fragments, handles)
     backbone: dict[str, torch.Tensor] = {}

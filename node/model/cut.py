@@ -1,0 +1,27 @@
+"""The backbone's fragments, and when each is due: what `protocol/fragments.py` makes of a run's manifest."""
+
+from __future__ import annotations
+
+from ...protocol.cadence import Cadence
+from ...protocol.fragments import Fragment, Tier, partition, tier_of
+from ..manifest import Manifest, OuterSpec
+from .init import backbone_shapes
+
+
+def backbone_fragments(manifest: Manifest) -> list[Fragment]:
+    """Numbered from 0. Raises ValueError where model and `outer` do not fit each other."""
+    return partition(backbone_shapes(manifest.model), manifest.outer.fragments, _tiers(manifest.outer))
+
+
+def cadences(fragments: list[Fragment], spec: OuterSpec) -> list[Cadence]:
+    """Of each fragment; all its tensors are of tiers with the same one."""
+    every = _tiers(spec)
+    return [Cadence.of(f.index, len(fragments), every[tier_of(f.names[0])]) for f in fragments]
+
+
+def _tiers(spec: OuterSpec) -> dict[Tier, int]:
+    return {
+        "embeddings": spec.embeddings_every or spec.every_steps,
+        "router": spec.router_every or spec.every_steps,
+        "body": spec.every_steps,
+    }
