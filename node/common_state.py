@@ -24,6 +24,7 @@ from ..protocol.merging import digest as digest_of
 from ..protocol.records import VoteRecord
 from ..protocol.reputation import Reputation
 from ..protocol.rounds import latest_commit, most_held, next_round, tally
+from ..protocol.transport.downloads import Download
 from .blobs import fragment_from_bytes
 from .composer import Composer
 from .links import Links
@@ -69,6 +70,7 @@ class CommonState:
         self.reputation = Reputation(links.peer_id)
         self._links, self._trainer, self._fragments = links, trainer, fragments
         self._proposals: dict[int, _Proposal] = {}  # by fragment: voted for, not committed yet
+        self._downloads: dict[int, Download] = {}  # by fragment: what came of one that was not finished
         self._split_since: dict[int, float] = {}  # by fragment: monotonic seconds
         self._attested = -math.inf  # monotonic seconds; when own votes were last repeated
         links.state.set_held((state.round, state.digest) for state in held)
@@ -180,13 +182,22 @@ class CommonState:
             log.info("outer.refetched", round=number, fragment=index)
 
     async def fetch_fragment(self, index: int, wanted: Held, backers: Sequence[str]) -> bool:
-        """Download one fragment's common state from any of `backers`; whoever sends another digest is passed over."""
+        """Download one fragment's common state from any of `backers`; whoever sends another digest is passed over.
+
+        What one of them sent before it went away is gone on with at the next, and at the next call.
+        """
         numel = self._fragments[index].numel
+        begun = self._downloads.setdefault(index, Download())
         for peer in backers:
             try:
                 resource = await self._links.fetch(
-                    peer, resources.backbone(index), max_bytes=8 * numel + 4096, deadline_seconds=FETCH_SECONDS
+                    peer,
+                    resources.backbone(index),
+                    max_bytes=8 * numel + 4096,
+                    deadline_seconds=FETCH_SECONDS,
+                    begun=begun,
                 )
+                begun.restart()
                 fragment, momentum = fragment_from_bytes(resource.data, numel)
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.info("outer.fetch_failed", fragment=index, peer=peer, error=str(error))

@@ -21,7 +21,7 @@ from ..protocol.identity import Identity
 from ..protocol.records import LeaseRecord, PeerRecord, VoteRecord, seal_record
 from ..protocol.rounds import quorum
 from ..protocol.transport.client import Transport
-from ..protocol.transport.downloads import Resource
+from ..protocol.transport.downloads import Download, Resource
 from ..protocol.view import View
 from .logs import get_logger
 from .manifest import Manifest
@@ -205,11 +205,17 @@ class Links:
         max_bytes: int,
         deadline_seconds: float,
         progress: Callable[[int, int], None] | None = None,
+        begun: Download | None = None,
     ) -> Resource:
-        """Fetch a resource from a peer by its id. FetchFailed or PeerUnreachable say why not."""
+        """Fetch a resource from a peer by its id. FetchFailed or PeerUnreachable say why not; `begun` as there."""
         resource_kind = resource.split("/")[0]
         got = await self.transport.fetch(
-            self.addrs(peer_id), resource, deadline_seconds=deadline_seconds, max_bytes=max_bytes, progress=progress
+            self.addrs(peer_id),
+            resource,
+            deadline_seconds=deadline_seconds,
+            max_bytes=max_bytes,
+            progress=progress,
+            begun=begun,
         )
         self.state.count(Count.BYTES, resource_kind, "in", by=len(got.data))
         return got

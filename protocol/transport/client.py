@@ -32,7 +32,7 @@ from ..identity import Identity
 from . import ipc
 from .answering import Answerer, ServeHandler
 from .calls import Calls
-from .downloads import Resource
+from .downloads import Download, Resource
 from .fetches import Fetches
 from .handling import CallAdmission, CallHandler, CallHandling
 from .limits import MAX_PUBLISH_BYTES, Limits
@@ -235,6 +235,7 @@ class Transport:
         deadline_seconds: float,
         max_bytes: int,
         progress: Callable[[int, int], None] | None = None,
+        begun: Download | None = None,
     ) -> Resource:
         """Fetch a whole resource from one peer and check its sha256.
 
@@ -245,14 +246,16 @@ class Transport:
             deadline_seconds: for everything, including waiting for a turn.
             max_bytes: a larger resource is refused before a byte of it is read.
             progress: called with (bytes received, bytes in all).
+            begun: keeps what came if this fails; given to the next fetch of the same bytes, from this peer or
+                another one, it is gone on from there. A peer that goes away is then not waited for.
 
         Raises:
-            FetchEnded: with `reason` one of wire.Reason; nothing of the resource is kept.
+            FetchEnded: with `reason` one of wire.Reason; nothing of the resource is kept but in `begun`.
             TransportError: there is no host process any more.
             ValueError: the resource's name is empty or too long.
         """
         return await self._fetches.fetch(
-            addrs, resource, deadline_seconds=deadline_seconds, max_bytes=max_bytes, progress=progress
+            addrs, resource, deadline_seconds=deadline_seconds, max_bytes=max_bytes, progress=progress, begun=begun
         )
 
     # --- calls ------------------------------------------------------------------------------------------------

@@ -44,19 +44,23 @@ class Resource:
 
 @dataclass
 class Download:
-    """One fetch. Bytes are appended only in order, so `data` is always a prefix of the resource named by `digest`."""
+    """What has come of one resource. Bytes are appended only in order: `data` is a prefix of what `digest` names.
 
-    progress: Callable[[int, int], None] | None
+    One that was not finished can be gone on with at another peer, which sends the rest if it has the same resource.
+    """
+
+    progress: Callable[[int, int], None] | None = None
     data: bytearray = field(default_factory=bytearray)
     digest: bytes = b""
     meta: bytes = b""
     size: int = -1
     resumed: bool = False
+    answered: bool = False  # the peer that is asked now has sent a header
     ended: asyncio.Future[tuple[str, str]] | None = None
 
     @property
     def started(self) -> bool:
-        """Whether a header has ever come."""
+        """Whether a header has ever come, from any peer."""
         return self.size >= 0
 
     def begin_attempt(self) -> asyncio.Future[tuple[str, str]]:
@@ -68,7 +72,7 @@ class Download:
         """The host's answers, in order."""
         match frame:
             case ipc.FetchHeader():
-                self.resumed = frame.offset > 0
+                self.resumed, self.answered = frame.offset > 0, True
                 if not self.resumed:
                     self.data.clear()
                 self.digest, self.meta, self.size = frame.digest, frame.meta, frame.size

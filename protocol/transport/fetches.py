@@ -45,21 +45,26 @@ class Fetches:
         deadline_seconds: float,
         max_bytes: int,
         progress: Callable[[int, int], None] | None,
+        begun: Download | None,
     ) -> Resource:
         """`Transport.fetch`."""
         if not 0 < len(resource) <= MAX_RESOURCE_NAME:
             raise ValueError(f"a resource name has 1 to {MAX_RESOURCE_NAME} characters")
-        download = Download(progress)
+        download = Download() if begun is None else begun
+        download.progress, download.answered = progress, False
         try:
             async with asyncio.timeout(deadline_seconds), self._turns:
-                return await self._fetch(download, list(addrs), resource, max_bytes)
+                return await self._fetch(download, list(addrs), resource, max_bytes, patient=begun is None)
         except TimeoutError as error:
             got = f"{len(download.data)} of {download.size} bytes" if download.started else "no answer"
             raise FetchEnded(
                 Reason.DEADLINE, f"{resource!r}: {got} after {deadline_seconds:g} s", fix="allow more time"
             ) from error
 
-    async def _fetch(self, download: Download, addrs: list[str], resource: str, max_bytes: int) -> Resource:
+    async def _fetch(
+        self, download: Download, addrs: list[str], resource: str, max_bytes: int, *, patient: bool
+    ) -> Resource:
+        """`patient`: a peer that has answered once and cannot be reached now is waited for."""
         pause, fruitless = _FIRST_PAUSE_SECONDS, 0
         while True:
             before = len(download.data)
@@ -75,14 +80,14 @@ class Fetches:
                     raise FetchEnded(Reason.DIGEST, f"{resource!r} is not what its digest says")
                 download.restart()  # perhaps a prefix from a peer that lied; once more from the start
                 continue
-            if reason not in _RETRIED or (not download.started and reason == Reason.UNREACHABLE):
+            if reason not in _RETRIED or (not download.answered and reason == Reason.UNREACHABLE):
                 raise FetchEnded(Reason(reason), f"{resource!r}: {cause}")
             if len(download.data) > before:
                 pause, fruitless = _FIRST_PAUSE_SECONDS, 0
-            elif reason == Reason.CUT:
+            elif reason == Reason.CUT or not patient:
                 fruitless += 1
                 if fruitless >= _FRUITLESS_ATTEMPTS:
-                    raise FetchEnded(Reason.CUT, f"{resource!r}: {cause}")
+                    raise FetchEnded(Reason(reason), f"{resource!r}: {cause}")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE_SECONDS)
 

@@ -66,7 +66,10 @@ def test_after_a_hundred_rounds_with_churn_all_hold_the_same_bits(swarm: Loopbac
         for peer in swarm.peers:
             for index, held in enumerate(list(peer.common.held)):
                 assert committed.setdefault((index, held.round), held.digest) == held.digest, f"a fork, seed {seed}"
-        return sum(peer_round >= 0 for _, peer_round in committed)
+        return sum(number >= 0 for _, number in committed)
+
+    def newest() -> list[int]:
+        return [max(peer.common.held[index].round for peer in swarm.peers) for index in range(PARTS)]
 
     while note() < ROUNDS:
         absent = chance.choice(swarm.peers) if chance.random() < 0.4 else None
@@ -76,15 +79,13 @@ def test_after_a_hundred_rounds_with_churn_all_hold_the_same_bits(swarm: Loopbac
             returning = chance.choice(swarm.peers)
             chance.choice(checkpoints[returning.peer_id]).restore(returning)
             returned += 1
-        before = [max(peer.common.held[index].round for peer in swarm.peers) for index in range(PARTS)]
+        before = newest()
         for peer in swarm.peers:
             peer.ask(lambda composer: composer.train_step())
-        for index in range(PARTS):
-            swarm.until(
-                lambda i=index: max(peer.common.held[i].round for peer in swarm.peers) > before[i],  # type: ignore[misc]
-                f"fragment {index} goes on, seed {seed}",
-            )
-            note()
+        swarm.until(
+            lambda then=before: note() and all(a > b for a, b in zip(newest(), then, strict=True)),  # type: ignore[misc]
+            f"both fragments go on, seed {seed}",
+        )
         saving = chance.choice(swarm.peers)
         checkpoints[saving.peer_id].append(Disk(saving))
     assert missed > 5

@@ -16,7 +16,7 @@ import pytest
 from shoal.protocol.errors import PeerUnreachable, Refused, TransportError
 from shoal.protocol.identity import Identity
 from shoal.protocol.transport.client import Transport
-from shoal.protocol.transport.downloads import FetchEnded, FetchQuery, Resource
+from shoal.protocol.transport.downloads import Download, FetchEnded, FetchQuery, Resource
 from shoal.protocol.transport.limits import MAX_PUBLISH_BYTES, Limits
 from shoal.protocol.transport.wire import Reason
 
@@ -216,6 +216,51 @@ def test_a_fetch_resumes_after_a_host_is_killed(tmp_path: Path, victim: str) -> 
             assert target.restarts == 1
             assert progress == sorted(progress), "started again instead of resuming"
             assert target.host_pid is not None
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("prefix", ["true", "forged"])
+def test_what_one_peer_sent_before_it_left_is_gone_on_with_at_another(tmp_path: Path, prefix: str) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 3) as (leaving, staying, asker):
+            resource = Resource(os.urandom(20_000_000))
+            serve(leaving, state=resource)
+            serve(staying, state=resource)
+            begun, leave_at = Download(), random.randrange(2_000_000, 15_000_000)
+            leave = asyncio.Event()
+
+            async def go() -> None:
+                await leave.wait()
+                await leaving.close()
+
+            going = asyncio.create_task(go())
+            with pytest.raises(FetchEnded) as ended:
+                await asker.fetch(
+                    leaving.addrs,
+                    "state",
+                    deadline_seconds=30,
+                    max_bytes=10**8,
+                    progress=lambda received, _: leave.set() if received >= leave_at else None,
+                    begun=begun,
+                )
+            await going
+            assert ended.value.reason in (Reason.CUT, Reason.UNREACHABLE)
+            assert leave_at <= len(begun.data) < len(resource.data), f"left at {leave_at}"
+            if prefix == "forged":
+                begun.data[leave_at // 2] ^= 1
+            seen: list[int] = []
+            got = await asker.fetch(
+                staying.addrs,
+                "state",
+                deadline_seconds=30,
+                max_bytes=10**8,
+                progress=lambda received, _: seen.append(received),
+                begun=begun,
+            )
+            assert got.data == resource.data
+            assert seen[0] > leave_at
+            assert (seen == sorted(seen)) == (prefix == "true"), "a forged prefix is thrown away, a true one is not"
 
     run(scenario())
 
