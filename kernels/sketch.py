@@ -198,13 +198,13 @@ class RowBuffer:
         self.hidden, self.codec, self.max_rows = hidden, codec, max_rows
         self.refused = 0  # rows left out, ever: not finite, or too large for the codec
         self._generator = generator
+        parts, ones = _parts(_encode(torch.empty(0, hidden), codec)), torch.empty(0, dtype=torch.float64)
+        # Parts of x, parts of dy, weight, size: everything that moves when a row moves.
+        self._none = (*parts, *parts, ones, ones)
         self._clear()
 
     def _clear(self) -> None:
-        empty = torch.empty(0, self.hidden)
-        ones = torch.empty(0, dtype=torch.float64)
-        # Parts of x, parts of dy, weight, size: everything that moves when a row moves.
-        self._columns = [*_parts(_encode(empty, self.codec)), *_parts(_encode(empty, self.codec)), ones, ones]
+        self._columns = list(self._none)
         self._pairs = 0
         self._sizes = self._squares = 0.0  # Σ s and Σ s² over all rows since the last take
 
@@ -241,7 +241,9 @@ class RowBuffer:
         self._sizes += float(sizes.sum())
         self._squares += float(sizes.square().sum())
         room = self.max_rows - len(self)
-        if room:
+        if room == self.max_rows:
+            self._columns = [column[:room] for column in new]
+        elif room:
             pairs = zip(self._columns, new, strict=True)
             self._columns = [torch.cat((held, column[:room])) for held, column in pairs]
         if len(sizes) > room:
@@ -277,12 +279,14 @@ class RowBuffer:
         weights, sizes = self._columns[-2:]
         parts = self._columns[:-2]
         num = len(self) if max_rows is None else min(max_rows, len(self))
-        spread = float((weights * sizes).square().sum())
+        spread = 0.0
         if 0 < num < len(self):
             index, weights, spread = self._draw(weights, sizes, num, generator)
             parts = [part[index] for part in parts]
         elif not num:
             parts = [part[:0] for part in parts]
+        elif num < self._pairs:
+            spread = float((weights * sizes).square().sum())
         pairs, squares = self._pairs, self._squares
         self._clear()
         worth = squares / spread if spread else num / max(1, pairs)  # rows without any size: by their number

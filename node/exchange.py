@@ -1,41 +1,37 @@
 """Stand-ins as a composer lives them: publishing its own, applying everybody else's, repairing what gossip lost.
 
-The order of deltas is `protocol/surrogates.py`'s business, their content the kernels'. Both change what the composer
-computes with, so every touch of the book happens on the training thread, between two steps; this file carries messages
-there and back. It also passes on routing counts, which the load-balance loss wants from the whole swarm.
+The order of deltas is `protocol/surrogates.py`'s business, their content the kernels'; `following.py` applies those of
+others beside training. This file carries messages there and back. It also passes on routing counts, which the
+load-balance loss wants from the whole swarm.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import msgspec
 import torch
 from torch import Tensor
 
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.messages import DeltaBatch, ExpertCounts, StandInSnapshot, SurrogateDelta
-from ..protocol.surrogates import SEED, Point
+from ..protocol.surrogates import SEED, Point, SlotPublisher
 from .composer import Composer
+from .following import Following
 from .links import COUNTS_TOPIC, Links
 from .logs import get_logger
 from .owning import SlotTensors
-from .publishing import ANNOUNCE_EVERY_SECONDS, Publishing
-from .slot_order import LayerOrder, moved
-from .state import Count
+from .publishing import ANNOUNCE_EVERY_SECONDS, Published, Publishing
+from .slot_order import LayerOrder
 from .trainer import Trainer
 
 log = get_logger(__name__)
 
 REPAIR_EVERY_SECONDS = 1.0
 FETCH_SECONDS = 30.0
-# Messages that wait while a step runs; when more come the oldest is dropped, and its gap repaired by a fetch.
-MAX_INBOX = 256
 COUNTS_LIVE_SECONDS = 60.0  # a composer that reported nothing for longer does not weigh on the balance loss
 
 
@@ -58,14 +54,9 @@ class Exchange(Publishing[Composer]):
         super().__init__(links, trainer, order, self.like)
         self.layers = order
         self._max_standin_bytes = max_standin_bytes
-        for slot in range(composer.num_slots):
-            self._book.follow(slot, composer.standins(slot), SEED)
-        self._versions = dict.fromkeys(range(composer.num_slots), 0)  # of the stand-ins that the model runs
+        self._following = Following(links, trainer, self._book, order, composer)
         self._leases: dict[int, tuple[str, int]] = {}
-        self._inbox: deque[tuple[str, DeltaBatch]] = deque(maxlen=MAX_INBOX)
-        self._asked_to_take = False
         self._others_counts: dict[str, tuple[float, Tensor]] = {}
-        self._absorbed: dict[str, int] = {}
 
     # -- training thread -------------------------------------------------------------------------------------------
 
@@ -94,15 +85,25 @@ class Exchange(Publishing[Composer]):
     @property
     def followed(self) -> Collection[int]:
         """Slots of which others' stand-ins run here. Read it where nothing is adopted or released meanwhile."""
-        return self._book.subscribers.keys()
+        return self._following.running.keys()
 
     def owners(self) -> dict[int, Target]:
         """By slot that others own who does, as far as it is known here."""
         return {
-            slot: Target(subscriber.owner, subscriber.epoch, subscriber.point.seq)
-            for slot, subscriber in self._book.subscribers.items()
-            if subscriber.owner
+            slot: Target(running.owner, running.epoch, running.point.seq)
+            for slot, running in self._following.running.items()
+            if running.owner
         }
+
+    def epochs(self) -> dict[int, int]:
+        return self._following.epochs()
+
+    def _followed(self, slot: int) -> Point | None:
+        running = self._following.running.get(slot)
+        return None if running is None else running.point
+
+    def _own(self, slot: int, epoch: int, point: Point) -> SlotPublisher:
+        return self._following.own(slot, epoch, point)
 
     def adopt(
         self,
@@ -113,10 +114,10 @@ class Exchange(Publishing[Composer]):
         tensors_epoch: int,
         published: StandInSnapshot | None,
     ) -> SurrogateDelta:
-        if tensors is None and slot in self._book.subscribers and self._book.subscribers[slot].point != SEED:
+        if tensors is None and self._followed(slot) not in (None, SEED):
             rebuilt = self.rebuilt(owner, slot)
             assert rebuilt is not None
-            tensors, tensors_epoch = rebuilt[0], rebuilt[1].epoch
+            tensors, tensors_epoch = rebuilt[0], rebuilt[1].point.epoch
         announcement = super().adopt(owner, slot, epoch, tensors, tensors_epoch, published)
         if owner.collector is not None:
             owner.collector.forget(slot)
@@ -126,85 +127,39 @@ class Exchange(Publishing[Composer]):
         """Follow a slot that was owned so far."""
         point = self._book.publishers[slot].point
         owner.release(slot)
-        self._book.follow(slot, owner.standins(slot), point)
-        self._versions[slot] = 0
+        self._following.follow(slot, owner.standins(slot), point)
         self._leases.pop(slot, None)
         if owner.collector is not None:
             owner.collector.forget(slot)  # what it was trained on here is nothing that its next owner has to learn
 
     def followed_standins(self, slot: int) -> tuple[Point | None, list[bytes]]:
         """The stand-ins that run here for a slot of somebody else, by layer, and which they are."""
-        subscriber = self._book.subscribers.get(slot)
-        return (None, []) if subscriber is None else (subscriber.point, [s.to_bytes() for s in subscriber.layers])
+        running = self._following.running.get(slot)
+        return (None, []) if running is None else (running.point, [layer.to_bytes() for layer in running.layers])
 
-    def published(self, owner: Composer, slot: int) -> StandInSnapshot | None:
+    def published(self, owner: Composer, slot: int) -> Published | None:
         own = super().published(owner, slot)
         if own is not None:
             return own
-        subscriber = self._book.subscribers[slot]
-        snapshot = subscriber.snapshot()
-        layers = tuple(snapshot.layers[layer] for layer in self.order.outward(slot, snapshot.epoch))
-        return msgspec.structs.replace(snapshot, layers=layers)
+        running = self._following.running[slot]
+        order = self.order.outward(slot, running.point.epoch)
+        return Published(slot, running.point, tuple(running.layers[layer] for layer in order))
 
     @property
     def can_seed(self) -> bool:
         return True
 
-    def rebuilt(self, owner: Composer, slot: int) -> tuple[SlotTensors, StandInSnapshot] | None:
-        if slot not in self._book.subscribers:
+    def rebuilt(self, owner: Composer, slot: int) -> tuple[SlotTensors, Published] | None:
+        point = self._followed(slot)
+        if point is None:
             return None
         published = self.published(owner, slot)
         assert published is not None
-        seeded = self._book.subscribers[slot].point == SEED
+        seeded = point == SEED
         tensors = {}
         for layer, expert in enumerate(owner.first_experts(slot) if seeded else owner.experts_from_standins(slot)):
             tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"] = expert.gate_up.clone(), expert.down.clone()
-        return self.to_wire(slot, published.epoch, tensors), published
-
-    def _take_inbox(self, composer: Composer) -> None:
-        self._asked_to_take = False  # first, so that what comes from now on asks again
-        while self._inbox:
-            sender, batch = self._inbox.popleft()
-            self._book.receive(sender, DeltaBatch(tuple(map(self._by_layer, batch.deltas))), time.monotonic())
-        self._run_changed(composer)
-
-    def _by_layer(self, delta: SurrogateDelta) -> SurrogateDelta:
-        """From the wire's order; what has the wrong number of layers stays as it is, to be refused."""
-        order = self.order.outward(delta.slot, delta.epoch)
-        if len(delta.layers) != len(order):
-            return delta
-        fidelity = tuple(moved(delta.fidelity, order)) if delta.fidelity else ()
-        return msgspec.structs.replace(delta, layers=tuple(moved(delta.layers, order)), fidelity=fidelity)
-
-    def _install(self, composer: Composer, sender: str, snapshot: StandInSnapshot) -> bool:
-        order = self.order.outward(snapshot.slot, snapshot.epoch)
-        if len(snapshot.layers) == len(order):
-            snapshot = msgspec.structs.replace(snapshot, layers=tuple(moved(snapshot.layers, order)))
-        installed = self._book.install(sender, snapshot, time.monotonic())
-        self._run_changed(composer)
-        return installed
-
-    def _learn_leases(self, composer: Composer, leases: list[tuple[int, str, int]]) -> None:
-        for slot, owner, epoch in leases:
-            self._book.lease(slot, owner, epoch, time.monotonic())
-        self._run_changed(composer)
-
-    def _disown(self, owner: str) -> None:
-        for subscriber in self._book.subscribers.values():
-            if subscriber.owner == owner:
-                subscriber.disown()
-
-    def _run_changed(self, composer: Composer) -> None:
-        """Let the model run the stand-ins that the book holds now, and report what it refused."""
-        for slot, subscriber in self._book.subscribers.items():
-            if subscriber.version != self._versions[slot]:
-                composer.set_standins(slot, subscriber.layers)
-                self._versions[slot] = subscriber.version
-        for reason, total in self._book.refusals.items():
-            new = total - self._absorbed.get(reason, 0)
-            if new:
-                self._links.state.count(Count.REFUSALS, f"delta-{reason}", by=new)
-                self._absorbed[reason] = total
+        return self.to_wire(slot, published.point.epoch, tensors), published
 
     # -- asyncio loop ----------------------------------------------------------------------------------------------
 
@@ -213,14 +168,8 @@ class Exchange(Publishing[Composer]):
 
     def on_deltas(self, sender: str, batch: DeltaBatch) -> None:
         """Deltas that came by gossip, their envelope already verified."""
-        if sender == self._links.peer_id:
-            return
-        if len(self._inbox) == MAX_INBOX:
-            self._links.state.count(Count.GOSSIP_DROPPED, "inbox")
-        self._inbox.append((sender, batch))
-        if not self._asked_to_take:
-            self._asked_to_take = True
-            self._trainer.ask(self._take_inbox)
+        if sender != self._links.peer_id:
+            self._following.receive(sender, batch)
 
     def on_counts(self, sender: str, message: ExpertCounts) -> None:
         """Another composer's routing counts."""
@@ -236,12 +185,12 @@ class Exchange(Publishing[Composer]):
         new = [(slot, *claim) for slot, claim in claims.items() if self._leases.get(slot) != claim]
         if new:
             self._leases.update({slot: (owner, epoch) for slot, owner, epoch in new})
-            self._trainer.ask(lambda composer: self._learn_leases(composer, new))
+            self._following.learn(new)
 
     def distrust(self, owner: str) -> None:
         """Follow a peer's deltas no more; the slots that it had wait for their next owner."""
         self._leases = {slot: claim for slot, claim in self._leases.items() if claim[0] != owner}
-        self._trainer.ask(lambda _: self._disown(owner))
+        self._following.disown(owner)
         self.on_leases()
 
     async def fetch_standin(self, slot: int, owner: str) -> bool:
@@ -254,14 +203,14 @@ class Exchange(Publishing[Composer]):
         except (FetchFailed, PeerUnreachable, Refused) as error:
             log.info("standin.fetch_failed", slot=slot, owner=owner, error=str(error))
             return False
-        return await asyncio.wrap_future(self._trainer.ask(lambda c: self._install(c, owner, snapshot)))
+        return await self._following.install(owner, snapshot)
 
     async def run(self) -> None:
         """Until cancelled: fetch what the book says is missing, and announce own slots while they are quiet."""
         while True:
             await asyncio.sleep(REPAIR_EVERY_SECONDS)
             self.on_leases()  # news of some came by the directory only
-            needs = await asyncio.wrap_future(self._trainer.ask(lambda _: self._book.needs(time.monotonic())))
+            needs = await self._following.needs()
             await asyncio.gather(*(self.fetch_standin(need.slot, need.from_peer) for need in needs))
             if time.monotonic() - self._last_sent > ANNOUNCE_EVERY_SECONDS:
                 quiet = await asyncio.wrap_future(self._trainer.ask(self._announcements))

@@ -41,7 +41,7 @@ from .copies import RETRY_SECONDS, CopyStore, Snapshot
 from .links import Links
 from .logs import get_logger
 from .owning import ExpertOwner, SlotTensors
-from .publishing import Publishing
+from .publishing import Published, Publishing
 from .slot_formats import packed
 from .state import Count
 from .state import Lease as LeaseSeen
@@ -250,7 +250,7 @@ class SlotKeeper(Generic[O]):
         if timer is not None:
             timer.cancel()
 
-        def release(owner: O) -> tuple[SlotTensors | None, StandInSnapshot | None]:
+        def release(owner: O) -> tuple[SlotTensors | None, Published | None]:
             tensors = None if self._leaving else self._exchange.snapshot(owner, slot, held)
             published = self._exchange.published(owner, slot)
             self._exchange.release(owner, slot)
@@ -261,7 +261,8 @@ class SlotKeeper(Generic[O]):
         await self.announce()
         if tensors is not None:
             # Until a standby has fetched the new owner's state this may be the only copy.
-            self._spawn(slot, self._copies.store(slot, Snapshot(Copy(held, version), tensors, published)))
+            standin = None if published is None else await asyncio.to_thread(published.snapshot)
+            self._spawn(slot, self._copies.store(slot, Snapshot(Copy(held, version), tensors, standin)))
 
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
         async with self._fetching:
@@ -293,7 +294,7 @@ class SlotKeeper(Generic[O]):
     ) -> Resource | None:
         copy = Copy(self.held[slot], self.step)
 
-        def take(owner: O) -> tuple[SlotTensors, StandInSnapshot | None] | None:
+        def take(owner: O) -> tuple[SlotTensors, Published | None] | None:
             if slot not in owner.owned:
                 return None  # let go of meanwhile
             return part(owner, slot, copy.epoch), self._exchange.published(owner, slot)
@@ -302,18 +303,22 @@ class SlotKeeper(Generic[O]):
         return None if taken is None else await self._resource(slot, copy, *taken, full=full)
 
     async def _resource(
-        self, slot: int, copy: Copy, tensors: SlotTensors, published: StandInSnapshot | None, *, full: bool
+        self, slot: int, copy: Copy, tensors: SlotTensors, published: Published | StandInSnapshot | None, *, full: bool
     ) -> Resource | None:
         if published is None:
             return None
-        manifest = self._links.manifest
-        blob = await asyncio.to_thread(lambda: to_bytes(tensors if full else packed(tensors, manifest)))
-        return Resource(messages.encode(SlotState(slot, copy.epoch, copy.version, blob, published)))
+
+        def encoded() -> bytes:
+            standin = published.snapshot() if isinstance(published, Published) else published
+            blob = to_bytes(tensors if full else packed(tensors, self._links.manifest))
+            return messages.encode(SlotState(slot, copy.epoch, copy.version, blob, standin))
+
+        return Resource(await asyncio.to_thread(encoded))
 
     async def serve_standin(self, slot: int) -> Resource | None:
         """What has been published of a slot, as far as it is known here."""
         published = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.published(owner, slot)))
-        return None if published is None else Resource(messages.encode(published))
+        return None if published is None else Resource(messages.encode(await asyncio.to_thread(published.snapshot)))
 
     async def serve_rebuilt(self, slot: int) -> Resource | None:
         """A first state for a slot that nobody holds, for a worker, which cannot make one. Refused while it is held."""
@@ -322,8 +327,7 @@ class SlotKeeper(Generic[O]):
         rebuilt = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.rebuilt(owner, slot)))
         if rebuilt is None:
             return None
-        tensors, published = rebuilt
-        return await self._resource(slot, Copy(published.epoch, 0), tensors, published, full=False)
+        return await self._resource(slot, Copy(rebuilt[1].point.epoch, 0), *rebuilt, full=False)
 
     async def serve_handover(self, slot: int, requester: str) -> Resource | None:
         """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""

@@ -154,7 +154,8 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         name="shoal_blocked_seconds",
         kind="counter",
-        help="Time training stood still for the network: deltas applied, commits, snapshots taken.",
+        help="Time between steps on what the network's side asked for: stand-ins put in place, commits, copies taken. "
+        "What other threads take from training is not in it.",
         read=_value("blocked_seconds"),
     ),
     MetricSpec(

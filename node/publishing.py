@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Sequence
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from ..kernels.standin import StandIn, standin_from_bytes
 from ..protocol import messages
 from ..protocol.messages import StandInSnapshot, SurrogateDelta
-from ..protocol.surrogates import SEED, Point, SurrogateBook
+from ..protocol.surrogates import SEED, Point, SlotPublisher, SurrogateBook, state_digest
 from .links import DELTA_TOPIC, Links
 from .owning import ExpertOwner, SlotTensors
 from .slot_formats import unpacked
@@ -29,6 +31,20 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 FIDELITY_EVERY = 4  # publications; measuring costs about as much as publishing
 FIRST_FIDELITY = 1
 ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is noticed
+
+
+@dataclass(frozen=True)
+class Published:
+    """What stands in for a slot's experts at one moment. Its bytes are made by whoever wants them, on any thread."""
+
+    slot: int
+    point: Point
+    layers: tuple[StandIn, ...]  # in the wire's order; nobody changes them
+
+    def snapshot(self) -> StandInSnapshot:
+        """As it travels."""
+        layers = tuple(layer.to_bytes() for layer in self.layers)
+        return StandInSnapshot(self.slot, self.point.epoch, self.point.seq, layers, state_digest(self.layers))
 
 
 class Publishing(Generic[O]):
@@ -101,8 +117,8 @@ class Publishing(Generic[O]):
         """
         if slot in self._book.publishers:
             raise ValueError(f"slot {slot} is owned already")
-        followed = self._book.subscribers.get(slot)
-        point, layers = SEED if followed is None else followed.point, None
+        followed = self._followed(slot)
+        point, layers = SEED if followed is None else followed, None
         if published is not None and (followed is None or Point(published.epoch, published.seq) > point):
             point = Point(published.epoch, published.seq)
             positions = self.order.positions(slot, published.epoch, epoch)
@@ -112,8 +128,15 @@ class Publishing(Generic[O]):
             standins = owner.standins(slot) if layers is None else layers
             tensors = unpacked(renamed(tensors, positions), owner, standins)
         owner.adopt(slot, tensors, layers)
-        publisher = self._book.own(slot, epoch, point)
+        publisher = self._own(slot, epoch, point)
         return publisher.announce(owner.step, owner.standins(slot))
+
+    def _followed(self, slot: int) -> Point | None:
+        """Which stand-ins run here for a slot of somebody else; None if there are none."""
+        return None
+
+    def _own(self, slot: int, epoch: int, point: Point) -> SlotPublisher:
+        return self._book.own(slot, epoch, point)
 
     def release(self, owner: O, slot: int) -> None:
         """Stop owning a slot."""
@@ -132,21 +155,22 @@ class Publishing(Generic[O]):
         """Tensors by position, in the wire's order of an epoch."""
         return renamed(tensors, inverse(self.order.outward(slot, epoch)))
 
-    def published(self, owner: O, slot: int) -> StandInSnapshot | None:
-        """What this peer holds of a slot's stand-ins, in the wire's order; None if it holds nothing."""
+    def published(self, owner: O, slot: int) -> Published | None:
+        """What this peer holds of a slot's stand-ins; None if it holds nothing."""
         publisher = self._book.publishers.get(slot)
         if publisher is None:
             return None
-        standins = owner.standins(slot)
-        return publisher.snapshot([standins[position] for position in self.order.outward(slot, publisher.epoch)])
+        standins, point = owner.standins(slot), publisher.point
+        order = self.order.outward(slot, point.epoch)
+        return Published(slot, point, tuple(copy(standins[position]) for position in order))
 
     def _announcements(self, owner: O) -> list[SurrogateDelta]:
         return [p.announce(owner.step, owner.standins(slot)) for slot, p in self._book.publishers.items()]
 
     # -- asyncio loop ----------------------------------------------------------------------------------------------
 
-    def rebuilt(self, owner: O, slot: int) -> tuple[SlotTensors, StandInSnapshot] | None:
-        """A state for a slot that nobody holds, in the wire's order of the snapshot's epoch; None if there is none."""
+    def rebuilt(self, owner: O, slot: int) -> tuple[SlotTensors, Published] | None:
+        """A state for a slot that nobody holds, in the wire's order of what is published; None if there is none."""
         return None
 
     @property

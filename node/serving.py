@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..protocol import messages
 from ..protocol.errors import Refused
@@ -95,13 +96,14 @@ class Library:
         if index >= len(common.held):
             return None
 
-        def state(composer: Composer) -> bytes:
+        def state(composer: Composer) -> tuple[Tensor, Tensor]:
             if kind is ResourceKind.LOCAL:
                 local = composer.local_fragment(index)
-                return fragment_to_bytes(local, torch.zeros_like(local))
-            return fragment_to_bytes(composer.common[index], composer.momentum[index])
+                return local, torch.zeros_like(local)
+            return composer.common[index], composer.momentum[index]  # replaced as a whole, never written to
 
-        return Resource(await asyncio.wrap_future(trainer.ask(state)))
+        fragment, momentum = await asyncio.wrap_future(trainer.ask(state))
+        return Resource(await asyncio.to_thread(fragment_to_bytes, fragment, momentum))
 
     def _key_for(self, requester: str) -> Resource | None:
         record = self._links.view().peers.get(requester)

@@ -1,9 +1,9 @@
 """Sketches as a composer sends them: to each owner what its experts can learn from the tokens trained on here.
 
 On the training thread, every `sketch.every` steps and as soon as the backward pass is done, what was collected for the
-owners that can take some is packed and handed to the loop. One call per owner is under way at a time; meanwhile that
-owner's rows go on collecting. An owner's answer says how large a share of the rows to send from now on; a call that
-fails halves it.
+owners that can take some is handed to the loop, which packs it. One call per owner is under way at a time; meanwhile
+that owner's rows go on collecting. An owner's answer says how large a share of the rows to send from now on; a call
+that fails halves it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ..protocol import messages
 from ..protocol.auditing import SentLog
@@ -20,7 +22,7 @@ from ..protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSket
 from ..protocol.sketches import Rules, SenderRate, split
 from ..protocol.transport.call_wire import CallReason
 from .composer import Composer
-from .exchange import Exchange
+from .exchange import Exchange, Target
 from .links import Links
 from .logs import get_logger
 from .sketching import Collected, SketchCollector
@@ -35,6 +37,14 @@ _REASONS = frozenset(CallReason) | frozenset({
     "oversized", "repeated", "stale-epoch", "stale-version", "too-many-steps", "too-many-tokens", "unknown-call",
     "unknown-handle", "unreachable",
 })  # fmt: skip
+
+
+class _Taken(NamedTuple):
+    """What was collected for one slot of somebody else, and whose it was then."""
+
+    slot: int
+    target: Target
+    collected: Collected
 
 
 class SketchSender:
@@ -63,36 +73,38 @@ class SketchSender:
             rate = self._rates.setdefault(target.owner, SenderRate(random.Random()))
             if rate.ready(now):
                 shares[slot] = rate.share
-        batches: dict[tuple[str, int, int], list[SlotSketch]] = defaultdict(list)
+        taken: dict[str, list[_Taken]] = defaultdict(list)  # by owner
         rows = 0
         for slot, collected in self._collector.take(shares).items():
             if collected.steps > Rules.max_steps:  # it would be refused, with all that travels beside it
                 self._lost("too-many-steps", 1)
             elif collected.tokens:
-                target = targets[slot]
                 rows += sum(layer.num_rows for layer in collected.layers)
-                sketch = self._packed(slot, target.epoch, target.seq, collected)
-                batches[target.owner, collected.tokens, collected.steps].append(sketch)
+                taken[targets[slot].owner].append(_Taken(slot, targets[slot], collected))
         self._links.state.count(Count.SKETCH_ROWS, "out", by=rows)
-        by_owner: dict[str, list[SketchBatch]] = defaultdict(list)
-        for (owner, tokens, steps), slots in batches.items():
-            by_owner[owner].extend(split(step, tokens, steps, slots))
-        for owner, ready in by_owner.items():
-            self._under_way.add(owner)
-            self._links.loop.call_soon_threadsafe(self._send_soon, owner, ready)
-
-    def _packed(self, slot: int, epoch: int, seq: int, collected: Collected) -> SlotSketch:
-        handles = self._exchange.layers.handles
-        experts = [
-            ExpertSketch(handles.of(slot, layer, epoch), collected.layers[layer].to_bytes())
-            for layer in self._exchange.order.outward(slot, epoch)
-        ]
-        return SlotSketch(slot, epoch, seq, tuple(experts))
+        if taken:
+            self._under_way.update(taken)
+            self._links.loop.call_soon_threadsafe(self._send_soon, step, taken)
 
     # -- asyncio loop ----------------------------------------------------------------------------------------------
 
-    def _send_soon(self, owner: str, batches: list[SketchBatch]) -> None:
-        self._links.spawn(self._send(owner, batches))
+    def _send_soon(self, step: int, taken: Mapping[str, Sequence[_Taken]]) -> None:
+        for owner, slots in taken.items():
+            self._links.spawn(self._send(owner, self._batches(step, slots)))
+
+    def _batches(self, step: int, taken: Sequence[_Taken]) -> list[SketchBatch]:
+        alike: dict[tuple[int, int], list[SlotSketch]] = defaultdict(list)
+        for slot, target, collected in taken:
+            alike[collected.tokens, collected.steps].append(self._packed(slot, target, collected))
+        return [batch for (tokens, steps), slots in alike.items() for batch in split(step, tokens, steps, slots)]
+
+    def _packed(self, slot: int, target: Target, collected: Collected) -> SlotSketch:
+        handles = self._exchange.layers.handles
+        experts = [
+            ExpertSketch(handles.of(slot, layer, target.epoch), collected.layers[layer].to_bytes())
+            for layer in self._exchange.order.outward(slot, target.epoch)
+        ]
+        return SlotSketch(slot, target.epoch, target.seq, tuple(experts))
 
     async def _send(self, owner: str, batches: list[SketchBatch]) -> None:
         rate = self._rates[owner]

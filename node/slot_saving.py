@@ -36,7 +36,7 @@ def slots_to_save(
             continue  # given away meanwhile
         for name, value in publishing.snapshot(worker, slot, epoch).items():
             tensors[f"slot.{slot}.{name}"] = value
-        data = bytearray(messages.encode(published))
+        data = bytearray(messages.encode(published.snapshot()))
         tensors[f"published.{slot}"] = torch.frombuffer(data, dtype=torch.uint8)
         epochs[str(slot)] = epoch
     return tensors, {"step": worker.step, "slots": epochs}

@@ -61,8 +61,8 @@ class StepPart(StrEnum):
 
     FORWARD_BACKWARD = "forward_backward"
     OPTIMIZER = "optimizer"
-    EXCHANGE = "exchange"  # publishing and applying deltas, outer results
-    WAITING = "waiting"  # between steps: deltas to apply, commits, snapshots that the network's side asked for
+    EXCHANGE = "exchange"  # in a step, for others: publishing own deltas, handing over and taking in sketches
+    WAITING = "waiting"  # between steps, asked for by the network's side: stand-ins put in place, commits, copies taken
 
 
 @dataclass(frozen=True, kw_only=True)

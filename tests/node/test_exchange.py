@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
-from loopback import Loopback, LoopbackPeer, loopback
+from loopback import SECONDS, Loopback, LoopbackPeer, loopback
 from shoal.kernels.standin import initial_standin
 from shoal.node.composer import Composer
 from shoal.protocol import messages
@@ -41,18 +42,44 @@ def test_what_one_publishes_the_other_runs(swarm: Loopback) -> None:
     for _ in range(3):
         for peer in swarm.peers:
             peer.step()
+    for peer in swarm.peers:
+        swarm.until(lambda p=peer: all(digests(p, s) != before[s] for s in range(SLOTS)), "all slots were published")
     swarm.until(lambda: agree(swarm), "both run the same stand-ins")
-    assert all(digests(swarm.peers[0], slot) != before[slot] for slot in range(SLOTS))
+
+
+def test_no_step_waits_for_deltas_and_what_runs_does_not_change_in_one(swarm: Loopback) -> None:
+    first, second = swarm.peers
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    in_step, leave = threading.Event(), threading.Event()
+
+    def long_step(composer: Composer) -> tuple[bytes, bytes]:
+        before = state_digest(composer.standins(0))
+        in_step.set()
+        assert leave.wait(SECONDS)
+        return before, state_digest(composer.standins(0))
+
+    step = second.trainer.ask(long_step)
+    assert in_step.wait(SECONDS)
+    try:
+        book, version = second.exchange._book, second.exchange._book.subscribers[0].version
+        first.step()
+        swarm.until(lambda: book.subscribers[0].version > version, "the book has moved")
+    finally:
+        leave.set()
+    before, after = step.result(SECONDS)
+    assert before == after
+    swarm.until(lambda: agree(swarm), "the next step runs what has come")
+    assert digests(second, 0) != before
 
 
 def test_deltas_that_nobody_delivers_are_repaired(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = swarm.peers
     with monkeypatch.context() as deaf:
-        deaf.setattr(second.exchange._book, "receive", lambda *_: None)
-        first.step(3)
+        lost: list = []
+        deaf.setattr(second.exchange._book, "receive", lambda *message: lost.append(message))
+        first.step()
+        swarm.until(lambda: lost, "the deltas are lost")
         published = digests(first, 0)
-        # What waits in the inbox is taken between steps: once this returns, nothing of it is left.
-        swarm.until(lambda: second.links.state.snapshot() and not second.exchange._inbox, "the deltas are lost")
     assert digests(second, 0) != published
     running = swarm.network.loop.create_task
     tasks: list = []
@@ -102,8 +129,10 @@ def test_a_handover_with_foreign_standins_leaves_the_slot_followed(swarm: Loopba
         second.ask(lambda composer: second.exchange.adopt(composer, 0, 2, tensors, 1, lie))
     assert second.ask(lambda composer: composer.owned) == {2, 3}
     second.step()
+    before = digests(first, 0)
     first.step()
-    swarm.until(lambda: agree(swarm), "the slot is still followed")
+    swarm.until(lambda: digests(first, 0) != before, "the slot was published")
+    swarm.until(lambda: agree(swarm), "it is still followed")
 
 
 def test_counts_of_others_weigh_on_the_balance_loss(swarm: Loopback) -> None:
@@ -148,7 +177,7 @@ def test_a_slot_moves_with_its_published_state(swarm: Loopback) -> None:
     slot = random.choice([2, 3])
     first.step()
     second.step()
-    tensors, published = second.ask(lambda c: (c.snapshot(slot), second.exchange.published(c, slot)))
+    tensors, published = second.ask(lambda c: (c.snapshot(slot), second.exchange.published(c, slot).snapshot()))
     announcement = first.ask(lambda c: first.exchange.adopt(c, slot, 2, tensors, 1, published))
     second.ask(lambda c: second.exchange.release(c, slot))
     swarm.call(first.claim([0, 1, slot], 2))
