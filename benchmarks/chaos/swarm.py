@@ -78,7 +78,7 @@ def started(setup: Setup, tape: Tape) -> Iterator[tuple[Network, Peers, Relays |
         wait(peers, lambda: bool(founder.status.get("invite")), "founding")
         count = len(setup.composers)
         for index, name in enumerate(setup.composers):
-            join = ["join", founder.status["invite"], "--data-shard", f"{index}/{count}", "--checkpoint-every", "50"]
+            join = ["join", founder.status["invite"], "--data-shard", f"{index}/{count}", "--checkpoint-every", "20"]
             add(name, join)
         yield network, peers, relays
 

@@ -208,11 +208,11 @@ def test_who_has_a_wrong_clock_takes_nobodys_slots(tmp_path: Path) -> None:
 
         def settled() -> bool:
             owned = kept.owned()
-            return all(owned) and sorted(slot for slots in owned for slot in slots) == list(range(SLOTS))
+            return sorted(slot for slots in owned for slot in slots) == list(range(SLOTS))
 
         swarm.until(settled, "every slot has one owner")
         kept.step()
-        wrong, *others = swarm.peers
+        wrong, *others = sorted(swarm.peers, key=lambda peer: -len(peer.keeper.held))  # one may own nothing
         swarm.until(lambda: all(standbys(swarm, slot) for slot in range(SLOTS)), "every slot has a copy")
         epochs = [dict(peer.keeper.held) for peer in others]
         mine = set(wrong.keeper.held)
