@@ -74,8 +74,13 @@ class CopyStore:
         path = self._path(slot)
         # A name of its own: a write whose task was cancelled goes on in its thread.
         partial = path.with_suffix(f".{next(self._stores)}.partial")
-        await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
-        partial.replace(path)
+        try:
+            await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
+            partial.replace(path)
+        finally:
+            partial.unlink(
+                missing_ok=True
+            )  # a full disk is tried again and again: half-written ones would keep it full
         self._saved.pop(slot, None)
         self.held[slot] = snapshot.copy
         if snapshot.published is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -124,6 +125,8 @@ class SlotKeeper(Generic[O]):
 
     async def _tick(self) -> None:
         situation = self._situation()
+        if not self._links.directory.clocks.right(self._rules.lease):  # no telling then who is gone
+            situation = replace(situation, capacity=len(situation.held))
         for action in decide(self._watch, situation, self._rules):
             match action:
                 case ClaimFree(epoch=epoch) | TakeOver(epoch=epoch) | RequestHandover(epoch=epoch) if epoch > MAX_EPOCH:
@@ -389,12 +392,12 @@ class SlotKeeper(Generic[O]):
             task.cancel()
         for slot in range(self.num_slots):
             self._copies.stop_refreshing(slot)
-        deadline = self._links.clock() + seconds
+        deadline = self._links.loop.time() + seconds
         while True:
             changed = self._links.news.next_change()
             await self.tick()  # after one that is under way: a slot that it took from `held` is let go by then
             desired = self._situation().desired
-            if not any(desired[slot] for slot in self.held) or self._links.clock() >= deadline:
+            if not any(desired[slot] for slot in self.held) or self._links.loop.time() >= deadline:
                 return
             if not await self._links.news.wait(changed, min(1.0, self._rules.lease / 10)):
                 await self._links.read_directory()

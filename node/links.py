@@ -90,7 +90,7 @@ class Links:
     def view(self) -> View:
         """The swarm as far as it is known here, without a network round trip; computed anew only after news."""
         now = self.clock()
-        if self._view is None or self.news.number != self._view_number or now - self._view.time > VIEW_SECONDS:
+        if self._view is None or self.news.number != self._view_number or abs(now - self._view.time) > VIEW_SECONDS:
             self._view_number = self.news.number
             self._view = self.directory.view()
             active = self.active_composers()

@@ -10,6 +10,7 @@ from ..protocol import messages
 from ..protocol.errors import DirectoryError, PeerUnreachable, Refused, TransportError
 from ..protocol.messages import Accusation, DeltaBatch, ExpertCounts, RoundOpen, SketchOpen
 from ..protocol.records import RECORD_TYPES, PeerRecord, Role
+from .clock_report import ClockReport
 from .links import COUNTS_TOPIC, DELTA_TOPIC, NEWS_TOPIC, Links
 from .logs import get_logger
 from .manifest import PROTOCOL_VERSION
@@ -48,6 +49,7 @@ class Membership:
         self._transport_addrs, self.dht_addrs = transport_addrs, dht_addrs
         self._metrics_url = metrics_url
         self._signed_manifest = signed_manifest
+        self._clock_report = ClockReport(links.directory.clocks, links.state)
         self._dialling: set[str] = set()
         self._kept: set[str] = set()  # peers that the transport was told to stay connected to
         self.on_deltas: Callable[[str, DeltaBatch], None] | None = None
@@ -203,6 +205,4 @@ class Membership:
         links.state.absorb("transport", Count.GOSSIP_DROPPED, {("in",): counters.gossip_dropped_in})
         links.state.absorb("transport", Count.TRANSPORT_RESTARTS, {(): links.transport.restarts})
         links.state.absorb("directory", Count.REFUSALS, {(r,): n for r, n in links.directory.refusals.items()})
-        offset = links.directory.clock_offset()
-        if offset is not None:
-            links.state.set_clock_offset(-offset)
+        self._clock_report.tell(links.loop.time())

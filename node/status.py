@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..protocol.clocks import MAX_APART_SECONDS
 from .errors import NoPeerHere
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def render(status: dict[str, Any]) -> Group:
         )
     if status["invite"]:
         rows.append(("invite", Text(status["invite"], overflow="fold")))
+    if abs(status["clock_offset_seconds"] or 0.0) > MAX_APART_SECONDS:
+        rows.append(("clock", Text(f"{status['clock_offset_seconds']:+.0f} s against its peers'", style="bold red")))
     if status["last_error"]:
         error = status["last_error"]
         rows.append(("last error", Text(f"{error['cause']} {error['fix'] and '- ' + error['fix']}", style="red")))

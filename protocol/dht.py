@@ -35,7 +35,7 @@ from hivemind.utils import MPFuture
 from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import Address, farthest_first
-from .errors import DirectoryError
+from .errors import ClockOff, DirectoryError
 from .identity import Identity
 from .p2pd import EXIT_DAEMON_DIED, BootstrapFailed, Daemon, DaemonOptions, die_with
 from .validator import RecordValidator
@@ -287,7 +287,7 @@ def _explain(error: Exception, options: DaemonOptions) -> DirectoryError:
     text = str(error) or type(error).__name__
     asked = ", ".join(options.bootstrap)
     if "local time must be within" in text:
-        return DirectoryError(
+        return ClockOff(
             f"this machine's clock and the swarm's are more than 3 s apart ({text})",
             fix="synchronise the clock (NTP; `timedatectl set-ntp true`), then start again",
         )

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import statistics
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,9 @@ from typing import TypeVar
 
 import hivemind
 
+from .clocks import Clocks
 from .dht import RunDHT, read_refusals, require_alive
+from .envelope import Envelope
 from .errors import BadSignature, DirectoryError, Refused
 from .identity import Identity
 from .records import (
@@ -30,10 +31,11 @@ from .records import (
     PeerRecord,
     Record,
     VoteRecord,
+    check_times,
     open_manifest,
-    open_record,
     record_key,
     seal_record,
+    verify_record,
 )
 from .view import LeaseClaim, View, claims_of, remember, resolve, wins
 
@@ -43,7 +45,6 @@ _MAX_REQUESTS = 6  # in flight
 _MANIFEST_SECONDS = MAX_LIFETIME_SECONDS  # any peer may renew it
 _FORGET_SECONDS = 900.0  # after expiry; until then a replay of a withdrawn record is recognised
 _MAX_CACHED = 100_000  # records, so that invented identities cannot exhaust memory
-_OFFSETS_PER_PEER = 8
 
 T = TypeVar("T")
 
@@ -60,10 +61,11 @@ class Directory:
 
     Args:
         dht: a started DHT of this run.
-        clock: unix seconds; injected in tests.
+        clock, monotonic: unix seconds, and those of a clock that nobody sets; injected in tests.
         timeout_seconds: how long one request to the DHT may take.
 
     Attributes:
+        clocks: how far others' clocks are from ours.
         refusals: records that this peer did not believe, by reason. `forged`, `malformed`, `oversized`, `wrong-*`,
             `expired`, `future`, `too-long`, `replayed` (older than a known one, by gossip), `identity-in-use` (somebody
             else signs with our key), `full`.
@@ -77,9 +79,11 @@ class Directory:
         run_id: str,
         *,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         timeout_seconds: float = 15.0,
     ) -> None:
         self.run_id = run_id
+        self.clocks = Clocks(clock, monotonic)
         self.refusals: Counter[str] = Counter()
         self.distrusted: frozenset[str] = frozenset()  # peers whose leases are not in any view
         self.failures: Counter[str] = Counter()
@@ -90,7 +94,6 @@ class Directory:
         self._gate = asyncio.Semaphore(_MAX_REQUESTS)
         self._cache: dict[tuple[str, str], _Cached] = {}  # by kind and subkey
         self._strongest: dict[int, LeaseClaim] = {}  # by slot
-        self._offsets: dict[str, deque[float]] = {}  # by sender: issued_at minus arrival, seconds
         self._started_at = clock()
 
     async def put_peer(self, record: PeerRecord) -> bytes:
@@ -161,26 +164,11 @@ class Directory:
 
     def receive(self, data: bytes) -> bool:
         """Take a sealed record that came by gossip. Returns whether it was news; refusals are counted, never raised."""
-        arrived = self._clock()
-        entry = self._accept(data)
-        if entry is None:
-            return False
-        offsets = self._offsets.setdefault(entry.sender, deque(maxlen=_OFFSETS_PER_PEER))
-        offsets.append(entry.record.issued_at - arrived)
-        return True
+        return self._accept(data) is not None
 
     def require_alive(self) -> None:
         """Raise DirectoryError if this node's DHT process has ended, which no waiting will mend."""
         require_alive(self._dht)
-
-    def clock_offset(self) -> float | None:
-        """Seconds by which the swarm's clocks seem ahead of ours: the median over peers whose records came by gossip.
-
-        A record's delay counts against its sender, so each peer counts with its fastest recent record, and the result
-        is low by that delay. None before any record came.
-        """
-        fastest = [max(offsets) for offsets in self._offsets.values()]
-        return statistics.median(fastest) if fastest else None
 
     async def stored_refusals(self) -> Counter[str]:
         """Records that this node's DHT process has refused to store or believe, by reason. Empty for a foreign DHT."""
@@ -239,7 +227,15 @@ class Directory:
 
     def _accept(self, data: bytes, *, kind: str | None = None, subkey: str | None = None) -> _Cached | None:
         """Verify, and keep if newer. `kind` and `subkey` say where it was found; None for gossip."""
-        opened = self._believe(lambda: open_record(data, self.run_id, now=self._clock(), kind=kind, subkey=subkey))
+
+        def check() -> tuple[Envelope, Record]:
+            envelope, record = verify_record(data, self.run_id, kind=kind, subkey=subkey)
+            if kind is None and envelope.sender != self._identity.peer_id:
+                self.clocks.heard(envelope.sender, record.issued_at)  # a time to be refused tells most
+            check_times(record, self._clock())
+            return envelope, record
+
+        opened = self._believe(check)
         if opened is None:
             return None
         envelope, record = opened
@@ -270,7 +266,7 @@ class Directory:
     def _forget(self, now: float) -> None:
         old = [key for key, entry in self._cache.items() if entry.record.expires_at + _FORGET_SECONDS < now]
         for key in old:
-            self._offsets.pop(self._cache.pop(key).sender, None)
+            del self._cache[key]
 
     def _believe(self, check: Callable[[], T]) -> T | None:
         try:

@@ -7,6 +7,7 @@ ShoalError
 ├── PeerUnreachable     nobody answered at an address
 ├── FetchFailed         a stream fetch ended without the whole, verified resource
 ├── DirectoryError      the DHT could not be joined, read or written
+│   └── ClockOff        this machine's clock and its peers' are apart
 ├── TransportError      the py-libp2p host process failed
 └── RoundFailed         an outer round cannot be run at all
 """
@@ -65,6 +66,12 @@ class DirectoryError(ShoalError):
     """The DHT could not be joined, read or written."""
 
     code = "SHOAL-105"
+
+
+class ClockOff(DirectoryError):
+    """This machine's clock and its peers' are apart: one side refuses what the other says."""
+
+    code = "SHOAL-109"
 
 
 class TransportError(ShoalError):

@@ -186,7 +186,7 @@ class Watch:
 
 def _since(times: dict[int, float], slot: int, now: float, holds: bool) -> None:
     if holds:
-        times.setdefault(slot, now)
+        times[slot] = min(now, times.get(slot, now))  # a clock that was set back starts anew
     else:
         times.pop(slot, None)
 

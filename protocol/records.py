@@ -162,17 +162,24 @@ def seal_record(identity: Identity, run_id: str, record: Record) -> bytes:
 def open_record(
     data: bytes, run_id: str, *, now: float, kind: str | None = None, subkey: str | None = None
 ) -> tuple[Envelope, Record]:
-    """Verify and decode a sealed record.
+    """`verify_record`, then `check_times`. `now` is the own clock, unix seconds."""
+    envelope, record = verify_record(data, run_id, kind=kind, subkey=subkey)
+    check_times(record, now)
+    return envelope, record
+
+
+def verify_record(
+    data: bytes, run_id: str, *, kind: str | None = None, subkey: str | None = None
+) -> tuple[Envelope, Record]:
+    """Verify and decode a sealed record, whatever its times are.
 
     Args:
         data: as it came from a peer.
-        now: own clock, unix seconds.
         kind: the only acceptable kind, if given (which DHT key it was found under).
         subkey: the only acceptable subkey, if given.
 
     Raises:
-        Refused: `oversized`, `malformed`, `wrong-kind`, `wrong-writer`, `wrong-subkey`, `expired`, `future` or
-            `too-long`.
+        Refused: `oversized`, `malformed`, `wrong-kind`, `wrong-writer` or `wrong-subkey`.
         BadSignature: forged, or signed for another run.
     """
     limit = MAX_RECORD_BYTES if kind is None else RECORD_TYPES[kind].max_bytes
@@ -185,7 +192,6 @@ def open_record(
     place = record.subkey(envelope.sender)
     if subkey not in (None, place):
         raise Refused("wrong-subkey", f"{envelope.sender}'s {envelope.kind} record stands under another subkey")
-    _check_times(record, now)
     return envelope, record
 
 
@@ -226,7 +232,8 @@ def _require_writer(subject: str, sender: str) -> None:
         raise Refused("wrong-writer", f"{sender} may not write a record about {subject}")
 
 
-def _check_times(record: Record, now: float) -> None:
+def check_times(record: Record, now: float) -> None:
+    """Raises Refused: `expired`, `future` or `too-long`."""
     if record.issued_at > now + MAX_CLOCK_AHEAD_SECONDS:
         raise Refused("future", f"issued {record.issued_at - now:.1f} s ahead of this machine's clock")
     if not 0 < record.expires_at - record.issued_at <= MAX_LIFETIME_SECONDS:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from ...node.demo import peer_environment, shoal_command
+from .clocks import environment, set_clock
 from .network import Network, run
 from .relay import Relays
 
@@ -37,6 +38,7 @@ class Peer:
     folder: Path
     command: list[str]  # without where it listens and keeps its things
     program: list[str]
+    clock: Path | None = None  # the folder that sets it, where that is possible
     process: subprocess.Popen[bytes] | None = None
     lives: int = 0
     status: Status = field(default_factory=dict)  # the last that it said in this life
@@ -112,7 +114,9 @@ class Peers:
 
     # -- lives -----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, command: Sequence[str], *, lie: str = "", small_disk: bool = False) -> Peer:
+    def add(
+        self, name: str, command: Sequence[str], *, lie: str = "", small_disk: bool = False, own_clock: bool = False
+    ) -> Peer:
         """Give a peer its namespace and folder, and start it."""
         folder = self.folder / name
         folder.mkdir()
@@ -124,7 +128,8 @@ class Peers:
             for port in (DHT_PORT, TRANSPORT_PORT):
                 self.relays.serve(name, port)
         program = [sys.executable, "-m", "shoal.benchmarks.chaos.liar", lie] if lie else shoal_command()
-        peer = self.all[name] = Peer(name, folder, list(command), program)
+        clock = self.folder / f"{name}.clock" if own_clock else None
+        peer = self.all[name] = Peer(name, folder, list(command), program, clock)
         self.start(peer)
         return peer
 
@@ -139,13 +144,14 @@ class Peers:
         keep = ["--data-dir", str(peer.folder), "--log-format", "json", "--threads", "1"]
         peer.lives += 1
         peer.status = {}
+        clock = {} if peer.clock is None else environment(peer.clock)
         with peer.log.open("wb") as out:
             peer.process = subprocess.Popen(
                 self.network.command(peer.name, [*peer.program, *peer.command, *where, *keep]),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**peer_environment(1), "TMPDIR": str(self._temporary(peer))},
+                env={**peer_environment(1), "TMPDIR": str(self._temporary(peer)), **clock},
                 start_new_session=True,
             )
 
@@ -226,6 +232,10 @@ class Peers:
 
     def speed_up(self, peer: Peer) -> None:
         self._slow.pop(peer.name).set()
+
+    def set_clock(self, peer: Peer, seconds: float) -> None:
+        assert peer.clock is not None
+        set_clock(peer.clock, seconds)
 
     def fill_disk(self, peer: Peer) -> None:
         """Leave no room in its folder."""

@@ -238,6 +238,7 @@ class Player:
             "latency": (lambda p: self._slow_link(p, value), lambda p: self._slow_link(p, 0)),
             "loss": (lambda p: network.set_loss(p.name, round(value)), lambda p: network.set_loss(p.name, 0)),
             "straggler": (lambda p: self._peers.slow_down(p, value), self._peers.speed_up),
+            "clock": (lambda p: self._peers.set_clock(p, value), lambda p: self._peers.set_clock(p, 0)),
             "disk": (self._peers.fill_disk, self._peers.free_disk),
         }[fault.fault]
         return each(begin), each(end)

@@ -50,6 +50,7 @@ def started(setup: Setup, tape: Tape) -> Iterator[tuple[Network, Peers, Relays |
     """A founder and all composers, in a network; everything is gone afterwards. They need not have joined yet."""
     lies = {peer: fault.fault for fault in tape if fault.fault in LIARS for peer in fault.peers}
     disks = {peer for fault in tape if fault.fault == "disk" for peer in fault.peers}
+    clocks = {peer for fault in tape if fault.fault == "clock" for peer in fault.peers}
     relayed = setup.latency_ms > 0 or any(fault.fault == "latency" for fault in tape)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
@@ -62,7 +63,7 @@ def started(setup: Setup, tape: Tape) -> Iterator[tuple[Network, Peers, Relays |
         peers = stack.enter_context(Peers(network, folder, relays))
 
         def add(name: str, command: Sequence[str]) -> None:
-            peers.add(name, command, lie=lies.get(name, ""), small_disk=name in disks)
+            peers.add(name, command, lie=lies.get(name, ""), small_disk=name in disks, own_clock=name in clocks)
             if relays is not None:
                 relays.set_latency(name, setup.latency_ms)
             if setup.rate_mbit is not None:
@@ -77,7 +78,7 @@ def started(setup: Setup, tape: Tape) -> Iterator[tuple[Network, Peers, Relays |
         wait(peers, lambda: bool(founder.status.get("invite")), "founding")
         count = len(setup.composers)
         for index, name in enumerate(setup.composers):
-            join = ["join", founder.status["invite"], "--data-shard", f"{index}/{count}", "--checkpoint-every", "50"]
+            join = ["join", founder.status["invite"], "--data-shard", f"{index}/{count}", "--checkpoint-every", "20"]
             add(name, join)
         yield network, peers, relays
 

@@ -26,13 +26,14 @@ FAULTS = {
     "latency": "`value` ms more in every round trip to the peer",
     "loss": "`value` per cent of arriving packets are dropped",
     "straggler": "the peer's own process runs for `value` of the time (SIGSTOP and SIGCONT in turn)",
+    "clock": "the peer's wall clock is `value` seconds ahead, or behind if below 0",
     "disk": "the peer's folder, a file system of 64 MB, is full",
     "sign-flipper": "from its start: sends its pseudo-gradients with the opposite sign",
     "nan": "from its start: sends NaN instead of pseudo-gradients",
     "weight-liar": "from its start: claims a million times the tokens it has trained on",
 }
 LIARS = ("sign-flipper", "nan", "weight-liar")  # not a moment in a run but what a peer is: `at` is 0
-NEEDS_VALUE = ("rate", "latency", "loss", "straggler")
+NEEDS_VALUE = ("rate", "latency", "loss", "straggler", "clock")
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +50,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise ValueError(f"there is no fault {self.fault!r}; choose from {', '.join(FAULTS)}")
         if not self.peers or self.at < 0 or self.seconds < 0:
             raise ValueError(f"{self.fault} needs peers, and times of at least 0")
-        if self.value <= 0 if self.fault in NEEDS_VALUE else self.value:
+        if (self.fault in NEEDS_VALUE) != bool(self.value) or (self.value < 0 and self.fault != "clock"):
             raise ValueError(f"{self.fault} with a value of {self.value:g}")
         if self.fault == "straggler" and self.value >= 1:
             raise ValueError("a straggler runs for a part of the time, below 1")

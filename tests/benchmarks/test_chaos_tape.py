@@ -36,6 +36,8 @@ def test_the_standard_tape_is_what_it_says() -> None:
         '{"at": -1, "fault": "kill", "peers": ["c0"]}',
         '{"at": 1, "fault": "kill", "peers": ["c0"], "value": 2}',
         '{"at": 0, "fault": "straggler", "peers": ["c0"], "value": 1.5}',
+        '{"at": 1, "fault": "clock", "peers": ["c0"], "value": 0}',
+        '{"at": 1, "fault": "rate", "peers": ["c0"], "value": -2}',
         '{"at": 3, "fault": "nan", "peers": ["c0"]}',
         '{"at": 3, "fault": "kill", "peers": ["c0"], "who": "c1"}',
     ],

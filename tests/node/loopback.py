@@ -53,6 +53,16 @@ RUN = "tiny-" + secrets.token_hex(6)
 HANDLE_KEY = new_key()  # every run has its own
 
 
+class WallClock:
+    """The true time, and what somebody has set it ahead by."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
 class Meeting:
     """All members of a swarm meet here; a round is averaged once as many as expected have come from one base.
 
@@ -248,14 +258,15 @@ class Loopback:
 
 async def _links(dht: Any, folder: Path, manifest: Manifest) -> Links:
     identity = Identity.load_or_create(folder / "identity.key")
+    clock = WallClock()
     return Links(
         identity=identity,
         run_id=RUN,
         manifest=manifest,
-        directory=Directory(dht, identity, RUN),
+        directory=Directory(dht, identity, RUN, clock=clock),
         transport=await Transport.start(identity_path=folder / "identity.key", run_id=RUN),
         state=PeerState("composer"),
-        clock=time.time,
+        clock=clock,
         loop=asyncio.get_running_loop(),
         record_seconds=20.0,
     )

@@ -26,6 +26,10 @@ def equal(a: Snapshot, b: Snapshot) -> bool:
     return same and (a.copy, a.published) == (b.copy, b.published)
 
 
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 def test_a_copy_comes_back_and_a_newer_one_takes_its_place(tmp_path: Path) -> None:
     async def work() -> None:
         store = CopyStore(tmp_path / "standby", {})
@@ -88,6 +92,22 @@ def test_what_a_killed_peer_left_half_written_is_cleared_away(tmp_path: Path) ->
     (tmp_path / "slot-2.7.partial").write_bytes(b"half")
     CopyStore(tmp_path, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_old_copy_and_no_halves(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = CopyStore(tmp_path, {})
+        await store.store(2, snapshot(1))
+        for number in (1, 2):  # of the writes to come
+            (tmp_path / f"slot-2.{number}.partial").symlink_to("/dev/full")
+            with pytest.raises(OSError, match="No space left"):
+                await store.store(2, snapshot(2))
+        assert names(tmp_path) == ["slot-2.safetensors"]
+        assert equal(await store.load(2), snapshot(1))
+        await store.store(2, snapshot(3))
+        assert equal(await store.load(2), snapshot(3))
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "NaN"])

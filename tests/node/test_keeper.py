@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from loopback import RUN, Loopback, LoopbackPeer, loopback
+from loopback import RUN, Loopback, LoopbackPeer, WallClock, loopback
 from shoal.node.keeper import PARALLEL_FETCHES
 from shoal.node.manifest import Manifest, OwnershipSpec
 from shoal.node.state import Phase
@@ -199,3 +199,42 @@ def test_a_damaged_copy_is_dropped(kept: Kept, damage: str) -> None:
     kept.swarm.call(take_over())
     mine = weights(kept.swarm.peers[0], slot)
     assert all(torch.equal(mine[name], tensors[name]) for name in tensors if "published" not in name)
+
+
+def test_who_has_a_wrong_clock_takes_nobodys_slots(tmp_path: Path) -> None:
+    """To its eyes every lease has long run out. It says so, and when its clock is right nobody has lost anything."""
+    with loopback(tmp_path, manifest(), 3) as swarm:
+        kept = Kept(swarm)
+
+        def settled() -> bool:
+            owned = kept.owned()
+            return sorted(slot for slots in owned for slot in slots) == list(range(SLOTS))
+
+        swarm.until(settled, "every slot has one owner")
+        kept.step()
+        wrong, *others = sorted(swarm.peers, key=lambda peer: -len(peer.keeper.held))  # one may own nothing
+        swarm.until(lambda: all(standbys(swarm, slot) for slot in range(SLOTS)), "every slot has a copy")
+        epochs = [dict(peer.keeper.held) for peer in others]
+        mine = set(wrong.keeper.held)
+        clock = wrong.links.clock
+        assert isinstance(clock, WallClock)
+
+        clock.ahead = 600.0
+        swarm.until(lambda: error_code(wrong) == "SHOAL-109", "it says what is wrong")
+        swarm.until(lambda: mine <= set().union(*(peer.keeper.held for peer in others)), "others take over its slots")
+        assert set(wrong.keeper.held) <= mine
+        clock.ahead = 0.0
+        swarm.until(lambda: settled() and set(wrong.keeper.held) == mine, "it has its slots again")
+        for peer, before in zip(others, epochs, strict=True):
+            assert {slot: peer.keeper.held.get(slot) for slot in before} == before
+        assert not any(peer.links.state.snapshot()["slots"]["lost"] for peer in swarm.peers)
+        assert all(error_code(peer) == "" for peer in others)
+
+
+def standbys(swarm: Loopback, slot: int) -> list[str]:
+    return [peer.peer_id for peer in swarm.peers if slot in peer.keeper._copies.held]
+
+
+def error_code(peer: LoopbackPeer) -> str:
+    error = peer.links.state.snapshot()["last_error"]
+    return error["code"] if error else ""

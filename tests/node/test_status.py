@@ -251,12 +251,14 @@ def test_terminal_view_shows_what_matters_and_peers_cannot_style_it(state: PeerS
     state.set_peers([evil, PeerSeen(peer_id="12D3KooWme", role="composer", phase="training", slots=(1,))])
     state.count(Count.REFUSALS, "x")
     state.note_error(PeerUnreachable("[red]nobody", fix="look"))
+    state.set_clock_offset(-601.2)
     console = Console(file=io.StringIO(), width=120)
     console.print(render(state.snapshot()))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for shown in (
         "r-0123456789ab", "50 of 100 (50%)", "1 m 2 s to go", "2.5000 nats", "owns 1, stands by for 1, of 4",
-        "committed, 3 members, 12 s ago", "[bold]boss", "1,234", "(this)", "[red]nobody - look", "shoal://h/r?v=1",
+        "committed, 3 members, 12 s ago", "[bold]boss", "1,234", "(this)", "[red]nobody - look",
+        "-601 s against its peers'", "shoal://h/r?v=1",
     ):  # fmt: skip
         assert shown in text, f"{shown} not in\n{text}"
 

@@ -123,13 +123,28 @@ def test_expired_peers_and_votes_drop_out(nodes: list[Node]) -> None:
 def test_clock_offset(nodes: list[Node]) -> None:
     clock = Clock()
     directory = offline(nodes, clock)
-    assert directory.clock_offset() is None
+    assert directory.clocks.offset() is None
     for offset in (3.0, 3.5, -100.0):  # one of them is late, or wrong
         peer = Identity.generate()
         directory.receive(
             seal_record(peer, RUN, peer_record(peer, issued_at=clock.now + offset, expires_at=clock.now + offset + 200))
         )
-    assert directory.clock_offset() == pytest.approx(3.0)
+    assert directory.clocks.offset() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(("ahead", "reason"), [(600.0, "expired"), (-600.0, "future")])
+def test_refused_times_tell_how_far_the_own_clock_is_off(nodes: list[Node], ahead: float, reason: str) -> None:
+    clock = Clock()
+    directory, others, now = offline(nodes, clock), [Identity.generate() for _ in range(3)], clock.now
+    for peer in others:
+        assert directory.receive(seal_record(peer, RUN, peer_record(peer, issued_at=now, expires_at=now + 20)))
+    clock.now += ahead
+    for peer in others:
+        late = peer_record(peer, issued_at=now + 1, expires_at=now + 21)
+        assert not directory.receive(seal_record(peer, RUN, late))
+    assert directory.refusals == {reason: 3}
+    assert directory.clocks.offset() == pytest.approx(1 - ahead)
+    assert not directory.clocks.right(20.0)
 
 
 def test_a_copy_of_our_key_is_noticed(nodes: list[Node]) -> None:

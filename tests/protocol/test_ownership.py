@@ -174,6 +174,13 @@ def test_a_flapping_directory_restarts_the_wait() -> None:
     assert decide(watch, situation(103.8, [["a"]]), RULES) == [RequestHandover(0, "b", 4)]
 
 
+def test_a_clock_that_is_set_back_does_not_make_it_wait_for_the_old_time() -> None:
+    watch = watching("a", 700.0, {0: claimed("b", 3, 9, 800.0)}, [["a"]])
+    watch.observe(100.0, {}, [["a", "b"]])
+    assert decide(watch, situation(101.9, [["a", "b"]]), RULES) == []
+    assert decide(watch, situation(102.0, [["a", "b"]]), RULES) == [RequestHandover(0, "b", 4)]
+
+
 def test_a_leaving_owner_is_relieved_at_once() -> None:
     watch = watching("a", 100.0, {0: claimed("b", 3, 9, 200.0)}, [["a"]])
     assert decide(watch, situation(100.0, [["a"]], live=["a"], leaving=["b"]), RULES) == [RequestHandover(0, "b", 4)]

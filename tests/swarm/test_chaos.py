@@ -1,4 +1,4 @@
-"""A network that splits and heals: the majority goes on, who is cut off commits nothing, then takes what was merged.
+"""Networks that split and clocks that step: the majority goes on, who is cut off commits nothing and then catches up.
 
 Peers are real and stand in network namespaces, by the harness of `./dev bench chaos`.
 """
@@ -66,6 +66,39 @@ def test_a_peer_that_was_cut_off_takes_what_the_majority_merged(network: Network
         commits = a.commits, c.commits
         wait(peers, lambda: _went_on(a, c, commits, 2), "all merge together again")
         assert not any(peers.leave().values())
+
+
+@pytest.mark.parametrize("ahead", [600.0, -30.0])
+def test_a_peer_whose_clock_steps_says_so_and_comes_back(network: Network, tmp_path: Path, ahead: float) -> None:
+    with Peers(network, tmp_path) as peers:
+        a = peers.add("a", FOUND)
+        wait(peers, lambda: bool(a.status.get("invite")), "founding")
+        join = ["join", a.status["invite"], "--data-shard"]
+        b = peers.add("b", [*join, "1/3"])
+        c = peers.add("c", [*join, "2/3"], own_clock=True)
+        wait(peers, lambda: all(peer.commits > 1 for peer in (a, b, c)), "all merge")
+        wait(peers, lambda: sorted(_owned(a, b, c)) == list(range(a.status["slots_total"])), "every slot has one owner")
+
+        peers.set_clock(c, ahead)
+        wait(peers, lambda: len(c.said("clock.off")) > 0, "c says that its clock is off", 30)
+        assert c.status["last_error"]["code"] == "SHOAL-109"
+        commits, lone = (a.commits, b.commits), c.held
+        wait(peers, lambda: _went_on(a, b, commits, 4), "the others go on")
+        wait(peers, lambda: sorted(_owned(a, b)) == list(range(a.status["slots_total"])), "the others have every slot")
+        assert abs(c.status["clock_offset_seconds"] - ahead) < 3
+        assert c.held[0][0] <= lone[0][0] + 1
+
+        peers.set_clock(c, 0)
+        commits = a.commits, c.commits
+        wait(peers, lambda: _went_on(a, c, commits, 2), "all merge together again")
+        wait(peers, lambda: len({tuple(peer.held) for peer in (a, b, c)}) == 1, "all hold the same")
+        wait(peers, lambda: bool(c.leases), "c has slots again")
+        assert not any(peer.status["slots"]["lost"] for peer in (a, b, c))
+        assert not any(peers.leave().values())
+
+
+def _owned(*peers: Peer) -> list[int]:
+    return [slot for peer in peers for slot in peer.leases]
 
 
 def _went_on(one: Peer, other: Peer, before: tuple[int, int], rounds: int) -> bool:

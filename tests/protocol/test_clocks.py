@@ -1,0 +1,86 @@
+"""Clocks: whose is off, as signed times and the machine's own monotonic clock tell."""
+
+import pytest
+from shoal.protocol.clocks import _MAX_PEERS, Clocks
+
+
+class Machine:
+    """A machine whose wall clock can be set."""
+
+    def __init__(self) -> None:
+        self.true, self.ahead = 5000.0, 0.0
+        self.clocks = Clocks(lambda: self.true + self.ahead, lambda: self.true)
+
+    def hear(self, seconds: float, **ahead: float) -> None:
+        """Every second for `seconds`, from peers with clocks `ahead` by so much."""
+        for _ in range(int(seconds)):
+            self.true += 1
+            for peer, by in ahead.items():
+                self.clocks.heard(peer, self.true + by)
+
+
+def test_a_clock_that_jumps_is_not_right_until_it_has_settled() -> None:
+    machine = Machine()
+    machine.hear(30, a=0.0, b=0.0)
+    assert machine.clocks.right(20.0)
+    machine.ahead = 600.0
+    assert not machine.clocks.right(20.0)  # before anybody was heard
+    assert machine.clocks.offset() is None
+    machine.hear(30, a=0.0, b=0.0, c=0.0)
+    assert machine.clocks.offset() == -600.0
+    assert not machine.clocks.right(20.0)
+    machine.ahead = 0.0
+    machine.hear(20, a=0.0, b=0.0, c=0.0)  # in the first of these seconds it is seen
+    assert not machine.clocks.right(20.0)
+    machine.hear(1, a=0.0, b=0.0, c=0.0)
+    assert machine.clocks.right(20.0)
+
+
+def test_a_clock_that_drifts_is_found_out_by_others() -> None:
+    machine = Machine()
+    for _ in range(100):
+        machine.ahead -= 0.1
+        machine.hear(1, a=0.0, b=0.0, c=0.0)
+    machine.hear(61, a=0.0, b=0.0, c=0.0)  # what came while it was less is forgotten
+    assert machine.clocks.offset() == pytest.approx(10.0)
+    assert not machine.clocks.right(20.0)
+
+
+@pytest.mark.parametrize(
+    ("others", "offset"),
+    [
+        ({"a": 600.0, "b": 0.0}, 0.0),  # of three clocks one is off, and it is not ours
+        ({"a": 600.0, "b": 600.0}, 600.0),  # ours
+        ({"a": 600.0}, 600.0),  # of two nobody can tell
+        ({"a": 600.0, "b": 0.0, "c": 0.0}, 0.0),
+    ],
+)
+def test_the_majority_is_right(others: dict[str, float], offset: float) -> None:
+    machine = Machine()
+    machine.hear(30, **others)
+    assert machine.clocks.offset() == offset
+    assert machine.clocks.ahead() == others
+
+
+def test_old_records_sent_again_make_no_clock_slow() -> None:
+    machine = Machine()
+    machine.hear(30, a=0.0)
+    for _ in range(100):
+        machine.clocks.heard("a", machine.true - 500)
+    assert machine.clocks.ahead() == {"a": 0.0}
+    machine.hear(1, a=0.0)
+    machine.true += 100
+    assert machine.clocks.ahead() == {"a": 0.0}
+
+
+def test_who_is_silent_is_forgotten_and_invented_peers_take_no_room() -> None:
+    machine = Machine()
+    for number in range(_MAX_PEERS + 5):
+        machine.clocks.heard(f"peer-{number}", machine.true + 600)
+    assert len(machine.clocks.ahead()) == _MAX_PEERS
+    assert not machine.clocks.right(20.0)
+    machine.true += 151
+    assert not machine.clocks.ahead()
+    machine.hear(1, honest=0.0)
+    assert machine.clocks.ahead() == {"honest": 0.0}
+    assert machine.clocks.right(20.0)
