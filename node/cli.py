@@ -141,11 +141,16 @@ def join(
     Parameters
     ----------
     invite:
-        The string that `shoal found` printed; every running peer's status page shows one too.
+        The string that `shoal found` printed; every running peer's status page shows one too. In a network that you
+        trust, the HTTP address of such a peer will do: http://HOST:8470.
     role:
         What to do there: `composer` trains on data, `worker` trains experts for composers and needs no data,
         `bootstrap` helps others to find the run, `observer` only looks.
     """
+    if invite.startswith(("http://", "https://")):
+        from .status import fetch_invite
+
+        invite = fetch_invite(invite)
     config = replace(peer or PeerConfig(), role=role, invite=invite)
     return _start(config, None)
 

@@ -62,14 +62,15 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus_server(targets: Sequence[str], folder: Path) -> Iterator[Prometheus]:
-    """Prometheus, scraping `targets` (host:port) five times a second."""
+def prometheus_server(targets: Sequence[str], folder: Path, rules: Sequence[Path] = ()) -> Iterator[Prometheus]:
+    """Prometheus, scraping `targets` (host:port) five times a second and following the rules in these files."""
     binary = shutil.which("prometheus")
     assert binary, "a real Prometheus server is missing: apt-get install -y prometheus"
     log = folder / "prometheus.log"
     config = folder / "prometheus.yml"
     config.write_text(
-        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
+        "global: {scrape_interval: 200ms, scrape_timeout: 200ms, evaluation_interval: 1s}\n"
+        f"rule_files: {json.dumps([str(path) for path in rules])}\n"
         f"scrape_configs: [{{job_name: shoal, static_configs: [{{targets: {json.dumps(list(targets))}}}]}}]\n"
     )
     port = free_port()

@@ -128,6 +128,24 @@ def test_unexpected_errors_are_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -
         cli.main(["join", "X"])
 
 
+def test_a_peers_address_stands_in_for_its_invite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(config.invite) or 0)
+    state = PeerState("bootstrap")
+    with StatusServer(state) as server:
+        assert cli.main(["join", server.url]) == 1
+        assert "no invite yet" in capsys.readouterr().err
+        state.identify(invite="shoal://e/r-0123456789ab?v=1")
+        assert cli.main(["join", server.url]) == 0
+        monkeypatch.setenv("SHOAL_INVITE", f"{server.url}/status")
+        assert cli.main(["join"]) == 0
+    assert seen == ["shoal://e/r-0123456789ab?v=1"] * 2
+    assert cli.main(["join", server.url]) == 1
+    assert "nobody answers" in capsys.readouterr().err
+
+
 def test_found_makes_a_manifest_of_the_preset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
     monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append((config, manifest)) or 0)

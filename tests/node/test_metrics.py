@@ -31,6 +31,7 @@ def busy_state() -> PeerState:
             StepPart.WAITING: 0.5,
         }
         state.record_step(step=step, tokens=1024, loss=3.0, seconds=seconds)
+    state.set_unmerged(5)
     state.record_round(outcome="committed", round=7, fragment=1, members=4, seconds=1.2)
     state.record_checkpoint(step=2, seconds=0.3, nbytes=1000)
     state.set_slots(leases=[Lease(slot=2, epoch=1, version=2)], standby=[3, 4])
@@ -71,6 +72,7 @@ def test_values_are_the_states() -> None:
         ("shoal_steps_total",): 2,
         ("shoal_step",): 2,
         ("shoal_steps_planned",): 100,
+        ("shoal_unmerged_steps",): 5,
         ("shoal_loss",): 3.0,
         ("shoal_blocked_seconds_total",): 1.0,
         ("shoal_phase", "phase", "training"): 1,

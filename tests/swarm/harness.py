@@ -165,17 +165,21 @@ class Swarm:
 
     def start(self, name: str, *command: str) -> Peer:
         """Start `shoal COMMAND` with a data directory of its own, or again on the one that `name` had before."""
+        return self.launch(name, [*command, "--host", "127.0.0.1"])
+
+    def launch(self, name: str, command: Iterable[str], **settings: str) -> Peer:
+        """The same without a host, and with these variables in its environment."""
         folder = self.folder / name
         generation = sum(peer.name == name for peer in self.peers)
         log = self.folder / (f"{name}.{generation}.log" if generation else f"{name}.log")
-        options = ["--host", "127.0.0.1", "--data-dir", str(folder), "--log-format", "json"]
+        options = ["--data-dir", str(folder), "--log-format", "json"]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [str(SHOAL), *command, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=self.environment(),
+                env=self.environment() | settings,
                 start_new_session=True,  # Ctrl-C in the terminal of the tests is not the swarm's
             )
         peer = Peer(name, process, folder, log)

@@ -1,26 +1,76 @@
-"""A real Prometheus watches a real swarm."""
+"""What an operator watches a swarm with: a real Prometheus answers all that the dashboard and the rules ask."""
 
+import re
+import secrets
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from harness import START_SECONDS, Swarm
-from prometheus_server import prometheus_server, until
+from deployed import RULE_FILES, dashboard_queries, image_settings, peers, rules, series_of
+from harness import START_SECONDS, Peer, Swarm, wait_until
+from prometheus_server import Prometheus, prometheus_server, until
 
 pytestmark = pytest.mark.timeout(300)
 
+COMPOSED = ("bootstrap", "composer-0", "composer-1", "worker")
+# Their labels are reasons: before the first fault there is no series.
+AFTER_A_FAULT = {"shoal_refusals_total", "shoal_sketches_lost_total", "shoal_steps_skipped_total"}
 
-def test_prometheus_watches_a_swarm(swarm: Swarm, tmp_path: Path) -> None:
-    founder = swarm.found("--steps", "100000", "--min-composers", "2")
-    both = [swarm.join(name, "--data-shard", f"{index}/2") for index, name in enumerate("ab")]
-    swarm.wait_for("both train and merge", lambda: all(peer.commits() > 1 for peer in both), START_SECONDS)
-    targets = [urlsplit(peer.url).netloc for peer in (founder, *both)]
-    with prometheus_server(targets, tmp_path) as prometheus:
-        until("all are scraped", lambda: prometheus.query("count(up == 1)").get((), 0) == 3, prometheus.log)
-        speed = until("a rate", lambda: prometheus.query("sum(rate(shoal_tokens_total[10s]))").get(()), prometheus.log)
-        assert speed > 0
+
+class Composed:
+    """Services of deploy/compose.yaml as processes: same command and settings, an address of this machine for each."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.swarm = swarm
+        network = f"127.{1 + secrets.randbelow(254)}.{secrets.randbelow(256)}"
+        self.hosts = {name: f"{network}.{number}" for number, name in enumerate(peers(), 1)}
+
+    def up(self, name: str, *options: str, **settings: str) -> Peer:
+        service, host = peers()[name], self.hosts[name]
+        told = image_settings() | service.get("environment", {}) | settings
+        told |= {"SHOAL_HOST": host, "SHOAL_HTTP_HOST": host, "SHOAL_HOME": str(self.swarm.folder)}
+        del told["SHOAL_DATA_DIR"]
+        resolved = {
+            key: re.sub(r"(?<=//)[a-z0-9-]+(?=:)", lambda found: self.hosts[found[0]], str(value))
+            for key, value in told.items()
+        }
+        return self.swarm.launch(name, [*service["command"], *options], **resolved)
+
+
+def test_prometheus_answers_what_operators_ask(swarm: Swarm, tmp_path: Path) -> None:
+    composed = Composed(swarm)
+    founder = composed.up("bootstrap", "--set", "train.batch_size=2", "--set", "trust.audit_every=10")
+    wait_until(lambda: bool(founder.status().get("in_the_run")), START_SECONDS, lambda: f"founding\n{founder.tail()}")
+    joined = [composed.up(name, SHOAL_CHECKPOINT_EVERY="20") for name in COMPOSED[1:]]
+    composers = joined[:2]
+    swarm.wait_for("both train and merge", lambda: all(peer.commits() > 1 for peer in composers), START_SECONDS)
+
+    targets = [urlsplit(peer.url).netloc for peer in (founder, *joined)]
+    with prometheus_server(targets, tmp_path, RULE_FILES) as prometheus:
+        until("all are scraped", lambda: prometheus.query("count(up == 1)").get((), 0) == len(targets), prometheus.log)
         commits = 'sum(shoal_outer_rounds_total{outcome="committed"})'
         before = prometheus.query(commits)[()]
         until("rounds go on", lambda: prometheus.query(commits)[()] > before, prometheus.log)
         assert prometheus.query('sum(shoal_slots{state="owned"})')[()] == 16
-        assert prometheus.query("count(shoal_phase == 1)")[()] == 3
+        assert prometheus.query("count(shoal_phase == 1)")[()] == len(targets)
+
+        for panel, query in dashboard_queries():
+            if not series_of(query) <= AFTER_A_FAULT:
+                until(f"{panel}: {query}", lambda query=query: prometheus.query(query), prometheus.log)
+            else:
+                prometheus.query(query)
+        check_rules(prometheus)
+
+
+def check_rules(prometheus: Prometheus) -> None:
+    """All are evaluated without an error, read series that exist, and no alert fires."""
+    told = prometheus.get("/api/v1/rules")["data"]["groups"]
+    seen = {rule["name"]: rule for group in told for rule in group["rules"]}
+    assert len(seen) == len(rules())
+    assert not {name: rule["lastError"] for name, rule in seen.items() if rule["health"] != "ok"}
+    assert not [name for name, rule in seen.items() if rule.get("state") == "firing"]
+    names = set(prometheus.get("/api/v1/label/__name__/values")["data"]) | AFTER_A_FAULT
+    for rule in rules():
+        assert series_of(rule["expr"]) <= names, rule
+        if "record" in rule:
+            assert prometheus.query(rule["record"]), rule
