@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
-from ..protocol.messages import SlotState, StandInSnapshot
+from ..protocol.messages import SlotState
 from ..protocol.ownership import (
     MAX_EPOCH,
     ClaimFree,
@@ -37,13 +37,13 @@ from ..protocol.ownership import (
 from ..protocol.records import Lease, LeaseRecord
 from ..protocol.standing import situation_of
 from ..protocol.transport.downloads import Resource
-from .blobs import from_bytes, to_bytes
+from .blobs import from_bytes
 from .copies import RETRY_SECONDS, CopyStore, Snapshot
 from .links import Links
 from .logs import get_logger
 from .owning import ExpertOwner, SlotTensors
 from .publishing import Published, Publishing
-from .slot_formats import packed
+from .slot_serving import SlotServing
 from .state import Count
 from .state import Lease as LeaseSeen
 from .trainer import Trainer
@@ -97,6 +97,7 @@ class SlotKeeper(Generic[O]):
         self._out_of_epochs: set[int] = set()
         self._leaving = False
         self.step = 0  # the trainer's, as last reported
+        self.serving = SlotServing(links, trainer, exchange, self._copies, lambda: (self.held, self.step))
 
     async def recall(self) -> None:
         """Learn epochs that the directory has forgotten but the stand-ins fetched from others still name."""
@@ -276,61 +277,7 @@ class SlotKeeper(Generic[O]):
         tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))
         return Snapshot(Copy(state.epoch, state.version), tensors, state.standin)
 
-    # -- serving ---------------------------------------------------------------------------------------------------
-
-    async def serve_snapshot(self, slot: int, *, full: bool = False) -> Resource | None:
-        """A held slot as it is now, or the copy that is kept here; None without either. Unless `full`, packed."""
-        if slot in self.held:
-            return await self._serve_held(slot, self._exchange.snapshot, full=full)
-        if slot not in self._copies.held:
-            return None
-        kept = await self._copies.load(slot)
-        published = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.published(owner, slot)))
-        return await self._resource(slot, kept.copy, kept.tensors, published or kept.published, full=full)
-
-    async def serve_weights(self, slot: int) -> Resource | None:
-        """What a held slot computes with."""
-        return await self._serve_held(slot, self._exchange.weights, full=True) if slot in self.held else None
-
-    async def _serve_held(
-        self, slot: int, part: Callable[[O, int, int], SlotTensors], *, full: bool
-    ) -> Resource | None:
-        copy = Copy(self.held[slot], self.step)
-
-        def take(owner: O) -> tuple[SlotTensors, Published | None] | None:
-            if slot not in owner.owned:
-                return None  # let go of meanwhile
-            return part(owner, slot, copy.epoch), self._exchange.published(owner, slot)
-
-        taken = await asyncio.wrap_future(self._trainer.ask(take))
-        return None if taken is None else await self._resource(slot, copy, *taken, full=full)
-
-    async def _resource(
-        self, slot: int, copy: Copy, tensors: SlotTensors, published: Published | StandInSnapshot | None, *, full: bool
-    ) -> Resource | None:
-        if published is None:
-            return None
-
-        def encoded() -> bytes:
-            standin = published.snapshot() if isinstance(published, Published) else published
-            blob = to_bytes(tensors if full else packed(tensors, self._links.manifest))
-            return messages.encode(SlotState(slot, copy.epoch, copy.version, blob, standin))
-
-        return Resource(await asyncio.to_thread(encoded))
-
-    async def serve_standin(self, slot: int) -> Resource | None:
-        """What has been published of a slot, as far as it is known here."""
-        published = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.published(owner, slot)))
-        return None if published is None else Resource(messages.encode(await asyncio.to_thread(published.snapshot)))
-
-    async def serve_rebuilt(self, slot: int) -> Resource | None:
-        """A first state for a slot that nobody holds, for a worker, which cannot make one. Refused while it is held."""
-        if slot in self._links.view().leases:
-            raise Refused("not-granted", f"slot {slot} has an owner")
-        rebuilt = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.rebuilt(owner, slot)))
-        if rebuilt is None:
-            return None
-        return await self._resource(slot, Copy(rebuilt[1].point.epoch, 0), *rebuilt, full=False)
+    # -- handing over ----------------------------------------------------------------------------------------------
 
     async def serve_handover(self, slot: int, requester: str) -> Resource | None:
         """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
@@ -348,7 +295,7 @@ class SlotKeeper(Generic[O]):
         if old is not None:
             old.cancel()
         self._granted[slot] = self._links.loop.call_later(self._rules.lease, self._resume, slot)
-        return await self.serve_snapshot(slot, full=full)
+        return await self.serving.snapshot(slot, full=full)
 
     def _resume(self, slot: int) -> None:
         self._granted.pop(slot, None)

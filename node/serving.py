@@ -75,14 +75,14 @@ class Library:
             if index >= self._keeper.num_slots:
                 return None
             if kind is ResourceKind.SNAPSHOT:
-                return await self._keeper.serve_snapshot(index)
+                return await self._keeper.serving.snapshot(index)
             if kind is ResourceKind.WEIGHTS:
-                return await self._keeper.serve_weights(index)
+                return await self._keeper.serving.weights(index)
             if kind is ResourceKind.HANDOVER:
                 return await self._keeper.serve_handover(index, requester)
             if kind is ResourceKind.REBUILT:
-                return await self._keeper.serve_rebuilt(index)
-            return await self._keeper.serve_standin(index)
+                return await self._keeper.serving.rebuilt(index)
+            return await self._keeper.serving.standin(index)
         if kind is ResourceKind.AUDIT:
             assert wanted.pair is not None
             return None if self._desk is None else await self._desk.serve(index, *wanted.pair, requester)

@@ -1,0 +1,202 @@
+"""Fetches, with real py-libp2p hosts in real processes."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from shoal.protocol.errors import Refused
+from shoal.protocol.transport.client import Transport
+from shoal.protocol.transport.downloads import Download, FetchEnded, FetchQuery, Resource
+from shoal.protocol.transport.wire import Reason
+from transports import run, serve, swarm, until
+
+
+def test_fetch_20_megabytes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 2) as (server, asker):
+            resource = Resource(os.urandom(20_000_000), b"step 7")
+            serve(server, snapshot=resource, empty=Resource(b"", b"nothing"))
+            seen: list[tuple[int, int]] = []
+            began = time.monotonic()
+            got = await asker.fetch(
+                server.addrs, "snapshot", deadline_seconds=30, max_bytes=20_000_000, progress=lambda *p: seen.append(p)
+            )
+            print(f"\nfetch: {20 / (time.monotonic() - began):.0f} MB/s")
+            assert got.data == resource.data
+            assert got.meta == b"step 7"
+            assert seen[-1] == (20_000_000, 20_000_000)
+            assert [n for n, _ in seen] == sorted(n for n, _ in seen)
+            empty = await asker.fetch(server.addrs, "empty", deadline_seconds=5, max_bytes=0)
+            assert (empty.data, empty.meta) == (b"", b"nothing")
+            await until(lambda: asker.counters.fetch_bytes_received >= 20_000_000, "counter")
+            await until(lambda: server.counters.fetch_bytes_sent >= 20_000_000, "counter")
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("victim", ["server", "asker"])
+def test_a_fetch_resumes_after_a_host_is_killed(tmp_path: Path, victim: str) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 2) as (server, asker):
+            resource = Resource(os.urandom(20_000_000))
+            serve(server, snapshot=resource)
+            target = server if victim == "server" else asker
+            kill_at = random.randrange(2_000_000, 15_000_000)
+            progress: list[int] = []
+
+            def watch(received: int, _size: int) -> None:
+                if received >= kill_at and not any(n >= kill_at for n in progress):
+                    os.kill(target.host_pid or 0, signal.SIGKILL)
+                progress.append(received)
+
+            got = await asker.fetch(server.addrs, "snapshot", deadline_seconds=30, max_bytes=10**8, progress=watch)
+            assert got.data == resource.data, f"killed at {kill_at}"
+            assert target.restarts == 1
+            assert progress == sorted(progress), "started again instead of resuming"
+            assert target.host_pid is not None
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("prefix", ["true", "forged"])
+def test_what_one_peer_sent_before_it_left_is_gone_on_with_at_another(tmp_path: Path, prefix: str) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 3) as (leaving, staying, asker):
+            resource = Resource(os.urandom(20_000_000))
+            serve(leaving, state=resource)
+            serve(staying, state=resource)
+            begun, leave_at = Download(), random.randrange(2_000_000, 15_000_000)
+            leave = asyncio.Event()
+
+            async def go() -> None:
+                await leave.wait()
+                await leaving.close()
+
+            going = asyncio.create_task(go())
+            with pytest.raises(FetchEnded) as ended:
+                await asker.fetch(
+                    leaving.addrs,
+                    "state",
+                    deadline_seconds=30,
+                    max_bytes=10**8,
+                    progress=lambda received, _: leave.set() if received >= leave_at else None,
+                    begun=begun,
+                )
+            await going
+            assert ended.value.reason in (Reason.CUT, Reason.UNREACHABLE)
+            assert leave_at <= len(begun.data) < len(resource.data), f"left at {leave_at}"
+            if prefix == "forged":
+                begun.data[leave_at // 2] ^= 1
+            seen: list[int] = []
+            got = await asker.fetch(
+                staying.addrs,
+                "state",
+                deadline_seconds=30,
+                max_bytes=10**8,
+                progress=lambda received, _: seen.append(received),
+                begun=begun,
+            )
+            assert got.data == resource.data
+            assert seen[0] > leave_at
+            assert (seen == sorted(seen)) == (prefix == "true"), "a forged prefix is thrown away, a true one is not"
+
+    run(scenario())
+
+
+def test_a_resource_that_changes_under_a_fetch_starts_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 2) as (server, asker):
+            old, new = Resource(os.urandom(8_000_000)), Resource(os.urandom(5_000_000))
+            serve(server, state=old)
+            killed = False
+
+            def watch(received: int, _size: int) -> None:
+                nonlocal killed
+                if received > 1_000_000 and not killed:
+                    killed = True
+                    serve(server, state=new)
+                    os.kill(server.host_pid or 0, signal.SIGKILL)
+
+            got = await asker.fetch(server.addrs, "state", deadline_seconds=30, max_bytes=10**8, progress=watch)
+            assert got.data == new.data
+
+    run(scenario())
+
+
+def test_every_refusal_has_its_reason(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 2) as (server, asker):
+
+            async def fails(resource: str, addrs: list[str] | None = None, seconds: float = 10) -> str:
+                began = time.monotonic()
+                with pytest.raises(FetchEnded) as caught:
+                    await asker.fetch(addrs or server.addrs, resource, deadline_seconds=seconds, max_bytes=1000)
+                assert time.monotonic() - began < seconds + 1
+                return caught.value.reason
+
+            assert await fails("no handler") == Reason.NOT_FOUND
+            never = asyncio.Event()
+
+            async def answer(query: FetchQuery) -> Resource | None:
+                assert query.peer_id == asker.peer_id
+                match query.resource:
+                    case "large":
+                        return Resource(bytes(1001))
+                    case "slow":
+                        await never.wait()
+                    case "refused":
+                        raise Refused("quota", "too much")
+                    case "bug":
+                        raise KeyError("bug")
+                return None
+
+            server.serve(answer)
+            assert await fails("absent") == Reason.NOT_FOUND
+            assert await fails("large") == Reason.TOO_LARGE
+            assert await fails("refused") == Reason.BUSY
+            assert await fails("bug") == Reason.BUSY
+            assert await fails("slow", seconds=0.5) == Reason.DEADLINE
+            nobody = f"/ip4/127.0.0.1/tcp/1/p2p/{server.peer_id}"
+            await server.close()
+            assert await fails("absent", [nobody]) == Reason.UNREACHABLE
+            assert await fails("absent", ["nonsense"]) == Reason.GARBAGE
+
+    run(scenario())
+
+
+def test_more_streams_than_allowed_are_told_busy(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with swarm(tmp_path, 3, max_served_streams=3, max_served_streams_per_peer=2) as (server, one, two):
+            gate, inside = asyncio.Event(), Counter[str]()
+
+            async def answer(query: FetchQuery) -> Resource | None:
+                inside[query.peer_id] += 1
+                await gate.wait()
+                return Resource(b"data")
+
+            server.serve(answer)
+
+            def fetch(peer: Transport) -> asyncio.Task[Resource]:
+                return asyncio.create_task(peer.fetch(server.addrs, "x", deadline_seconds=20, max_bytes=10))
+
+            admitted = [fetch(one), fetch(one)]
+            await until(lambda: inside[one.peer_id] == 2)
+            with pytest.raises(FetchEnded) as third:
+                await fetch(one)  # over the peer's own limit
+            assert third.value.reason == Reason.BUSY
+            admitted.append(fetch(two))
+            await until(lambda: inside[two.peer_id] == 1)
+            with pytest.raises(FetchEnded) as fourth:
+                await fetch(two)  # over the total
+            assert fourth.value.reason == Reason.BUSY
+            gate.set()
+            assert [got.data for got in await asyncio.gather(*admitted)] == [b"data"] * 3
+            assert (await fetch(two)).data == b"data"  # slots come back
+            await until(lambda: server.counters.refused_busy == 2, "counter")
+
+    run(scenario())
