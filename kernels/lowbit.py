@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from .bnb import functional as bnb
 from .codecs import tensor_bytes
 from .copies import CopyPublisher, CopyStandIn, deflated, inflated
 from .interface import check_tensor

@@ -21,7 +21,7 @@ def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.opt
     groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
     betas = (spec.beta1, spec.beta2)
     if spec.optimizer == "adamw8bit":
-        import bitsandbytes
+        from ..kernels.bnb import bitsandbytes
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=spec.learning_rate, betas=betas)
         return optimizer

@@ -7,10 +7,10 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from shoal.kernels import lowbit
+from shoal.kernels.bnb import functional as bnb
 from shoal.kernels.experts import DenseExpert, run_expert
 from shoal.kernels.interface import MARK_BYTES
 from shoal.kernels.lowbit import STICKY, LowbitPublisher, LowbitStandIn

@@ -58,6 +58,14 @@ def daemon_of(dht: RunDHT) -> psutil.Process:
     return daemon
 
 
+@pytest.fixture(autouse=True)
+def sockets_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests that run at the same time have sockets too. Not below tmp_path: their paths must be short."""
+    with tempfile.TemporaryDirectory(prefix="dht") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
 def sockets() -> set[str]:
     return {entry.name for entry in Path(tempfile.gettempdir()).glob("shoal-p2pd-*.sock")}
 
