@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -58,16 +57,11 @@ def daemon_of(dht: RunDHT) -> psutil.Process:
     return daemon
 
 
-@pytest.fixture(autouse=True)
-def sockets_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tests that run at the same time have sockets too. Not below tmp_path: their paths must be short."""
-    with tempfile.TemporaryDirectory(prefix="dht") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield
-
-
-def sockets() -> set[str]:
-    return {entry.name for entry in Path(tempfile.gettempdir()).glob("shoal-p2pd-*.sock")}
+def socket_of(dht: RunDHT) -> Path:
+    """Where its daemon listens for it."""
+    [path] = [Path(word.partition("/unix")[2]) for word in daemon_of(dht).cmdline() if "shoal-p2pd-" in word]
+    assert path.is_socket()
+    return path
 
 
 def test_three_nodes_find_each_other_and_leave_nothing_behind(tmp_path: Path) -> None:
@@ -197,15 +191,15 @@ def test_an_address_that_this_machine_lacks(tmp_path: Path) -> None:
 
 
 def test_one_identity_serves_one_process(tmp_path: Path) -> None:
-    before = sockets()
     with running(tmp_path / "a") as dht:
+        path = socket_of(dht)
         with pytest.raises(DirectoryError, match="in use by another node") as caught, running(tmp_path / "a"):
             pass
         assert str(tmp_path / "a") in caught.value.cause
         require_alive(dht)
     with running(tmp_path / "a"):  # free again
         pass
-    assert sockets() <= before
+    assert not path.exists()
 
 
 def test_an_open_identity_file_is_refused_before_anything_starts(tmp_path: Path) -> None:
@@ -302,14 +296,12 @@ def test_nothing_survives_a_killed_node(tmp_path: Path) -> None:
 
 
 def test_the_dht_process_cleans_up_when_terminated(tmp_path: Path) -> None:
-    before = sockets()
     with running(tmp_path / "a") as dht:
-        daemon = daemon_of(dht)
-        assert sockets() - before
+        daemon, path = daemon_of(dht), socket_of(dht)
         dht.terminate()
         dht.join(10)
         wait_until(lambda: gone(daemon))
-        assert sockets() <= before
+        assert not path.exists()
 
 
 def test_addresses() -> None:
