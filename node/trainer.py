@@ -6,6 +6,7 @@ gets a future; the trainer never waits for it.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -20,6 +21,8 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 # How long an idle trainer (not yet started, or finished) sleeps before it looks at its stop flag again, in seconds.
 IDLE_SECONDS = 0.2
+
+NICENESS = 5  # of the training thread, as `nice` counts: it gets a third of what others that want the core get
 
 
 class Trainer(Generic[O]):
@@ -68,7 +71,13 @@ class Trainer(Generic[O]):
         self._stop.set()
 
     def run(self) -> None:
-        """Train until `stop`. Where there is no step to take, it serves requests and looks again."""
+        """Train until `stop`. Where there is no step to take, it serves requests and looks again.
+
+        The calling thread yields to others from now on: to this peer's own loop and helpers, to peers that are just
+        starting here, and to whatever else its owner does with the machine.
+        """
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
         try:
             while not self._stop.is_set():
                 busy = self._training.is_set() and self._owner.has_work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from shoal.node.composer import Composer, StepReport
-from shoal.node.trainer import Trainer
+from shoal.node.trainer import NICENESS, Trainer
 from tiny import composer_of, manifest_of
 
 SECONDS = 30.0
@@ -150,3 +151,14 @@ def test_work_may_ask_for_more_work() -> None:
     with running() as it:
         inner = it.trainer.ask(lambda _: it.trainer.ask(lambda composer: composer.step)).result(SECONDS)
         assert inner.result(SECONDS) == 0
+
+
+def test_the_training_thread_yields_to_the_peers_other_threads_and_to_nobody_less_than_before() -> None:
+    def niceness(thread: int) -> int:
+        return os.getpriority(os.PRIO_PROCESS, thread)
+
+    mine = niceness(threading.get_native_id())
+    with running() as it:
+        theirs = it.trainer.ask(lambda _: niceness(threading.get_native_id())).result(SECONDS)
+    assert theirs == max(mine, NICENESS)
+    assert niceness(threading.get_native_id()) == mine
