@@ -21,6 +21,7 @@ log = get_logger(__name__)
 MAX_NEIGHBOURS = 32  # connections that this peer keeps up by itself; gossip passes messages on to the others
 MANIFEST_EVERY_SECONDS = 120.0  # any peer keeps the manifest alive in the DHT
 RECONNECT_SECONDS = 5.0
+MEET_SECONDS = 5.0  # between looks for peers that the DHT has lost sight of
 
 
 class Membership:
@@ -126,7 +127,7 @@ class Membership:
     async def run(self) -> None:
         """Until cancelled: announce, keep connections and the manifest up, show what is seen."""
         interval = self._links.record_seconds / 5
-        next_manifest, next_announcement = 0.0, 0.0
+        next_manifest, next_announcement, next_meeting = 0.0, 0.0, 0.0
         phase = None
         while True:
             changed = self._links.news.next_change()
@@ -139,9 +140,21 @@ class Membership:
             if now >= next_manifest:
                 next_manifest = now + MANIFEST_EVERY_SECONDS
                 self._links.spawn(self._keep_manifest())
+            if now >= next_meeting:
+                next_meeting = now + max(interval, MEET_SECONDS)
+                self._links.spawn(self._meet_again())
             self._connect_to_strangers()
             self._show()
             await self._links.news.wait(changed, min(1.0, interval))
+
+    async def _meet_again(self) -> None:
+        try:
+            found = await self._links.directory.meet_again()
+        except DirectoryError as error:
+            log.warning("directory.meeting_failed", error=str(error))
+            return
+        if found:
+            log.info("directory.met_again", peers=found)
 
     async def _keep_manifest(self) -> None:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -23,6 +24,7 @@ from .dht import RunDHT, read_refusals, require_alive
 from .envelope import Envelope
 from .errors import BadSignature, DirectoryError, Refused
 from .identity import Identity
+from .meeting_again import meet_again
 from .records import (
     MANIFEST_SUBKEY,
     MAX_LIFETIME_SECONDS,
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 _MAX_REQUESTS = 6  # in flight
 _MANIFEST_SECONDS = MAX_LIFETIME_SECONDS  # any peer may renew it
 _FORGET_SECONDS = 900.0  # after expiry; until then a replay of a withdrawn record is recognised
+_MEET_AT_ONCE = 4  # peers
 _MAX_CACHED = 100_000  # records, so that invented identities cannot exhaust memory
 
 T = TypeVar("T")
@@ -169,6 +172,23 @@ class Directory:
     def require_alive(self) -> None:
         """Raise DirectoryError if this node's DHT process has ended, which no waiting will mend."""
         require_alive(self._dht)
+
+    async def meet_again(self) -> list[str]:
+        """Look for some peers whose records are here and that this node's DHT has lost sight of; who answered.
+
+        Raises DirectoryError if the DHT process fails. Nobody is found by a foreign DHT.
+        """
+        others = [
+            entry.record
+            for entry in self._cache.values()
+            if isinstance(entry.record, PeerRecord) and entry.sender != self._identity.peer_id
+        ]
+        if not isinstance(self._dht, RunDHT) or not others:
+            return []
+        some = random.sample(others, min(_MEET_AT_ONCE, len(others)))
+        look = partial(meet_again, peers={record.peer_id: record.dht_addrs for record in some})
+        found: list[str] = await self._ask(lambda: self._dht.run_coroutine(look, return_future=True))
+        return found
 
     async def stored_refusals(self) -> Counter[str]:
         """Records that this node's DHT process has refused to store or believe, by reason. Empty for a foreign DHT."""
