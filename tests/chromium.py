@@ -66,6 +66,8 @@ class Page:
         told: dict[str, Any] = json.loads(line)
         if told.get("method") == "Runtime.exceptionThrown":
             self.noise.append(json.dumps(told["params"]["exceptionDetails"])[:2000])
+        elif told.get("method") == "Runtime.consoleAPICalled":
+            self.noise.append(json.dumps(told["params"]["args"])[:2000])
         elif told.get("method") == "Log.entryAdded":
             self.noise.append(told["params"]["entry"]["text"])
         return told

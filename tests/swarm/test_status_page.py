@@ -28,6 +28,7 @@ def test_it_follows_a_peer_that_trains_and_is_restarted(swarm: Swarm, tmp_path: 
             page.look(size=size, dark=dark)
             page.until(f"innerWidth === {size[0]} && document.documentElement.scrollWidth <= innerWidth", seconds=5)
             assert not page.violations(), (size, dark)
+        assert page.js("document.querySelector('#lost').hidden && document.querySelector('#problem').hidden")
         assert not page.noise
 
         assert swarm.stop() == {"bootstrap": 0}
