@@ -20,11 +20,13 @@ from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
 from ..protocol.messages import SlotState
 from ..protocol.ownership import (
+    COPY_RAISE,
     MAX_EPOCH,
     ClaimFree,
     Copy,
     DropStandby,
     KeepStandby,
+    Reclaim,
     RequestHandover,
     Rules,
     Situation,
@@ -127,13 +129,19 @@ class SlotKeeper(Generic[O]):
     async def _tick(self) -> None:
         situation = self._situation()
         if not self._links.directory.clocks.right(self._rules.lease):  # no telling then who is gone
-            situation = replace(situation, capacity=len(situation.held))
+            situation = replace(situation, capacity=len(self.held), granted=self.held)  # nor what to claim back
         for action in decide(self._watch, situation, self._rules):
             match action:
                 case ClaimFree(epoch=epoch) | TakeOver(epoch=epoch) | RequestHandover(epoch=epoch) if epoch > MAX_EPOCH:
                     self._give_up_on(action.slot)
                 case Yield(slot, to_peer, epoch):
-                    await self._let_go(slot, to_peer, epoch)
+                    snapshot = await self._let_go(slot, to_peer, epoch)
+                    if snapshot is not None:
+                        self._spawn(slot, self._copies.store(slot, snapshot))
+                case Reclaim(slot, to_peer, epoch):
+                    snapshot = await self._let_go(slot, to_peer, epoch - COPY_RAISE)
+                    assert snapshot is not None
+                    self._spawn(slot, self._claim_back(slot, epoch, snapshot))
                 case DropStandby(slot):
                     self._copies.drop(slot)
                 case ClaimFree(slot, epoch):
@@ -163,6 +171,7 @@ class SlotKeeper(Generic[O]):
             held=self.held,
             copies=self._copies.held,
             busy=self._busy,
+            granted=self._granted,
         )
 
     def _spawn(self, slot: int, work: Awaitable[None]) -> None:
@@ -241,13 +250,20 @@ class SlotKeeper(Generic[O]):
             self._copies.drop(slot)  # if it was that one: the next try asks others
             raise
 
+    async def _claim_back(self, slot: int, epoch: int, snapshot: Snapshot) -> None:
+        log.warning("slot.claimed_back", slot=slot, epoch=epoch, copy=str(snapshot.copy))
+        await self._copies.store(slot, snapshot)  # whatever becomes of the claim
+        await self._acquire(slot, epoch, snapshot)
+
     async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:
         snapshot = await self._fetch(owner, resources.handover(slot))
         if snapshot.copy.epoch != epoch - 1:
             raise Refused("stale", f"handover of slot {slot} is from epoch {snapshot.copy.epoch}, not {epoch - 1}")
         await self._acquire(slot, epoch, snapshot)
 
-    async def _let_go(self, slot: int, to_peer: str, epoch: int) -> None:
+    async def _let_go(self, slot: int, to_peer: str, epoch: int) -> Snapshot | None:
+        """Stop owning a slot. Returns its last state, unless this peer leaves: until a standby has fetched the new
+        owner's it may be the only copy."""
         held = self.held.pop(slot)
         version = self._versions.pop(slot)
         timer = self._granted.pop(slot, None)
@@ -263,10 +279,10 @@ class SlotKeeper(Generic[O]):
         tensors, published = await asyncio.wrap_future(self._trainer.ask(release))
         log.info("slot.released", slot=slot, to=to_peer, epoch=epoch)
         await self.announce()
-        if tensors is not None:
-            # Until a standby has fetched the new owner's state this may be the only copy.
-            standin = None if published is None else await asyncio.to_thread(published.snapshot)
-            self._spawn(slot, self._copies.store(slot, Snapshot(Copy(held, version), tensors, standin)))
+        if tensors is None:
+            return None
+        standin = None if published is None else await asyncio.to_thread(published.snapshot)
+        return Snapshot(Copy(held, version), tensors, standin)
 
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
         async with self._fetching:

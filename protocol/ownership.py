@@ -4,6 +4,10 @@
 from all copies and restarted the slot must lose to who went on from one, whatever their ids. Of two claims the higher
 epoch wins, then the smaller peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
 
+**Cut off.** Where an owner and its standbys are on one side of a split, the other side restarts its slots, one epoch
+above it. That epoch tells: a takeover with a copy raises by two, and a handover is known to who granted it. So the
+owner, whose state is the better one, claims its slot back above the restart, and who restarted it yields.
+
 **Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
 abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
 liar names, which may leave no room above it, but one above its predecessor's, which it can have come by honestly.
@@ -104,6 +108,18 @@ class Yield:
 
 
 @dataclass(frozen=True)
+class Reclaim:
+    """Others could not reach this peer and restarted its slot without a copy: go on from what it has, at `epoch`.
+
+    Until that is announced the slot is `to_peer`'s, as after a `Yield`.
+    """
+
+    slot: int
+    to_peer: str
+    epoch: int
+
+
+@dataclass(frozen=True)
 class KeepStandby:
     """Fetch the owner's snapshot, which is newer than the copy here."""
 
@@ -120,7 +136,7 @@ class DropStandby:
     slot: int
 
 
-Action = ClaimFree | TakeOver | RequestHandover | Yield | KeepStandby | DropStandby
+Action = ClaimFree | TakeOver | RequestHandover | Yield | Reclaim | KeepStandby | DropStandby
 
 
 @dataclass
@@ -203,6 +219,7 @@ class Situation:
     held: Mapping[int, int]  # slots this peer owns now, with its epoch
     copies: Mapping[int, Copy]  # standby copies and slots found in its checkpoint
     busy: Collection[int] = ()  # slots with an acquisition under way, which `held` does not show yet
+    granted: Collection[int] = ()  # held slots that were promised to somebody, who may claim them one epoch above
     # `desired` with those that have fallen silent: its standbys may have copies. Called where a slot is abandoned.
     former: Callable[[], Sequence[Sequence[str]]] = tuple
 
@@ -223,7 +240,7 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
         claim = watch.claims.get(slot)
         if slot in situation.held:
             if claim is not None and (-claim.epoch, claim.owner) < (-situation.held[slot], watch.me):
-                urgent.append(Yield(slot, claim.owner, claim.epoch))
+                urgent.append(_lost_to(claim, situation, slot))
             continue
         if slot in situation.busy:
             continue
@@ -263,6 +280,15 @@ def grants_handover(watch: Watch, situation: Situation, slot: int, requester: st
     """
     listed = situation.desired[slot]
     return situation.held.get(slot) == epoch - 1 and bool(listed) and listed[0] == requester != watch.me
+
+
+def _lost_to(claim: LeaseClaim, situation: Situation, slot: int) -> Yield | Reclaim:
+    """What to do about a claim that wins over this peer's own."""
+    restarted = claim.epoch == situation.held[slot] + 1 and slot not in situation.granted
+    epoch = claim.epoch + COPY_RAISE
+    if restarted and situation.capacity and epoch <= MAX_EPOCH:
+        return Reclaim(slot, claim.owner, epoch)
+    return Yield(slot, claim.owner, claim.epoch)
 
 
 def _abandoned(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) -> bool:

@@ -36,6 +36,7 @@ class Report:
     orphaned_slot_seconds: float
     doubly_owned_slot_seconds: float
     lost_slots: int
+    claimed_back: int
     avoidable_losses: int
     lost_slot_steps: float
     refetched: int
@@ -76,6 +77,7 @@ def report_of(swarm: Swarm, seconds_to_simulate: float) -> Report:
         orphaned_slot_seconds=measured.orphaned_slot_seconds,
         doubly_owned_slot_seconds=measured.doubly_owned_slot_seconds,
         lost_slots=measured.lost_slots,
+        claimed_back=measured.claimed_back,
         avoidable_losses=measured.avoidable_losses,
         lost_slot_steps=measured.lost_slot_steps,
         refetched=measured.refetched,
@@ -112,6 +114,7 @@ def table(reports: Sequence[Report]) -> Table:
     row("orphaned slot-seconds", [f"{r.orphaned_slot_seconds:.0f}" for r in reports])
     row("doubly owned slot-seconds", [f"{r.doubly_owned_slot_seconds:.1f}" for r in reports])
     row("slots lost (copy in reach)", [f"{r.lost_slots} ({r.avoidable_losses})" for r in reports])
+    row("of these claimed back by their owner", [f"{r.claimed_back}" for r in reports])
     row("slot-steps lost with owners", [f"{r.lost_slot_steps:.0f}" for r in reports])
     row("fragments fetched / mended", [f"{r.refetched} / {r.mended}" for r in reports])
     row("seconds to simulate", [f"{r.seconds_to_simulate:.1f}" for r in reports])

@@ -15,6 +15,7 @@ from ...protocol.ownership import (
     Copy,
     DropStandby,
     KeepStandby,
+    Reclaim,
     RequestHandover,
     Rules,
     Situation,
@@ -94,6 +95,7 @@ class SlotLife:
             held=peer.slots,
             copies=peer.copies,
             busy=peer.busy,
+            granted=peer.granted,
         )
 
     def _peer_looks(self, peer: VirtualPeer, standing: Standing) -> None:
@@ -108,6 +110,11 @@ class SlotLife:
             match action:
                 case Yield(slot, to_peer, epoch):
                     self._let_go(peer, slot, to_peer, epoch)
+                case Reclaim(slot, to_peer, epoch):
+                    self._let_go(peer, slot, to_peer, epoch)
+                    world.measures.claimed_back += 1
+                    peer.busy.add(slot)
+                    world.engine.after(PREPARE_SECONDS, self._acquire, peer, slot, epoch, peer.copies[slot].version)
                 case DropStandby(slot):
                     peer.copies.pop(slot, None)
                 case ClaimFree(slot, epoch):
@@ -161,6 +168,7 @@ class SlotLife:
     def _let_go(self, peer: VirtualPeer, slot: int, to_peer: str, epoch: int) -> None:
         self.count()
         peer.copies[slot] = Copy(peer.slots.pop(slot), peer.versions.pop(slot))
+        peer.granted.discard(slot)
         self.holders[slot].pop(peer.id, None)
         world = self._world
         world.announce_slots(peer)
@@ -207,6 +215,8 @@ class SlotLife:
             self._give_up(peer, slot)
             return
         seconds = self._fetched(peer, slot, owner, "slots")
+        owner.granted.add(slot)
+        world.engine.after(self._rules.lease, owner.granted.discard, slot)
         world.engine.after(seconds, self._handed_over, peer, owner, slot, epoch)
 
     def _handed_over(self, peer: VirtualPeer, owner: VirtualPeer, slot: int, epoch: int) -> None:

@@ -58,6 +58,7 @@ class VirtualPeer:
     versions: dict[int, int] = field(default_factory=dict)  # by owned slot: step of the newest snapshot
     copies: dict[int, Copy] = field(default_factory=dict)
     busy: set[int] = field(default_factory=set)
+    granted: set[int] = field(default_factory=set)  # slots on their way to another owner
     announcing: bool = False
     grace: Grace | None = None  # once it trains
     in_round: dict[int, int] = field(default_factory=dict)  # by fragment: the round that it is in
@@ -110,6 +111,7 @@ class Measures:
     doubly_owned_slot_seconds: float = 0.0
     moves: int = 0  # slots that changed their owner
     lost_slots: int = 0  # restarted without a copy
+    claimed_back: int = 0  # of these, by an owner that had been cut off
     avoidable_losses: int = 0  # of them, while somebody in reach had a copy
     lost_slot_steps: float = 0.0  # of owners that died, after their last snapshot
     settling_seconds: list[float] = field(default_factory=list)  # from a join until the joiner has its slots

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.protocol.ownership import (
+    MAX_EPOCH,
     ClaimFree,
     Copy,
     DropStandby,
     KeepStandby,
+    Reclaim,
     RequestHandover,
     Rules,
     Situation,
@@ -189,10 +192,24 @@ def test_a_leaving_owner_is_relieved_at_once() -> None:
 
 def test_the_deposed_owner_yields() -> None:
     desired = [["a"]] * 3
-    claims = {0: claimed("b", 4, 0, 1.0), 1: claimed("b", 3, 0, 200.0), 2: claimed("A", 3, 0, 200.0)}
+    claims = {0: claimed("b", 5, 0, 1.0), 1: claimed("b", 3, 0, 200.0), 2: claimed("A", 3, 0, 200.0)}
     watch = watching("a", 100.0, claims, desired)
     held = {0: 3, 1: 3, 2: 3}
-    assert decide(watch, situation(100.0, desired, held=held), RULES) == [Yield(0, "b", 4), Yield(2, "A", 3)]
+    assert decide(watch, situation(100.0, desired, held=held), RULES) == [Yield(0, "b", 5), Yield(2, "A", 3)]
+
+
+def test_who_was_cut_off_goes_on_above_a_restart_and_yields_to_whom_it_granted_the_slot() -> None:
+    desired = [["a"]]
+    watch = watching("a", 100.0, {0: claimed("b", 4, 0, 200.0)}, desired)
+    cut_off = situation(100.0, desired, held={0: 3})
+    [back] = decide(watch, cut_off, RULES)
+    assert back == Reclaim(0, "b", 6)
+    restarter = watching("b", 100.0, {0: claimed("a", back.epoch, 0, 200.0)}, desired)
+    assert decide(restarter, situation(100.0, desired, held={0: 4}), RULES) == [Yield(0, "a", 6)]
+    for gone in (replace(cut_off, granted=[0]), replace(cut_off, capacity=0)):
+        assert decide(watch, gone, RULES) == [Yield(0, "b", 4)]
+    last = watching("a", 100.0, {0: claimed("b", MAX_EPOCH, 0, 200.0)}, desired)
+    assert decide(last, situation(100.0, desired, held={0: MAX_EPOCH - 1}), RULES) == [Yield(0, "b", MAX_EPOCH)]
 
 
 def test_orphans_go_to_copies_in_order_and_are_lost_only_then() -> None:

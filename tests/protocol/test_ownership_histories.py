@@ -11,6 +11,7 @@ from shoal.protocol.ownership import (
     ClaimFree,
     Copy,
     KeepStandby,
+    Reclaim,
     RequestHandover,
     Rules,
     Situation,
@@ -41,6 +42,7 @@ class SimPeer:
     watch: Watch = field(init=False)
     held: dict[int, int] = field(default_factory=dict)
     copies: dict[int, Copy] = field(default_factory=dict)
+    granted: dict[int, float] = field(default_factory=dict)  # until when
     leaving: bool = False
     cut_off_until: float = -1.0
 
@@ -59,6 +61,7 @@ class Swarm:
         self.board: dict[str, list[tuple[float, int, bool, Claims]]] = {}  # (visible from, capacity, leaving, ...)
         self.moves = 0
         self.losses = 0
+        self.reclaimed = 0
 
     def join(self, name: str, capacity: int, delay: int) -> None:
         self.peers[name] = SimPeer(name, capacity, delay)
@@ -115,7 +118,10 @@ class Swarm:
         peer.watch.observe(self.now, claims, desired)
         live = {p for p, c in capacities.items() if c > 0}
         capacity = 0 if peer.leaving else peer.capacity
-        return Situation(self.now, capacity, desired, live, leaving, dict(peer.held), dict(peer.copies))
+        peer.granted = {slot: until for slot, until in peer.granted.items() if until > self.now}
+        return Situation(
+            self.now, capacity, desired, live, leaving, dict(peer.held), dict(peer.copies), granted=peer.granted
+        )
 
     def acquire(self, peer: SimPeer, slot: int, epoch: int) -> None:
         known = peer.watch.claims.get(slot)
@@ -141,9 +147,14 @@ class Swarm:
             elif isinstance(action, Yield):
                 peer.copies[action.slot] = Copy(peer.held.pop(action.slot), 0)
                 self.publish(peer)
+            elif isinstance(action, Reclaim):
+                assert peer.held.pop(action.slot) + 1 + COPY_RAISE == action.epoch
+                self.reclaimed += 1
+                self.acquire(peer, action.slot, action.epoch)
             elif isinstance(action, RequestHandover):
                 owner = self.reach(peer, action.from_peer)
                 if owner and grants_handover(owner.watch, self.situate(owner), action.slot, peer.name, action.epoch):
+                    owner.granted[action.slot] = self.now + RULES.lease
                     self.acquire(peer, action.slot, action.epoch)
             elif isinstance(action, KeepStandby):
                 if self.reach(peer, action.owner):
@@ -259,3 +270,20 @@ def test_a_settled_swarm_moves_a_share_when_a_peer_joins_leaves_or_crashes() -> 
         assert swarm.moves <= 3 * max(share, 4) + 2, change
         assert changed <= swarm.moves
         assert swarm.losses == 0, change  # every slot had a standby
+
+
+def test_after_a_split_an_owner_has_its_slots_back_from_those_who_restarted_them() -> None:
+    swarm = Swarm(12)
+    for i in range(6):
+        swarm.join(f"peer{i}", 12, 1)
+    swarm.settle()
+    before = swarm.owners()
+    for name in ("peer1", "peer2"):  # alone, each: nobody with them, nor a standby
+        swarm.peers[name].cut_off_until = swarm.now + 10 * RULES.lease
+    while swarm.now <= swarm.peers["peer1"].cut_off_until:
+        swarm.tick()
+    assert swarm.losses, "the others restart what both of them had: one owned it, one kept the copy"
+    swarm.settle()
+    assert_settled(swarm)
+    assert swarm.owners() == before
+    assert swarm.reclaimed >= 1
