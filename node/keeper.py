@@ -129,7 +129,7 @@ class SlotKeeper(Generic[O]):
     async def _tick(self) -> None:
         situation = self._situation()
         if not self._links.directory.clocks.right(self._rules.lease):  # no telling then who is gone
-            situation = replace(situation, capacity=len(self.held), granted=self.held)  # nor what to claim back
+            situation = replace(situation, capacity=0)
         for action in decide(self._watch, situation, self._rules):
             match action:
                 case ClaimFree(epoch=epoch) | TakeOver(epoch=epoch) | RequestHandover(epoch=epoch) if epoch > MAX_EPOCH:
@@ -171,7 +171,6 @@ class SlotKeeper(Generic[O]):
             held=self.held,
             copies=self._copies.held,
             busy=self._busy,
-            granted=self._granted,
         )
 
     def _spawn(self, slot: int, work: Awaitable[None]) -> None:
@@ -257,8 +256,8 @@ class SlotKeeper(Generic[O]):
 
     async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:
         snapshot = await self._fetch(owner, resources.handover(slot))
-        if snapshot.copy.epoch != epoch - 1:
-            raise Refused("stale", f"handover of slot {slot} is from epoch {snapshot.copy.epoch}, not {epoch - 1}")
+        if snapshot.copy.epoch != epoch - COPY_RAISE:
+            raise Refused("stale", f"slot {slot} is handed over at epoch {snapshot.copy.epoch}, to be had at {epoch}")
         await self._acquire(slot, epoch, snapshot)
 
     async def _let_go(self, slot: int, to_peer: str, epoch: int) -> Snapshot | None:
@@ -297,7 +296,7 @@ class SlotKeeper(Generic[O]):
 
     async def serve_handover(self, slot: int, requester: str) -> Resource | None:
         """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
-        if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + 1):
+        if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + COPY_RAISE):
             raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
         full = self._links.manifest.ownership.handover == "full"
 

@@ -1,12 +1,11 @@
 """What one peer does about who should own which slot (`rendezvous.py`). Pure: clock and view are arguments.
 
-**Epochs.** Every change of owner raises a slot's epoch by one, a takeover with a copy by two: a peer that was cut off
-from all copies and restarted the slot must lose to who went on from one, whatever their ids. Of two claims the higher
-epoch wins, then the smaller peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
+**Epochs.** Each change of owner raises a slot's epoch by two, a restart without a copy only by one: a peer that was cut
+off from all copies must lose to who went on from one, whatever their ids. Of two claims the higher epoch wins, then the
+smaller peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
 
-**Cut off.** Where an owner and its standbys are on one side of a split, the other side restarts its slots, one epoch
-above it. That epoch tells: a takeover with a copy raises by two, and a handover is known to who granted it. So the
-owner, whose state is the better one, claims its slot back above the restart, and who restarted it yields.
+**Cut off.** Where an owner and its standbys are on one side of a split, the other side restarts its slots. The owner,
+whose state is the better one, sees that by the epoch and claims its slot back above it; who restarted it yields.
 
 **Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
 abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
@@ -28,7 +27,7 @@ from .rendezvous import draws_of
 from .view import LeaseClaim, wins
 
 MAX_EPOCH = (1 << 48) - 1  # that messages carry; a claim beyond cannot be published
-COPY_RAISE = 2  # of the epoch, by a takeover with a copy; all other changes raise it by one
+COPY_RAISE = 2  # of the epoch, by who goes on from a copy, kept or handed over; a restart raises it by one
 UNKNOWN_OWNER = "~"  # of an epoch learned otherwise; loses every tie, being greater than any peer id
 DEPOSED_OWNER = "~deposed"  # of a slot whose owner is distrusted; any live claim beats it
 
@@ -219,7 +218,6 @@ class Situation:
     held: Mapping[int, int]  # slots this peer owns now, with its epoch
     copies: Mapping[int, Copy]  # standby copies and slots found in its checkpoint
     busy: Collection[int] = ()  # slots with an acquisition under way, which `held` does not show yet
-    granted: Collection[int] = ()  # held slots that were promised to somebody, who may claim them one epoch above
     # `desired` with those that have fallen silent: its standbys may have copies. Called where a slot is abandoned.
     former: Callable[[], Sequence[Sequence[str]]] = tuple
 
@@ -260,7 +258,7 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
             reachable = claim.owner in situation.live or claim.owner in situation.leaving
             if wanted is not None and room > 0:
                 if reachable and situation.now >= wanted + patience:
-                    handovers.append(RequestHandover(slot, claim.owner, claim.epoch + 1))
+                    handovers.append(RequestHandover(slot, claim.owner, claim.epoch + COPY_RAISE))
             elif reachable and watch.me in listed:
                 copy = situation.copies.get(slot)
                 if copy is None or (copy.epoch, copy.version) < (claim.epoch, claim.version):
@@ -279,14 +277,13 @@ def grants_handover(watch: Watch, situation: Situation, slot: int, requester: st
     Having granted, it freezes the slot. It resumes if no claim at `epoch` shows up within a lease.
     """
     listed = situation.desired[slot]
-    return situation.held.get(slot) == epoch - 1 and bool(listed) and listed[0] == requester != watch.me
+    return situation.held.get(slot) == epoch - COPY_RAISE and bool(listed) and listed[0] == requester != watch.me
 
 
 def _lost_to(claim: LeaseClaim, situation: Situation, slot: int) -> Yield | Reclaim:
     """What to do about a claim that wins over this peer's own."""
-    restarted = claim.epoch == situation.held[slot] + 1 and slot not in situation.granted
     epoch = claim.epoch + COPY_RAISE
-    if restarted and situation.capacity and epoch <= MAX_EPOCH:
+    if claim.epoch == situation.held[slot] + 1 and situation.capacity and epoch <= MAX_EPOCH:
         return Reclaim(slot, claim.owner, epoch)
     return Yield(slot, claim.owner, claim.epoch)
 

@@ -69,14 +69,13 @@ def situation_of(
     held: Mapping[int, int],
     copies: Mapping[int, Copy],
     busy: Collection[int],
-    granted: Collection[int],
 ) -> Situation:
     """The directory in the eyes of a peer, whose `watch` takes it in. Whom the peer distrusts is not there.
 
     Args:
         now: unix seconds.
         capacity: slots that this peer can own; 0 when leaving.
-        held, copies, busy, granted: as in `Situation`.
+        held, copies, busy: as in `Situation`.
     """
     for peer in view.distrusted - watch.distrusted:
         watch.distrust(now, peer)
@@ -90,7 +89,6 @@ def situation_of(
         held=held,
         copies=copies,
         busy=busy,
-        granted=granted,
     )
 
 
@@ -105,7 +103,6 @@ def situated(
     held: Mapping[int, int],
     copies: Mapping[int, Copy],
     busy: Collection[int],
-    granted: Collection[int],
 ) -> Situation:
     """`situation_of` for a standing that is known already."""
     if standing.capacities.get(watch.me) == capacity:
@@ -123,7 +120,6 @@ def situated(
         held=held,
         copies=copies,
         busy=busy,
-        granted=granted,
         former=partial(standing.former, num_slots, replication),
     )
 

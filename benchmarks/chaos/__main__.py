@@ -13,6 +13,7 @@ import torch
 
 from .network import NetworkMissing
 from .playing import Played
+from .quota import QuotaMissing
 from .report import CALM, markdown
 from .swarm import Setup, SwarmFailed, play
 from .tape import Tape, flippers, read, seeded, standard, text
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=0.0, help="round trip of every link, by relays")
     parser.add_argument("--jitter", type=float, default=0.0, help="of the latency, as a part of it")
     parser.add_argument("--rate-mbit", type=float, default=None, help="of every link, each way")
+    parser.add_argument("--cores", type=float, default=None, help="of each peer's own, as 0.2; default: all share")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--no-baseline", action="store_true", help="only the run with faults")
     parser.add_argument("--out", type=Path, default=None, help="folder for chaos.md, chaos.json, the tape and all logs")
@@ -46,6 +48,7 @@ def main() -> None:
         latency_ms=arguments.latency_ms,
         jitter=arguments.jitter,
         rate_mbit=arguments.rate_mbit,
+        cores=arguments.cores,
         windows=arguments.windows,
     )
     makers = {"standard": standard, "flippers": flippers, "random": seeded(arguments.seed), "none": lambda *_: ()}
@@ -53,7 +56,7 @@ def main() -> None:
         maker = makers.get(arguments.tape)
         tape = read(Path(arguments.tape)) if maker is None else maker(setup.composers, setup.seconds)
         runs = compare(setup, tape, arguments)
-    except (NetworkMissing, SwarmFailed, OSError, ValueError) as error:
+    except (NetworkMissing, QuotaMissing, SwarmFailed, OSError, ValueError) as error:
         sys.exit(f"chaos: {error}")
     told = markdown(runs, text(tape))
     print(told)

@@ -19,6 +19,7 @@ import psutil
 from ...node.demo import peer_environment, shoal_command
 from .clocks import environment, set_clock
 from .network import Network, run
+from .quota import Quotas
 from .relay import Relays
 
 DHT_PORT, TRANSPORT_PORT, HTTP_PORT = 4100, 4101, 4102
@@ -89,10 +90,13 @@ class Peers:
     Args:
         folder: for data folders and logs.
         relays: through which to reach the peers; None for the bare network.
+        quotas: of CPU time; None where peers share the machine.
     """
 
-    def __init__(self, network: Network, folder: Path, relays: Relays | None = None) -> None:
-        self.network, self.folder, self.relays = network, folder, relays
+    def __init__(
+        self, network: Network, folder: Path, relays: Relays | None = None, quotas: Quotas | None = None
+    ) -> None:
+        self.network, self.folder, self.relays, self.quotas = network, folder, relays, quotas
         self.all: dict[str, Peer] = {}
         self._mounted: list[Path] = []
         self._slow: dict[str, threading.Event] = {}  # stragglers, and what ends it
@@ -145,9 +149,12 @@ class Peers:
         peer.lives += 1
         peer.status = {}
         clock = {} if peer.clock is None else environment(peer.clock)
+        command = self.network.command(peer.name, [*peer.program, *peer.command, *where, *keep])
+        if self.quotas is not None:
+            command = self.quotas.command(peer.name, command)
         with peer.log.open("wb") as out:
             peer.process = subprocess.Popen(
-                self.network.command(peer.name, [*peer.program, *peer.command, *where, *keep]),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -169,6 +176,8 @@ class Peers:
                     peer.status = json.loads(self.network.get(peer.name, HTTP_PORT, "/status.json", HTTP_SECONDS))
                 except (OSError, ValueError, http.client.HTTPException):
                     continue
+                if self.quotas is not None and peer.status.get("step"):
+                    self.quotas.bound(peer.name, True)
 
     def kill(self, peer: Peer) -> None:
         """SIGKILL; its children die with it."""

@@ -14,7 +14,7 @@ from typing import Any
 from .network import Network
 from .peers import Peer, Peers
 from .relay import Relays
-from .tape import LIARS, Fault, Tape
+from .tape import LIARS, Fault, Tape, left
 
 POLL_SECONDS = 0.5
 AGREE_SECONDS = 60.0
@@ -58,6 +58,7 @@ class Played:
     agreed_after: float | None  # seconds until all who live held equal digests of every fragment; None: not in time
     forks: list[str]  # a fragment's rounds in which composers held different digests
     events: list[str]
+    left: float  # of all time to train, by the tape
     nats_per_token: float | None = None
 
     @property
@@ -128,7 +129,14 @@ class Player:
                 deed()
         lives = [self._since_start(key, life) for key, life in self._lives.items()]
         return Played(
-            seconds, lives, self._orphans, sum(self._lost.values()), self._agreement(), self._forks(), self._events
+            seconds,
+            lives,
+            self._orphans,
+            sum(self._lost.values()),
+            self._agreement(),
+            self._forks(),
+            self._events,
+            left(tape, [peer.name for peer in self._peers.composers], seconds),
         )
 
     def _since_start(self, key: tuple[str, int], life: Life) -> Life:

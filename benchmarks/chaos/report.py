@@ -19,16 +19,17 @@ def markdown(runs: dict[str, Played], tape: str) -> str:
     """Runs by name; goodput is against the one called `CALM`, if that is among them."""
     calm = runs.get(CALM)
     lines = [
-        "| run | committed tokens | goodput | held-out nats per token | blocked by the network | slots lost | "
-        "equal digests at the end | forked rounds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | committed tokens | goodput | of what faults leave | held-out nats per token | blocked by the network "
+        "| slots lost | equal digests at the end | forked rounds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in runs.items():
         loss = "-" if run.nats_per_token is None else f"{run.nats_per_token:.4f}"
         share = "-" if calm is None else f"{goodput(run, calm):.1%}"
+        rest = "-" if calm is None else f"{goodput(run, calm) / run.left:.1%} of {run.left:.1%}"
         agreed = "no" if run.agreed_after is None else f"after {run.agreed_after:.1f} s"
         lines.append(
-            f"| {name} | {run.committed_tokens:,} | {share} | {loss} | {run.blocked_share:.1%} | "
+            f"| {name} | {run.committed_tokens:,} | {share} | {rest} | {loss} | {run.blocked_share:.1%} | "
             f"{run.lost_slots:.0f} | {agreed} | {len(run.forks)} |"
         )
     for name, run in runs.items():

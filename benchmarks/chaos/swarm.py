@@ -16,6 +16,7 @@ from ...node.manifest import verify
 from .network import Network
 from .peers import Peers
 from .playing import POLL_SECONDS, Played, Player
+from .quota import Quotas
 from .relay import Relays
 from .tape import LIARS, Tape
 
@@ -41,6 +42,7 @@ class Setup:
     latency_ms: float = 0.0
     jitter: float = 0.0
     rate_mbit: float | None = None
+    cores: float | None = None  # that each peer has; None: all share the machine
     windows: int = 128
     keep: Path | None = None  # where to leave logs
 
@@ -60,7 +62,8 @@ def started(setup: Setup, tape: Tape) -> Iterator[tuple[Network, Peers, Relays |
             stack.callback(relays.close)
         if setup.keep is not None:
             stack.callback(_keep_logs, folder, setup.keep)
-        peers = stack.enter_context(Peers(network, folder, relays))
+        quotas = None if setup.cores is None else stack.enter_context(Quotas(setup.cores))
+        peers = stack.enter_context(Peers(network, folder, relays, quotas))
 
         def add(name: str, command: Sequence[str]) -> None:
             peers.add(name, command, lie=lies.get(name, ""), small_disk=name in disks, own_clock=name in clocks)

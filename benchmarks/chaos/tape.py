@@ -10,6 +10,7 @@ Peers are `c0`, `c1`, ... (composers) and `founder`. `value` is what the fault h
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -76,6 +77,27 @@ def read(path: Path) -> Tape:
 def text(tape: Tape) -> str:
     """For `read`."""
     return "".join(json.dumps(msgspec.to_builtins(fault)) + "\n" for fault in tape)
+
+
+def left(tape: Tape, composers: Sequence[str], seconds: float) -> float:
+    """The part of all composers' time to train that the tape leaves: killed, stopped and slow ones have less.
+
+    A perfect swarm would reach this goodput: who is cut off trains on, and restarts take no time.
+    """
+    ends = {fault: fault.at + fault.seconds if fault.seconds else seconds for fault in tape}
+    moments = sorted({0.0, seconds, *(min(seconds, t) for fault in tape for t in (fault.at, ends[fault]))})
+    total = 0.0
+    for composer in composers:
+        for begin, end in itertools.pairwise(moments):
+            speeds = [
+                fault.value if fault.fault == "straggler" else 0.0
+                for fault in tape
+                if fault.fault in ("kill", "stop", "straggler")
+                and composer in fault.peers
+                and fault.at <= begin < ends[fault]
+            ]
+            total += (end - begin) * min(speeds, default=1.0)
+    return total / (len(composers) * seconds)
 
 
 def standard(composers: Sequence[str], seconds: float) -> Tape:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from ...protocol.ownership import (
+    COPY_RAISE,
     ClaimFree,
     Copy,
     DropStandby,
@@ -95,7 +96,6 @@ class SlotLife:
             held=peer.slots,
             copies=peer.copies,
             busy=peer.busy,
-            granted=peer.granted,
         )
 
     def _peer_looks(self, peer: VirtualPeer, standing: Standing) -> None:
@@ -168,7 +168,6 @@ class SlotLife:
     def _let_go(self, peer: VirtualPeer, slot: int, to_peer: str, epoch: int) -> None:
         self.count()
         peer.copies[slot] = Copy(peer.slots.pop(slot), peer.versions.pop(slot))
-        peer.granted.discard(slot)
         self.holders[slot].pop(peer.id, None)
         world = self._world
         world.announce_slots(peer)
@@ -215,12 +214,10 @@ class SlotLife:
             self._give_up(peer, slot)
             return
         seconds = self._fetched(peer, slot, owner, "slots")
-        owner.granted.add(slot)
-        world.engine.after(self._rules.lease, owner.granted.discard, slot)
         world.engine.after(seconds, self._handed_over, peer, owner, slot, epoch)
 
     def _handed_over(self, peer: VirtualPeer, owner: VirtualPeer, slot: int, epoch: int) -> None:
-        if self._world.together(owner, peer) and owner.slots.get(slot) == epoch - 1:
+        if self._world.together(owner, peer) and owner.slots.get(slot) == epoch - COPY_RAISE:
             self._acquire(peer, slot, epoch, owner.versions[slot])
         else:
             self._give_up(peer, slot)

@@ -58,7 +58,6 @@ class VirtualPeer:
     versions: dict[int, int] = field(default_factory=dict)  # by owned slot: step of the newest snapshot
     copies: dict[int, Copy] = field(default_factory=dict)
     busy: set[int] = field(default_factory=set)
-    granted: set[int] = field(default_factory=set)  # slots on their way to another owner
     announcing: bool = False
     grace: Grace | None = None  # once it trains
     in_round: dict[int, int] = field(default_factory=dict)  # by fragment: the round that it is in

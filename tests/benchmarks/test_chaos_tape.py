@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from shoal.benchmarks.chaos.tape import Tape, flippers, read, seeded, standard, text
+from shoal.benchmarks.chaos.tape import Fault, Tape, flippers, left, read, seeded, standard, text
 
 COMPOSERS = [f"c{i}" for i in range(7)]
 
@@ -26,6 +26,18 @@ def test_the_standard_tape_is_what_it_says() -> None:
     assert (len(partition.peers), partition.seconds) == (2, 60.0)
     gone = {p for f in faults if f.fault == "kill" and f.at < partition.at <= f.at + f.seconds for p in f.peers}
     assert not gone & set(partition.peers)
+
+
+def test_what_a_tape_leaves_of_the_time_to_train() -> None:
+    faults = (
+        Fault(at=0, fault="straggler", peers=("a",), value=0.25),
+        Fault(at=10, fault="kill", peers=("a", "b"), seconds=20),
+        Fault(at=20, fault="stop", peers=("b",), seconds=20),
+        Fault(at=90, fault="kill", peers=("c",)),
+        Fault(at=0, fault="partition", peers=("d",)),
+    )
+    assert left((), "abcd", 100.0) == 1.0
+    assert left(faults, "abcd", 100.0) == pytest.approx((20 + 70 + 90 + 100) / 400)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from shoal.node.keeper import PARALLEL_FETCHES
 from shoal.node.manifest import Manifest, OwnershipSpec
 from shoal.node.state import Phase
 from shoal.protocol.identity import Identity
-from shoal.protocol.ownership import MAX_EPOCH, Copy, TakeOver
+from shoal.protocol.ownership import COPY_RAISE, MAX_EPOCH, Copy, TakeOver
 from shoal.protocol.records import Lease, LeaseRecord, PeerRecord, seal_record
 from tiny import SLOTS, manifest_of
 
@@ -83,7 +83,7 @@ def test_who_leaves_hands_everything_over_to_the_bit(kept: Kept) -> None:
     kept.swarm.until(lambda: set(stayer.keeper.held) == set(range(SLOTS)), "the other has every slot")
     for slot in slots:
         after = weights(stayer, slot)
-        assert stayer.keeper.held[slot] == epochs[slot] + 1
+        assert stayer.keeper.held[slot] == epochs[slot] + COPY_RAISE
         assert all(torch.equal(after[name], value) for name, value in before[slot].items() if "published" not in name)
     assert not leaver.ask(lambda composer: composer.owned)
     stayer.step()
@@ -99,9 +99,9 @@ def test_a_deposed_owner_keeps_a_copy(kept: Kept) -> None:
 
     async def depose() -> None:
         announcement = await asyncio.wrap_future(
-            winner.trainer.ask(lambda c: winner.exchange.adopt(c, slot, epoch + 1, tensors, epoch, None))
+            winner.trainer.ask(lambda c: winner.exchange.adopt(c, slot, epoch + COPY_RAISE, tensors, epoch, None))
         )
-        winner.keeper.held[slot], winner.keeper._versions[slot] = epoch + 1, 0
+        winner.keeper.held[slot], winner.keeper._versions[slot] = epoch + COPY_RAISE, 0
         await winner.keeper.announce()
         await winner.exchange.send([announcement])
 
@@ -111,6 +111,32 @@ def test_a_deposed_owner_keeps_a_copy(kept: Kept) -> None:
         lambda: loser.keeper._copies.held.get(slot, Copy(0, 0)).epoch >= epoch or slot in loser.keeper.held,
         "it has a copy, or the slot again",
     )
+
+
+def test_a_slot_restarted_by_others_goes_on_from_its_owners_state(kept: Kept) -> None:
+    """As after a split in which the owner was cut off from everybody who had a copy."""
+    owner, restarter = kept.swarm.peers
+    kept.step()
+    slot = min(owner.keeper.held)
+    epoch = owner.keeper.held[slot]
+    kept.swarm.until(lambda: slot not in owner.keeper._busy | restarter.keeper._busy, "nothing is under way")
+    before = weights(owner, slot)
+    kept.swarm.call(restarter.keeper._take_over(TakeOver(slot, epoch + 1, None, ())))
+    kept.swarm.until(lambda: owner.keeper.held.get(slot) == epoch + 1 + COPY_RAISE, "it has its slot back")
+    kept.swarm.until(lambda: slot not in restarter.keeper.held, "the other lets go")
+    after = weights(owner, slot)
+    trained = [name for name in before if "publisher" not in name]
+    assert any(name.endswith("exp_avg") for name in trained)
+    assert all(torch.equal(after[name], before[name]) for name in trained)
+    kept.swarm.until(lambda: runs_as_published(owner, restarter, slot), "the other follows its owner")
+
+
+def runs_as_published(owner: LoopbackPeer, other: LoopbackPeer, slot: int) -> bool:
+    target = other.ask(lambda _: other.exchange.owners().get(slot))
+    if target is None or target.owner != owner.peer_id:
+        return False
+    ran, published = (p.ask(lambda c: [standin.digest() for standin in c.standins(slot)]) for p in (other, owner))
+    return ran == published
 
 
 def test_an_owner_that_dies_while_its_slot_is_copied_is_succeeded_in_time(kept: Kept) -> None:

@@ -15,6 +15,7 @@ from shoal.protocol.ownership import (
     MAX_EPOCH,
     ClaimFree,
     Copy,
+    Reclaim,
     RequestHandover,
     Rules,
     Situation,
@@ -132,8 +133,8 @@ def test_the_heir_neither_yields_nor_hands_over() -> None:
 
 def test_who_is_distrusted_lets_go_like_anybody_who_is_deposed() -> None:
     watch = Watch(LIAR)
-    situation = look(watch, view_of((0, claim(LIAR, 3)), (0, claim(HEIR, 4))), held={0: 3})
-    assert Yield(0, HEIR, 4) in decide(watch, situation, RULES)
+    situation = look(watch, view_of((0, claim(LIAR, 3)), (0, claim(HEIR, 5))), held={0: 3})
+    assert Yield(0, HEIR, 5) in decide(watch, situation, RULES)
 
 
 @given(st.integers(0, 1 << 30))
@@ -174,8 +175,8 @@ def test_whatever_a_liar_claims_and_whenever_it_is_found_out_all_agree_in_the_en
             for action in decide(watches[name], situation, RULES):
                 if isinstance(action, Yield):
                     del held[name], claims[name]
-                elif (isinstance(action, ClaimFree | TakeOver) and action.epoch <= MAX_EPOCH) or (
-                    isinstance(action, RequestHandover) and held.get(action.from_peer) == action.epoch - 1
+                elif (isinstance(action, ClaimFree | TakeOver | Reclaim) and action.epoch <= MAX_EPOCH) or (
+                    isinstance(action, RequestHandover) and held.get(action.from_peer) == action.epoch - COPY_RAISE
                 ):
                     held[name] = action.epoch
                     claims[name] = claim(name, action.epoch, 2e9)

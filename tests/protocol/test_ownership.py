@@ -174,19 +174,19 @@ def test_a_flapping_directory_restarts_the_wait() -> None:
     watch.observe(101.5, {}, [["b"]])
     watch.observe(101.8, {}, [["a"]])
     assert decide(watch, situation(103.0, [["a"]]), RULES) == []
-    assert decide(watch, situation(103.8, [["a"]]), RULES) == [RequestHandover(0, "b", 4)]
+    assert decide(watch, situation(103.8, [["a"]]), RULES) == [RequestHandover(0, "b", 5)]
 
 
 def test_a_clock_that_is_set_back_does_not_make_it_wait_for_the_old_time() -> None:
     watch = watching("a", 700.0, {0: claimed("b", 3, 9, 800.0)}, [["a"]])
     watch.observe(100.0, {}, [["a", "b"]])
     assert decide(watch, situation(101.9, [["a", "b"]]), RULES) == []
-    assert decide(watch, situation(102.0, [["a", "b"]]), RULES) == [RequestHandover(0, "b", 4)]
+    assert decide(watch, situation(102.0, [["a", "b"]]), RULES) == [RequestHandover(0, "b", 5)]
 
 
 def test_a_leaving_owner_is_relieved_at_once() -> None:
     watch = watching("a", 100.0, {0: claimed("b", 3, 9, 200.0)}, [["a"]])
-    assert decide(watch, situation(100.0, [["a"]], live=["a"], leaving=["b"]), RULES) == [RequestHandover(0, "b", 4)]
+    assert decide(watch, situation(100.0, [["a"]], live=["a"], leaving=["b"]), RULES) == [RequestHandover(0, "b", 5)]
     assert decide(watch, situation(100.0, [["a"]], live=["a"]), RULES) == []  # gone: the lease must run out
 
 
@@ -198,7 +198,7 @@ def test_the_deposed_owner_yields() -> None:
     assert decide(watch, situation(100.0, desired, held=held), RULES) == [Yield(0, "b", 5), Yield(2, "A", 3)]
 
 
-def test_who_was_cut_off_goes_on_above_a_restart_and_yields_to_whom_it_granted_the_slot() -> None:
+def test_who_was_cut_off_goes_on_above_a_restart_unless_it_leaves() -> None:
     desired = [["a"]]
     watch = watching("a", 100.0, {0: claimed("b", 4, 0, 200.0)}, desired)
     cut_off = situation(100.0, desired, held={0: 3})
@@ -206,8 +206,7 @@ def test_who_was_cut_off_goes_on_above_a_restart_and_yields_to_whom_it_granted_t
     assert back == Reclaim(0, "b", 6)
     restarter = watching("b", 100.0, {0: claimed("a", back.epoch, 0, 200.0)}, desired)
     assert decide(restarter, situation(100.0, desired, held={0: 4}), RULES) == [Yield(0, "a", 6)]
-    for gone in (replace(cut_off, granted=[0]), replace(cut_off, capacity=0)):
-        assert decide(watch, gone, RULES) == [Yield(0, "b", 4)]
+    assert decide(watch, replace(cut_off, capacity=0), RULES) == [Yield(0, "b", 4)]
     last = watching("a", 100.0, {0: claimed("b", MAX_EPOCH, 0, 200.0)}, desired)
     assert decide(last, situation(100.0, desired, held={0: MAX_EPOCH - 1}), RULES) == [Yield(0, "b", MAX_EPOCH)]
 
@@ -280,8 +279,8 @@ def test_room_goes_to_orphans_first() -> None:
 def test_handover_is_granted_to_the_desired_owner_only() -> None:
     watch = watching("b", 100.0, {}, [["a"]])
     now = situation(100.0, [["a"], ["b"]], held={0: 3, 1: 7})
-    assert grants_handover(watch, now, 0, "a", 4)
-    assert not grants_handover(watch, now, 0, "c", 4)
-    assert not grants_handover(watch, now, 0, "a", 5)
-    assert not grants_handover(watch, now, 1, "a", 8)
-    assert not grants_handover(watch, now, 1, "b", 8)
+    assert grants_handover(watch, now, 0, "a", 5)
+    assert not grants_handover(watch, now, 0, "c", 5)
+    assert not grants_handover(watch, now, 0, "a", 6)
+    assert not grants_handover(watch, now, 1, "a", 9)
+    assert not grants_handover(watch, now, 1, "b", 9)

@@ -42,7 +42,6 @@ class SimPeer:
     watch: Watch = field(init=False)
     held: dict[int, int] = field(default_factory=dict)
     copies: dict[int, Copy] = field(default_factory=dict)
-    granted: dict[int, float] = field(default_factory=dict)  # until when
     leaving: bool = False
     cut_off_until: float = -1.0
 
@@ -118,10 +117,7 @@ class Swarm:
         peer.watch.observe(self.now, claims, desired)
         live = {p for p, c in capacities.items() if c > 0}
         capacity = 0 if peer.leaving else peer.capacity
-        peer.granted = {slot: until for slot, until in peer.granted.items() if until > self.now}
-        return Situation(
-            self.now, capacity, desired, live, leaving, dict(peer.held), dict(peer.copies), granted=peer.granted
-        )
+        return Situation(self.now, capacity, desired, live, leaving, dict(peer.held), dict(peer.copies))
 
     def acquire(self, peer: SimPeer, slot: int, epoch: int) -> None:
         known = peer.watch.claims.get(slot)
@@ -154,7 +150,6 @@ class Swarm:
             elif isinstance(action, RequestHandover):
                 owner = self.reach(peer, action.from_peer)
                 if owner and grants_handover(owner.watch, self.situate(owner), action.slot, peer.name, action.epoch):
-                    owner.granted[action.slot] = self.now + RULES.lease
                     self.acquire(peer, action.slot, action.epoch)
             elif isinstance(action, KeepStandby):
                 if self.reach(peer, action.owner):

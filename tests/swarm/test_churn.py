@@ -8,6 +8,7 @@ import signal
 import psutil
 import pytest
 from harness import START_SECONDS, Peer, Swarm, backed_up, loss_of, lost, owned_once
+from shoal.protocol.ownership import COPY_RAISE
 
 LEASE = 4.0
 SLACK = 2.0  # for a busy machine, on top of what the protocol promises
@@ -115,7 +116,7 @@ def leaves(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> None:
     assert {entry["slot"] for entry in c.said("slot.released")} >= set(given)
     swarm.wait_for("a and b own everything", lambda: owned_once([a, b]), SLACK)
     epochs = a.epochs() | b.epochs()
-    assert all(epochs[slot] == epoch + 1 for slot, epoch in given.items()), (given, epochs)
+    assert all(epochs[slot] == epoch + COPY_RAISE for slot, epoch in given.items()), (given, epochs)
     assert lost([a, b]) == 0
     assert list((c.folder / "checkpoints").glob("*/*/state.safetensors"))
     assert not (c.folder / "peer.json").exists()
