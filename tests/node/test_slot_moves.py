@@ -28,7 +28,7 @@ def test_a_slot_goes_to_a_composer_and_back_and_its_experts_to_their_own_layers(
         worker.leave()
         it.swarm.until(lambda: set(composer.keeper.held) == ALL, "the composer owns every slot")
         for slot in ALL:
-            assert composer.keeper.held[slot] == epochs[slot] + 1
+            assert composer.keeper.held[slot] == epochs[slot] + COPY_RAISE
             assert same(without_published(composer.ask(lambda c, s=slot: c.snapshot(s))), before[slot])
         it.step(2)  # it trains them itself
         assert composer.ask(lambda c: c.owned) == ALL
@@ -40,7 +40,7 @@ def test_a_slot_goes_to_a_composer_and_back_and_its_experts_to_their_own_layers(
         it.set_capacity(composer, 0)
         it.swarm.until(lambda: set(again.held) == ALL, "the second worker owns every slot")
         for slot in ALL:
-            assert again.held[slot] == epochs[slot] + 2
+            assert again.held[slot] == epochs[slot] + 2 * COPY_RAISE
             got = by_layer(again.ask(lambda w, s=slot: w.snapshot(s)), slot, again.held[slot])
             assert same(got, trained[slot])
         it.swarm.until(lambda: len(composer.exchange.owners()) == SLOTS, "the composer knows the new owner")
