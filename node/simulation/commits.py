@@ -182,17 +182,27 @@ class Commits:
             self._vote([peer], fragment, held, 0)
 
     def _record(self, fragment: int, held: Held) -> None:
-        """The first commit of a state: it must be the round's only one, and go on from the one committed before."""
-        world, chain, state = self._world, self.chains[fragment], self.states[held.digest]
+        """The first commit of a state: it must be the round's only one, and go on from the one committed before.
+
+        Between the two there may be states that no quorum ever backed, which a split swarm went on from together: they
+        are committed with it.
+        """
+        world, chain = self._world, self.chains[fragment]
         world.engine.note("round.committed", round=held.round, digest=held.digest.hex()[:8])
         rival = any(self.states[name].round == held.round for name in chain)
         world.engine.require(not rival, f"round {held.round} is committed as two states: a fork")
+        line, last = [held.digest], self.states[chain[-1]].round
+        while self.states[parent := self.states[line[-1]].parent].round > last:
+            line.append(parent)
         world.engine.require(
-            state.parent == chain[-1],
-            f"round {held.round} does not go on from round {self.states[chain[-1]].round}: a committed state is lost",
+            parent == chain[-1], f"round {held.round} does not go on from round {last}: a committed state is lost"
         )
-        chain.append(held.digest)
-        measures = world.measures
+        for name in reversed(line):
+            chain.append(name)
+            self._count(fragment, self.states[name])
+
+    def _count(self, fragment: int, state: State) -> None:
+        world, measures = self._world, self._world.measures
         measures.commits += 1
         measures.last_commit = world.now
         measures.rounds["committed"] += 1
