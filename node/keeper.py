@@ -337,9 +337,11 @@ class SlotKeeper(Generic[O]):
         self._report()
 
     def _report(self) -> None:
+        updates = self._exchange.updates
         self._links.state.set_slots(
             leases=[
-                LeaseSeen(slot=slot, epoch=epoch, version=self._versions[slot]) for slot, epoch in self.held.items()
+                LeaseSeen(slot=slot, epoch=epoch, version=self._versions[slot], updates=updates.get(slot, 0))
+                for slot, epoch in self.held.items()
             ],
             standby=sorted(set(self._copies.held) - set(self.held)),
         )

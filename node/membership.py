@@ -11,6 +11,7 @@ from ..protocol.errors import DirectoryError, PeerUnreachable, Refused, Transpor
 from ..protocol.messages import Accusation, DeltaBatch, ExpertCounts, RoundOpen, SketchOpen
 from ..protocol.records import RECORD_TYPES, PeerRecord, Role
 from .clock_report import ClockReport
+from .known_peers import KnownPeers
 from .links import COUNTS_TOPIC, DELTA_TOPIC, NEWS_TOPIC, Links
 from .logs import get_logger
 from .manifest import PROTOCOL_VERSION
@@ -30,6 +31,7 @@ class Membership:
     Args:
         capacity: slots this peer can own.
         transport_addrs, dht_addrs: where others reach it.
+        known: takes down whom this peer meets.
         handlers: what to do with messages that are not directory records, by their type; each gets (sender, message).
     """
 
@@ -43,6 +45,7 @@ class Membership:
         dht_addrs: list[str],
         metrics_url: str,
         signed_manifest: bytes,
+        known: KnownPeers,
     ) -> None:
         self._links = links
         self._role: Role = role
@@ -50,6 +53,7 @@ class Membership:
         self._transport_addrs, self.dht_addrs = transport_addrs, dht_addrs
         self._metrics_url = metrics_url
         self._signed_manifest = signed_manifest
+        self._known = known
         self._clock_report = ClockReport(links.directory.clocks, links.state)
         self._dialling: set[str] = set()
         self._kept: set[str] = set()  # peers that the transport was told to stay connected to
@@ -143,6 +147,8 @@ class Membership:
             if now >= next_meeting:
                 next_meeting = now + max(interval, MEET_SECONDS)
                 self._links.spawn(self._meet_again())
+                peers = self._links.view().peers
+                self._known.meet({p: r.dht_addrs for p, r in peers.items() if p != self._links.peer_id})
             self._connect_to_strangers()
             self._show()
             await self._links.news.wait(changed, min(1.0, interval))

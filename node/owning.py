@@ -294,6 +294,14 @@ class ExpertOwner(ABC):
             tensors[f"{position}.down"] = down.detach().to("cpu", copy=True)
         return tensors
 
+    def updates(self, slot: int) -> int:
+        """Optimizer steps that its experts have had, added up, whoever owned them.
+
+        It begins anew where only weights came: from a standby's copy, or with `ownership.handover = "snapshot"`.
+        """
+        states = (self.optimizer.state.get(expert.gate_up, {}) for expert in self.experts_of(slot))
+        return sum(int(state.get("step", 0)) for state in states)
+
     def freeze(self, slot: int) -> None:
         """Stop training an owned slot while a copy of it travels to its next owner. ValueError if it is not owned."""
         if slot not in self.publishers:

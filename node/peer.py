@@ -35,6 +35,7 @@ from .errors import ConfigError, RunNotFound
 from .handle_key import fetch_key, kept_key
 from .http import StatusServer
 from .invite import Invite
+from .known_peers import KnownPeers
 from .links import Links
 from .logs import get_logger
 from .manifest import Manifest, run_id_of, sign, verify
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 IDLE_SECONDS = 0.5
+ALONE_SECONDS = 10.0  # a founder that comes back looks so long for the peers that it knew
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,17 @@ class _Peer:
             run_id = invite.run_id
         else:
             raise RunNotFound("neither an invite nor a run to found", fix="join with an invite, or found a run")
+        self.known = KnownPeers(config.data_dir, run_id)
+        invited = [] if invite is None else invite.multiaddrs()
         dht = start_dht(
             config.identity_path,
-            initial_peers=[] if invite is None else invite.multiaddrs(),
+            initial_peers=list(dict.fromkeys([*invited, *self.known.addresses()])),
             host=config.host,
             port=config.dht_port,
             announce=self._announced(config.dht_port),
             run_id=run_id,
-            deadline_seconds=config.join_seconds,
+            deadline_seconds=config.join_seconds if founded is None else min(ALONE_SECONDS, config.join_seconds),
+            founder=founded is not None,
         )
         logs.adopt_third_parties()
         try:
@@ -247,6 +252,7 @@ class _Peer:
             loop=asyncio.get_running_loop(),
             record_seconds=lease,
         )
+        links.directory.remembered = self.known.peers
         library = Library(links, run.signed)
         transport.serve(library.answer)
         port = Address.parse(transport.addrs[0]).port
@@ -279,6 +285,7 @@ class _Peer:
             dht_addrs=dht_addrs,
             metrics_url=self.http_url,
             signed_manifest=run.signed,
+            known=self.known,
         )
         await member.start()
         links.spawn(member.run(), vital=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +58,7 @@ class Publishing(Generic[O]):
         self._links, self._trainer, self.order = links, trainer, order
         self._load = partial(standin_from_bytes, like=like)
         self._book: SurrogateBook[StandIn] = SurrogateBook(self._load)
+        self.updates: Mapping[int, int] = {}  # by slot, `ExpertOwner.updates` as of late; never changed
         self._published = 0
         self._last_sent = -math.inf
 
@@ -77,6 +78,7 @@ class Publishing(Generic[O]):
         if not owner.owned:
             return
         self._published += 1
+        self.updates = {slot: owner.updates(slot) for slot in owner.owned}
         measured = self._published % FIDELITY_EVERY == FIRST_FIDELITY
         if measured:
             self._links.state.set_fidelity({i: f for i, f in enumerate(owner.fidelity()) if math.isfinite(f)})
@@ -128,6 +130,7 @@ class Publishing(Generic[O]):
             standins = owner.standins(slot) if layers is None else layers
             tensors = unpacked(renamed(tensors, positions), owner, standins)
         owner.adopt(slot, tensors, layers)
+        self.updates = {**self.updates, slot: owner.updates(slot)}
         publisher = self._own(slot, epoch, point)
         return publisher.announce(owner.step, owner.standins(slot))
 

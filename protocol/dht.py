@@ -35,6 +35,7 @@ from hivemind.utils import MPFuture
 from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import Address, farthest_first
+from .bootstrap import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, answering
 from .errors import ClockOff, DirectoryError
 from .identity import Identity
 from .p2pd import EXIT_DAEMON_DIED, BootstrapFailed, Daemon, DaemonOptions, die_with
@@ -43,8 +44,7 @@ from .validator import RecordValidator
 logger = logging.getLogger(__name__)
 
 _DAEMON_START_SECONDS = 20.0
-_DIAL_SECONDS = 3.0
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 5.0
+_MAX_BOOTSTRAP = 8  # peers to join by: more make the start slower, not surer
 _REQUEST_PIPE_BYTES = 1 << 20  # the most that Linux grants without privileges
 _LOCK_SECONDS = 2.0
 # Caches would answer with old records, and push copies of whole dictionaries to neighbours with every read.
@@ -155,6 +155,7 @@ def start_dht(
     run_id: str,
     client: bool = False,
     deadline_seconds: float = 60.0,
+    founder: bool = False,
 ) -> RunDHT:
     """Join the run's DHT, or found it where `initial_peers` names nobody else. Blocks; call it from the main thread.
 
@@ -166,6 +167,7 @@ def start_dht(
         announce: multiaddrs that others should dial instead of those found on the interfaces; may be empty.
         client: take part without storing for others, for peers that nobody can dial.
         deadline_seconds: how long to keep trying, with growing pauses, while nobody answers.
+        founder: start alone when the deadline has passed.
 
     Raises:
         IdentityError: the identity file cannot be used.
@@ -182,24 +184,28 @@ def start_dht(
     at_home = Address.of_host(host, 1).reach == 0 and host not in ("0.0.0.0", "::")
     _require_free(host, port)
     deadline = time.monotonic() + deadline_seconds
-    pause = _FIRST_PAUSE_SECONDS
+    pause = FIRST_PAUSE_SECONDS
     while True:
-        options = DaemonOptions(
-            identity_path=identity_path,
-            listen=listen,
-            announce=announce,
-            bootstrap=_answering(peers, deadline) if peers else [],
-            map_port=not at_home,
-            client=client,
-        )
         try:
+            options = DaemonOptions(
+                identity_path=identity_path,
+                listen=listen,
+                announce=announce,
+                bootstrap=answering(peers, deadline)[:_MAX_BOOTSTRAP] if peers else [],
+                map_port=not at_home,
+                client=client,
+            )
             return _start_once(options, run_id, deadline)
         except BootstrapFailed as error:
             if time.monotonic() + pause > deadline:
-                raise
+                if not founder:
+                    raise
+                logger.warning("nobody of this run answers, starting alone: %s", error.cause)
+                peers = []
+                continue
             logger.warning("dht bootstrap failed, trying again in %.1f s: %s", pause, error.cause)
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def visible_addresses(dht: hivemind.DHT, *, timeout_seconds: float = 10.0) -> list[str]:
@@ -301,36 +307,6 @@ def _explain(error: Exception, options: DaemonOptions) -> DirectoryError:
             f"the peer at {asked} is up, but its DHT does not answer", fix="ask its operator; it may be starting"
         )
     return DirectoryError(f"the DHT did not start: {text}", fix="report this message")
-
-
-def _answering(peers: Sequence[str], deadline: float) -> list[str]:
-    """Those of `peers` that accept a TCP connection; waits for one until the deadline, then raises BootstrapFailed."""
-    pause = _FIRST_PAUSE_SECONDS
-    while True:
-        answering, silent = [], []
-        for peer in peers:
-            try:
-                address = Address.parse(peer)
-            except ValueError:
-                answering.append(peer)  # not plain TCP: libp2p will tell
-                continue
-            try:
-                socket.create_connection((address.host, address.port), timeout=_DIAL_SECONDS).close()
-            except OSError as error:
-                silent.append(f"{address.host} port {address.port}: {error.strerror or error}")
-            else:
-                answering.append(peer)
-        if answering:
-            return answering
-        reasons = "; ".join(silent)
-        if time.monotonic() + pause > deadline:
-            raise BootstrapFailed(
-                f"no bootstrap peer can be reached ({reasons})",
-                fix="check that it runs and that its TCP port is open to you, or ask for a fresh invite",
-            )
-        logger.warning("no bootstrap peer answers, trying again in %.1f s: %s", pause, reasons)
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def _claim_no_event_loop() -> None:

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -90,6 +90,7 @@ class Directory:
         self.refusals: Counter[str] = Counter()
         self.distrusted: frozenset[str] = frozenset()  # peers whose leases are not in any view
         self.failures: Counter[str] = Counter()
+        self.remembered: Mapping[str, Sequence[str]] = {}  # by peer id of an earlier life, its directory addresses
         self._dht = dht
         self._identity = identity
         self._clock = clock
@@ -174,19 +175,19 @@ class Directory:
         require_alive(self._dht)
 
     async def meet_again(self) -> list[str]:
-        """Look for some peers whose records are here and that this node's DHT has lost sight of; who answered.
+        """Look for some peers that are known here and that this node's DHT has lost sight of; who answered.
 
         Raises DirectoryError if the DHT process fails. Nobody is found by a foreign DHT.
         """
-        others = [
-            entry.record
-            for entry in self._cache.values()
-            if isinstance(entry.record, PeerRecord) and entry.sender != self._identity.peer_id
-        ]
+        others = dict(self.remembered)
+        for entry in self._cache.values():
+            if isinstance(entry.record, PeerRecord):
+                others[entry.sender] = entry.record.dht_addrs
+        others.pop(self._identity.peer_id, None)
         if not isinstance(self._dht, RunDHT) or not others:
             return []
-        some = random.sample(others, min(_MEET_AT_ONCE, len(others)))
-        look = partial(meet_again, peers={record.peer_id: record.dht_addrs for record in some})
+        some = random.sample(sorted(others), min(_MEET_AT_ONCE, len(others)))
+        look = partial(meet_again, peers={peer: others[peer] for peer in some})
         found: list[str] = await self._ask(lambda: self._dht.run_coroutine(look, return_future=True))
         return found
 

@@ -21,6 +21,7 @@ from shoal.node.common_state import CommonState, Held
 from shoal.node.composer import Composer, StepReport
 from shoal.node.exchange import Exchange
 from shoal.node.keeper import SlotKeeper
+from shoal.node.known_peers import KnownPeers
 from shoal.node.links import Links
 from shoal.node.manifest import Manifest
 from shoal.node.membership import Membership
@@ -285,6 +286,7 @@ async def _connect(dht: Any, folder: Path, manifest: Manifest, meeting: Meeting)
         dht_addrs=[],
         metrics_url="",
         signed_manifest=b"",
+        known=KnownPeers(folder, RUN),
     )
     peer = LoopbackPeer(links, folder / "standby", meeting)
     library.stock(peer.trainer, peer.common, peer.exchange, peer.keeper)

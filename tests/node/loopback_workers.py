@@ -13,6 +13,7 @@ import msgspec
 import torch
 from loopback import HANDLE_KEY, RUN, SECONDS, Loopback, LoopbackPeer, loopback
 from shoal.node.config import PeerConfig
+from shoal.node.known_peers import KnownPeers
 from shoal.node.links import Links
 from shoal.node.manifest import Manifest, OwnershipSpec, SketchSpec
 from shoal.node.membership import Membership
@@ -45,7 +46,7 @@ class LoopbackWorker:
         transport = self.links.transport
         self.member = Membership(
             self.links, role="worker", capacity=capacity, transport_addrs=transport.addrs, dht_addrs=[],
-            metrics_url="", signed_manifest=b"",
+            metrics_url="", signed_manifest=b"", known=KnownPeers(folder, RUN),
         )  # fmt: skip
         self.stop = StopRequest()
         config = PeerConfig(role="worker", data_dir=folder, device="cpu", drain_seconds=20.0)

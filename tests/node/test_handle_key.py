@@ -11,6 +11,7 @@ import pytest
 from loopback import HANDLE_KEY, SECONDS, Loopback, loopback
 from loopback_workers import LoopbackWorker
 from shoal.node.handle_key import HandleKeyMissing, fetch_key, found_key, kept_key
+from shoal.node.known_peers import KnownPeers
 from shoal.node.links import Links
 from shoal.node.manifest import PrivacySpec
 from shoal.node.membership import Membership
@@ -39,9 +40,10 @@ def give(swarm: Loopback, *keys: bytes | None) -> None:
 
 
 async def introduce(links: Links, role: Role) -> None:
+    nowhere = KnownPeers(Path("/nowhere"), links.run_id)  # it only announces
     member = Membership(
         links, role=role, capacity=0, transport_addrs=links.transport.addrs, dht_addrs=[], metrics_url="",
-        signed_manifest=b"",
+        signed_manifest=b"", known=nowhere,
     )  # fmt: skip
     links.state.enter(Phase.JOINING)
     await member.announce()

@@ -339,3 +339,28 @@ def test_addresses() -> None:
     assert [address.reach for address in addresses] == list(reaches.values())
     assert [address.reach for address in farthest_first(addresses)] == [Reach.ANYWHERE] * 3 + [Reach.LOCAL_NETWORK] * 4
     assert farthest_first(addresses[:1] * 2) == addresses[:1]
+
+
+def test_a_founder_whose_peers_are_all_gone_starts_alone(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, not listening
+        gone = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}/p2p/{STRANGER}"
+        with running(tmp_path / "a", initial_peers=[gone], founder=True, deadline_seconds=0.1) as founder:
+            assert visible_addresses(founder)
+            with running(tmp_path / "b", initial_peers=[gone, visible_addresses(founder)[0]]) as second:
+                assert second.store("averager.0b0", 1.5, time.time() + 60, subkey=b"x")
+                found = founder.get("averager.0b0", latest=True)
+                assert found is not None
+                assert found.value[b"x"].value == 1.5
+
+
+def test_a_founder_that_comes_back_joins_those_it_knew(tmp_path: Path) -> None:
+    with running(tmp_path / "a") as first:
+        here = visible_addresses(first)
+        with running(tmp_path / "b", initial_peers=here) as second:
+            assert second.store("averager.0b0", 1.5, time.time() + 60, subkey=b"x")
+            first.shutdown()
+            with running(tmp_path / "a", initial_peers=visible_addresses(second), founder=True) as again:
+                found = again.get("averager.0b0", latest=True)
+                assert found is not None
+                assert found.value[b"x"].value == 1.5
