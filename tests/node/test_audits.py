@@ -202,6 +202,11 @@ def audit(it: Watched, slot: int, composer: int = 0) -> Finding | None:
     return found.result()
 
 
+def said_of(it: Watched, slot: int) -> Finding:
+    """Audit until something can be said: on a busy machine the slot may get no sketch during one."""
+    return next(finding for _ in range(100) if (finding := audit(it, slot)) is not None)
+
+
 def test_an_honest_worker_passes(pair: tuple[Watched, LoopbackWorker]) -> None:
     it, _ = pair
     it.step_until(lambda: it.swarm.peers[0].composer.step > 4, "all have trained a little")
@@ -250,9 +255,9 @@ def test_a_worker_that_shows_nothing_while_it_takes_sketches_is_deposed_in_the_e
     monkeypatch.setattr(desk, "serve", nothing)
     monkeypatch.setattr("shoal.node.auditor.PAUSE_SECONDS", 0.05)
     slot = max(worker.held)
-    assert [audit(it, slot) for _ in range(2)] == [Finding.NO_ANSWER] * 2
+    assert [said_of(it, slot) for _ in range(2)] == [Finding.NO_ANSWER] * 2
     assert it.owned(worker) == ALL
-    assert audit(it, slot) is Finding.NO_ANSWER
+    assert said_of(it, slot) is Finding.NO_ANSWER
     silent = it.auditors[it.swarm.peers[0].peer_id]._deposing.distrust.convicted
     assert silent == {worker.peer_id: Finding.SILENT}
     it.swarm.until(lambda: not it.targets()[0], "no sketches go to it")

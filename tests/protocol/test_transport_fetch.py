@@ -56,7 +56,7 @@ def test_a_fetch_resumes_after_a_host_is_killed(tmp_path: Path, victim: str) -> 
 
             got = await asker.fetch(server.addrs, "snapshot", deadline_seconds=30, max_bytes=10**8, progress=watch)
             assert got.data == resource.data, f"killed at {kill_at}"
-            assert target.restarts == 1
+            await until(lambda: target.restarts == 1, "its successor")  # all may have been on its way before
             assert progress == sorted(progress), "started again instead of resuming"
             assert target.host_pid is not None
 
