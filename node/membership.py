@@ -10,6 +10,7 @@ from ..protocol import messages
 from ..protocol.errors import DirectoryError, PeerUnreachable, Refused, TransportError
 from ..protocol.messages import Accusation, DeltaBatch, ExpertCounts, RoundOpen, SketchOpen
 from ..protocol.records import RECORD_TYPES, PeerRecord, Role
+from ..protocol.sight import sight_of
 from .clock_report import ClockReport
 from .known_peers import KnownPeers
 from .links import COUNTS_TOPIC, DELTA_TOPIC, NEWS_TOPIC, Links
@@ -55,6 +56,7 @@ class Membership:
         self._signed_manifest = signed_manifest
         self._known = known
         self._clock_report = ClockReport(links.directory.clocks, links.state)
+        self._cut_off_since: float | None = None  # of the loop's clock
         self._dialling: set[str] = set()
         self._kept: set[str] = set()  # peers that the transport was told to stay connected to
         self.on_deltas: Callable[[str, DeltaBatch], None] | None = None
@@ -150,6 +152,7 @@ class Membership:
                 peers = self._links.view().peers
                 self._known.meet({p: r.dht_addrs for p, r in peers.items() if p != self._links.peer_id})
             self._connect_to_strangers()
+            self._look_round()
             self._show()
             await self._links.news.wait(changed, min(1.0, interval))
 
@@ -200,6 +203,20 @@ class Membership:
             await self._links.transport.disconnect(peer)
         except TransportError as error:
             log.info("peer.not_disconnected", peer=peer, error=error.cause)
+
+    def _look_round(self) -> None:
+        """Tell a peer that is cut off from one whose others have left."""
+        links = self._links
+        sight = sight_of(links.view(), links.peer_id, links.transport.connected_peers())
+        links.state.set_sight(sight)
+        now = links.loop.time()
+        if sight.cut_off and self._cut_off_since is None:
+            self._cut_off_since = now
+            links.state.count(Count.CUT_OFF)
+            log.warning("swarm.cut_off", live=sight.live, silent=sight.silent)
+        elif not sight.cut_off and self._cut_off_since is not None:
+            log.info("swarm.in_sight", live=sight.live, silent=sight.silent, seconds=round(now - self._cut_off_since))
+            self._cut_off_since = None
 
     def _show(self) -> None:
         links = self._links

@@ -179,6 +179,31 @@ METRICS: tuple[MetricSpec, ...] = (
         help="Live peers in the directory, this one included.",
         read=_peers,
     ),
+    MetricSpec(
+        name="shoal_peers_connected",
+        kind="gauge",
+        help="Other peers in the directory with an open connection to this one.",
+        read=_value("sight", "connected"),
+    ),
+    MetricSpec(
+        name="shoal_peers_silent",
+        kind="gauge",
+        help="Other peers that fell silent without leaving, until they come back or fifteen lifetimes of their records "
+        "have passed.",
+        read=_value("sight", "silent"),
+    ),
+    MetricSpec(
+        name="shoal_cut_off",
+        kind="gauge",
+        help="1 while this peer sees no majority of those it knows: its network is gone, or the swarm has split.",
+        read=lambda s: [((), int(s["sight"]["cut_off"]))] if s["sight"] else [],
+    ),
+    MetricSpec(
+        name="shoal_cut_offs",
+        kind="counter",
+        help="Times that this peer lost sight of most others.",
+        read=_value("cut_off"),
+    ),
     MetricSpec(name="shoal_slots", kind="gauge", labels=("state",), help="Slots this peer holds.", read=_slots),
     MetricSpec(name="shoal_slots_planned", kind="gauge", help="Slots the model has.", read=_value("slots_total")),
     MetricSpec(name="shoal_slots_unowned", kind="gauge", help="Slots that no live peer holds.", read=_unowned),

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..protocol.errors import ShoalError
+from ..protocol.sight import Sight
 from .series import VERSION_BOUNDS, Histogram, History, Rate
 
 LOSS_DECAY = 0.95  # of the moving average of the loss, per step
@@ -47,6 +48,7 @@ class Count(StrEnum):
     REFUSALS = "refusals"  # (reason,): messages and records that broke a rule
     GOSSIP_DROPPED = "gossip_dropped"  # (reason,)
     TRANSPORT_RESTARTS = "transport_restarts"  # ()
+    CUT_OFF = "cut_off"  # (): times that this peer lost sight of most others
     LOST_SLOTS = "lost_slots"  # (): slots that no peer had a copy of and that restarted from the run's seed
     BLOCKED_SECONDS = "blocked_seconds"  # (): training stood still for the network, see StepPart.WAITING
     SKETCH_ROWS = "sketch_rows"  # (direction,): rows sent to owners, or learned from
@@ -113,7 +115,7 @@ class PeerState:
         self._started_at = wall()
         self._facts: dict[str, Any] = {
             "role": role, "run_id": "", "peer_id": "", "invite": "", "steps_total": 0, "slots_total": 0,
-            "unmerged_steps": 0,
+            "unmerged_steps": 0, "sight": None,
         }  # fmt: skip
         self._phase = Phase.STARTING
         self._detail = ""
@@ -272,6 +274,11 @@ class PeerState:
         with self._lock:
             self._peers = tuple(sorted(peers, key=lambda peer: peer.peer_id))
 
+    def set_sight(self, sight: Sight) -> None:
+        """How much of the swarm this peer sees."""
+        with self._lock:
+            self._facts["sight"] = {**asdict(sight), "cut_off": sight.cut_off}
+
     def set_clock_offset(self, seconds: float) -> None:
         """This clock minus the swarm's."""
         with self._lock:
@@ -354,6 +361,7 @@ class PeerState:
                     {"kind": kind, "direction": direction, "bytes": value}
                     for (kind, direction), value in sorted(self._counts[Count.BYTES].items())
                 ],
+                "cut_off": self._total(Count.CUT_OFF),
                 "transport_restarts": self._total(Count.TRANSPORT_RESTARTS),
                 "gossip_dropped": self._labelled(Count.GOSSIP_DROPPED),
                 "sketch_ages": self._sketch_ages.snapshot(),

@@ -106,6 +106,14 @@ class Network:
         for host in hosts:
             run("ip", "-n", self._hub, "link", "set", self._cable(host), "master", MAIN)
 
+    def unplug(self, host: str) -> None:
+        """Take the cable out of `host`: its interface is down and it has no route, as when a laptop loses its WLAN."""
+        run("ip", "-n", self.namespace(host), "link", "set", "eth0", "down")
+
+    def plug(self, host: str) -> None:
+        """Put it back: the same address, no connection told of anything."""
+        run("ip", "-n", self.namespace(host), "link", "set", "eth0", "up")
+
     def set_rate(self, host: str, mbit: float | None) -> None:
         """Bound what `host` sends and receives, each way; None lifts the bound."""
         for namespace, device in ((self.namespace(host), "eth0"), (self._hub, self._cable(host))):

@@ -16,6 +16,7 @@ from shoal import __version__
 from shoal.node.metrics import MAX_LABEL_SETS, METRICS, make_registry, reference
 from shoal.node.series import Histogram, History, Rate
 from shoal.node.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
+from shoal.protocol.sight import Sight
 
 
 def busy_state() -> PeerState:
@@ -42,6 +43,8 @@ def busy_state() -> PeerState:
             PeerSeen(peer_id="12D3KooWb", role="composer", phase="training", version="0.1.0", slots=(0, 1)),
         ]
     )
+    state.set_sight(Sight(live=1, connected=1, silent=3))
+    state.count(Count.CUT_OFF)
     state.set_clock_offset(-0.2)
     state.count(Count.BYTES, "deltas", "in", by=500)
     state.count(Count.REFUSALS, "stale_epoch")
@@ -77,6 +80,10 @@ def test_values_are_the_states() -> None:
         ("shoal_blocked_seconds_total",): 1.0,
         ("shoal_phase", "phase", "training"): 1,
         ("shoal_phase", "phase", "ready"): 0,
+        ("shoal_peers_connected",): 1,
+        ("shoal_peers_silent",): 3,
+        ("shoal_cut_off",): 1,
+        ("shoal_cut_offs_total",): 1,
         ("shoal_slots", "state", "owned"): 1,
         ("shoal_slots", "state", "standby"): 2,
         ("shoal_slots_unowned",): 5,

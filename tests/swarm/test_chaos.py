@@ -47,7 +47,12 @@ def test_a_peer_that_was_cut_off_takes_what_the_majority_merged(network: Network
         b, c = (peers.add(name, ["join", a.status["invite"], "--data-shard", f"{i}/3"]) for i, name in enumerate("bc"))
         wait(peers, lambda: all(peer.commits > 1 for peer in (a, b, c)), "all merge")
 
-        network.partition(["c"], "cut")
+        gone = random.choice(["partition", "interface down"])
+        print(f"c is cut off: {gone}")
+        if gone == "partition":
+            network.partition(["c"], "cut")
+        else:
+            network.unplug("c")
         commits = a.commits, b.commits
         wait(peers, lambda: _went_on(a, b, commits, 2), "the majority merges without c")
         alone, step, fetched = c.held, c.status["step"], len(c.said("outer.refetched"))
@@ -55,8 +60,13 @@ def test_a_peer_that_was_cut_off_takes_what_the_majority_merged(network: Network
         wait(peers, lambda: _went_on(a, b, commits, 4), "the majority goes on")
         wait(peers, lambda: c.status["step"] > step + 8, "c trains on")
         assert c.held == alone, "a peer alone has no quorum"
+        wait(peers, lambda: c.status["sight"]["cut_off"], "c says that it is cut off")
+        assert not a.status["sight"]["cut_off"]
 
-        network.heal(["c"])
+        if gone == "partition":
+            network.heal(["c"])
+        else:
+            network.plug("c")
         merged = max(round_ for round_, _ in a.held)
         wait(peers, lambda: len(c.said("outer.refetched")) > fetched, "c takes what was merged")
         wait(
@@ -66,6 +76,8 @@ def test_a_peer_that_was_cut_off_takes_what_the_majority_merged(network: Network
         )
         commits = a.commits, c.commits
         wait(peers, lambda: _went_on(a, c, commits, 2), "all merge together again")
+        wait(peers, lambda: not c.status["sight"]["cut_off"], "c sees them again")
+        assert c.said("swarm.in_sight")
         assert not any(peers.leave().values())
 
 
