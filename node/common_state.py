@@ -157,11 +157,7 @@ class CommonState:
             self.held[index].round, self.held[index].digest
         ):  # fmt: skip
             return
-        proposal = self._proposals.get(index)
-        if proposal is not None and (proposal.held.round, proposal.held.digest) == (number, verdict.committed):
-            await self._commit(index, proposal.held, proposal.fragment, proposal.momentum)
-            return
-        await self._refetch(index, number, verdict.committed, votes)
+        await self._take(index, number, verdict.committed, votes)
 
     async def _mend_split(self, index: int, votes: Mapping[str, VoteRecord]) -> None:
         """No quorum holds any state. If that lasts, all go on from the one that most hold."""
@@ -172,9 +168,13 @@ class CommonState:
         since = self._split_since.setdefault(index, time.monotonic())
         if time.monotonic() - since > SPLIT_SECONDS and state != (self.held[index].round, self.held[index].digest):
             self._split_since[index] = time.monotonic()  # if the fetch fails, it waits as long again
-            await self._refetch(index, *state, votes)
+            await self._take(index, *state, votes)
 
-    async def _refetch(self, index: int, number: int, digest: bytes, votes: Mapping[str, VoteRecord]) -> None:
+    async def _take(self, index: int, number: int, digest: bytes, votes: Mapping[str, VoteRecord]) -> None:
+        proposal = self._proposals.get(index)
+        if proposal is not None and (proposal.held.round, proposal.held.digest) == (number, digest):
+            await self._commit(index, proposal.held, proposal.fragment, proposal.momentum)
+            return
         backing = {p: v for p, v in votes.items() if (v.round, v.digest) == (number, digest)}
         members = max((tuple(vote.members) for vote in backing.values()), key=len, default=())
         backers = [peer for peer in sorted(backing) if peer != self._links.peer_id]

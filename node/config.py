@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .logs import LogFormat, LogLevel
 
 Role = Literal["composer", "worker", "bootstrap", "observer"]
+Reach = Literal["auto", "direct", "relay"]
 
 ENV_PREFIX = "SHOAL_"
 DATA = Group("Training", sort_key=1)
@@ -45,6 +46,18 @@ def parse_shard(text: str) -> tuple[int, int]:
         return int(index), int(count)
     except ValueError:
         raise ConfigError(f"data shard {text!r} is not INDEX/COUNT", fix="write it like 0/4, 1/4, 2/4, 3/4") from None
+
+
+def parse_ports(text: str) -> range:
+    """`"31400-31463"` as a range of ports.
+
+    Raises:
+        ConfigError: it is not FIRST-LAST, or fewer than three ports.
+    """
+    match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) - 2 <= 65533:
+        raise ConfigError(f"relay = {text!r} is no range of ports", fix="give at least three, like 31400-31463")
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def _shard_from_tokens(_: Any, tokens: Sequence[Any]) -> tuple[int, int]:
@@ -108,6 +121,12 @@ class PeerConfig:
     announce: Annotated[tuple[str, ...], Parameter(group=NETWORK, metavar="HOST...", show_default=False)] = ()
     """Host names or addresses that others reach this peer at, where it cannot know them: behind NAT, in a container."""
 
+    reach: Annotated[Reach, Parameter(group=NETWORK)] = "auto"
+    """How others dial this peer: `direct`, or by ports of the invite's `relay`; `auto` asks the relay which."""
+
+    relay: Annotated[str | None, Parameter(group=NETWORK, metavar="FIRST-LAST")] = None
+    """Lend these TCP ports, all of them open, to peers that nobody can dial, two to each. They ask at the first."""
+
     http_host: Annotated[str, Parameter(group=NETWORK)] = "127.0.0.1"
     """Address of the status page, metrics and health checks. They are readable by whoever can reach them."""
 
@@ -129,7 +148,8 @@ class PeerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         for name, choices in (
-            ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel), ("own", Literal["share", "none"])
+            ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel), ("own", Literal["share", "none"]),
+            ("reach", Reach),
         ):  # fmt: skip
             _require(
                 getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
@@ -165,6 +185,14 @@ class PeerConfig:
                 raise ConfigError(
                     f"announce = {host!r} is not a host", fix="give only a host name or an IP address, without port"
                 )
+
+        if self.relay is not None:
+            parse_ports(self.relay)
+
+    @property
+    def relay_ports(self) -> range | None:
+        """Ports to lend, with the one to ask at first."""
+        return None if self.relay is None else parse_ports(self.relay)
 
     @property
     def identity_path(self) -> Path:

@@ -2,10 +2,10 @@
 
     shoal://<peer id>@<host>:<port>[,<peer id>@<host>:<port>...]/<run id>?v=1
 
-`v` is the protocol version. IPv6 hosts stand in brackets. An address may also be a whole multiaddr,
-/dns4/example.org/tcp/4001/p2p/<peer id>. The addresses are those of directory (DHT) listeners: the peer id in each
-makes sure that no other machine can pose as it, and the run id commits to the manifest, so an invite is all that a
-newcomer has to trust.
+`v` is the protocol version; `&relay=HOST:PORT` says who lends ports to peers that nobody can dial. IPv6 hosts stand in
+brackets. An address may also be a whole multiaddr, /dns4/example.org/tcp/4001/p2p/<peer id>. The addresses are those of
+directory (DHT) listeners: the peer id in each makes sure that no other machine can pose as it, and the run id commits
+to the manifest, so an invite is all that a newcomer has to trust.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Invite:
 
     addresses: tuple[Address, ...]
     run_id: str
+    relay: Address | None = None  # without a peer id
 
     def __post_init__(self) -> None:
         if not _RUN_ID.fullmatch(self.run_id):
@@ -58,7 +59,8 @@ class Invite:
         where, slash, run_id = body.rpartition("/")
         if not slash or not where:
             raise InviteError("the invite ends before the run id", fix=_COPY_AGAIN)
-        return cls(addresses=tuple(_parse_address(part) for part in where.split(",") if part), run_id=run_id)
+        addresses = tuple(_parse_address(part) for part in where.split(",") if part)
+        return cls(addresses=addresses, run_id=run_id, relay=_parse_relay(query))
 
     def multiaddrs(self) -> list[str]:
         """For `start_dht(initial_peers=...)`."""
@@ -80,7 +82,8 @@ class Invite:
 
     def __str__(self) -> str:
         where = ",".join(_format_address(address) for address in self.addresses)
-        return f"{_SCHEME}{where}/{self.run_id}?v={PROTOCOL_VERSION}"
+        relay = "" if self.relay is None else f"&relay={_format_endpoint(self.relay)}"
+        return f"{_SCHEME}{where}/{self.run_id}?v={PROTOCOL_VERSION}{relay}"
 
 
 def _check_version(query: str) -> None:
@@ -102,14 +105,30 @@ def _parse_address(text: str) -> Address:
         peer_id, at, endpoint = text.partition("@")
         if not at:
             raise ValueError(f"{text[:64]!r} lacks the peer id: PEER_ID@HOST:PORT")
-        match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\]:([0-9]{1,5})|([^:\[\]]+):([0-9]{1,5})", endpoint)
-        if match is None:
-            raise ValueError(f"{endpoint[:64]!r} is not HOST:PORT (IPv6 in brackets)")
-        return Address.of_host(match[1] or match[3], int(match[2] or match[4]), peer_id)
+        return _parse_endpoint(endpoint, peer_id)
     except ValueError as error:
         raise InviteError(f"the invite has an address that cannot be: {error}", fix=_COPY_AGAIN) from error
 
 
+def _parse_relay(query: str) -> Address | None:
+    named = parse_qs(query).get("relay")
+    try:
+        return None if named is None else _parse_endpoint(named[-1])
+    except ValueError as error:
+        raise InviteError(f"the invite has a relay that cannot be: {error}", fix=_COPY_AGAIN) from error
+
+
+def _parse_endpoint(text: str, peer_id: str = "") -> Address:
+    match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\]:([0-9]{1,5})|([^:\[\]]+):([0-9]{1,5})", text)
+    if match is None:
+        raise ValueError(f"{text[:64]!r} is not HOST:PORT (IPv6 in brackets)")
+    return Address.of_host(match[1] or match[3], int(match[2] or match[4]), peer_id)
+
+
 def _format_address(address: Address) -> str:
+    return f"{address.peer_id}@{_format_endpoint(address)}"
+
+
+def _format_endpoint(address: Address) -> str:
     host = f"[{address.host}]" if address.network == "ip6" else address.host
-    return f"{address.peer_id}@{host}:{address.port}"
+    return f"{host}:{address.port}"

@@ -25,7 +25,7 @@ from ..protocol.merging import digest as digest_of
 from ..protocol.messages import RoundOpen
 from ..protocol.rounds import fragment_of
 from ..protocol.standing import ACTIVE_PHASES
-from .common_state import CommonState, Held
+from .common_state import SPLIT_SECONDS, CommonState, Held
 from .composer import Composer, Entry
 from .links import NEWS_TOPIC, Links
 from .logs import get_logger
@@ -34,8 +34,11 @@ from .trainer import Trainer
 
 log = get_logger(__name__)
 
-# Votes travel by gossip in milliseconds; what has no quorum after this long had no quorum.
+# Votes travel by gossip in milliseconds: who saw a round fail looks so long for the votes of those who did not.
 DECISION_SECONDS = 10.0
+# Who has voted keeps to it for longer than a split lasts before it is mended. Another vote for the same round could
+# commit a second state of it, where somebody else counts the first one's votes late.
+HOLD_SECONDS = SPLIT_SECONDS + 15.0
 # A composer that has finished keeps joining rounds until its last steps are merged; this is how often it looks.
 IDLE_POLL_SECONDS = 0.25
 RETRY_SECONDS = 1.0
@@ -173,7 +176,7 @@ class OuterDriver:
             elif result.status is not Status.NO_GROUP:
                 lane.failed(number)
             # Others may have completed what this peer saw fail: look for their votes either way.
-            wait = DECISION_SECONDS if result.status in (Status.COMPLETE, Status.PARTIAL) else 0.0
+            wait = {Status.COMPLETE: HOLD_SECONDS, Status.PARTIAL: DECISION_SECONDS}.get(result.status, 0.0)
             if await self.common.decided(index, number, wait):
                 outcome = "committed"
                 self._grace.took_round(

@@ -27,6 +27,7 @@ from ..protocol.addresses import Address, Reach
 from ..protocol.dht import start_dht
 from ..protocol.directory import Directory
 from ..protocol.identity import Identity
+from ..protocol.relay.lender import Lender
 from ..protocol.transport.client import Transport
 from . import logs
 from .background import NetworkThread
@@ -42,8 +43,9 @@ from .manifest import Manifest, run_id_of, sign, verify
 from .membership import Membership
 from .presence import announce_here, hold_data_dir
 from .serving import Library
-from .state import PeerState, Phase
+from .state import Count, PeerState, Phase
 from .status import print_invite
+from .way_in import find_way_in
 
 if TYPE_CHECKING:
     import hivemind
@@ -136,13 +138,15 @@ class _Peer:
         else:
             raise RunNotFound("neither an invite nor a run to found", fix="join with an invite, or found a run")
         self.known = KnownPeers(config.data_dir, run_id)
+        self.way_in = find_way_in(config, self.identity, None if invite is None else invite.relay)
+        self.relay = self._own_relay() or (None if invite is None else invite.relay)
         invited = [] if invite is None else invite.multiaddrs()
         dht = start_dht(
             config.identity_path,
             initial_peers=list(dict.fromkeys([*invited, *self.known.addresses()])),
             host=config.host,
-            port=config.dht_port,
-            announce=self._announced(config.dht_port),
+            port=self.way_in.dht_port,
+            announce=self.way_in.announce_dht,
             run_id=run_id,
             deadline_seconds=config.join_seconds if founded is None else min(ALONE_SECONDS, config.join_seconds),
             founder=founded is not None,
@@ -223,11 +227,27 @@ class _Peer:
         signed = asyncio.run(ask())
         return Run(run_id, verify(signed, run_id), signed)
 
-    def _announced(self, port: int) -> list[str]:
-        """Directory addresses to announce, where the peer was told any and the port is fixed."""
-        if not port or not self.config.announce:
-            return []
-        return [str(Address.of_host(host, port)) for host in self.config.announce]
+    def _own_relay(self) -> Address | None:
+        """Where peers that nobody can dial borrow ports, if this peer lends any."""
+        ports = self.config.relay_ports
+        return None if ports is None else Address.of_host(self.way_in.hosts[0], ports[0])
+
+    async def _open_ways(self, links: Links) -> None:
+        """Lend ports, and borrow some, where that is so."""
+        ports = self.config.relay_ports
+        if ports is not None:
+            lender = Lender(
+                self.config.host, ports, count=lambda size: self.state.count(Count.BYTES, "relayed", "out", by=size)
+            )
+            try:
+                await lender.start()
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot lend ports: {error.strerror}", fix="give --relay ports that nobody else uses"
+                ) from error
+        borrower = self.way_in.borrower(self.identity, self.config.host)
+        if borrower is not None:
+            links.spawn(borrower.run(), vital=True)
 
     async def _connect(self, dht: hivemind.DHT, run: Run) -> tuple[Links, Membership, Library]:
         from ..protocol.dht import visible_addresses
@@ -238,7 +258,7 @@ class _Peer:
             identity_path=config.identity_path,
             run_id=run.run_id,
             listen_host=config.host,
-            listen_port=config.transport_port,
+            listen_port=self.way_in.transport_port,
         )
         lease = run.manifest.ownership.lease_seconds
         links = Links(
@@ -253,6 +273,7 @@ class _Peer:
             record_seconds=lease,
         )
         links.directory.remembered = self.known.peers
+        await self._open_ways(links)
         library = Library(links, run.signed)
         transport.serve(library.answer)
         port = Address.parse(transport.addrs[0]).port
@@ -281,7 +302,7 @@ class _Peer:
             links,
             role=config.role,
             capacity=capacity,
-            transport_addrs=[str(Address.of_host(h, port, self.identity.peer_id)) for h in config.dialable_hosts()],
+            transport_addrs=self.way_in.transport_addresses(port, self.identity.peer_id),
             dht_addrs=dht_addrs,
             metrics_url=self.http_url,
             signed_manifest=run.signed,
@@ -293,10 +314,10 @@ class _Peer:
 
     def _show_invite(self, run: Run, member: Membership) -> None:
         addresses = [Address.parse(addr) for addr in member.dht_addrs]
-        hosts = self.config.dialable_hosts()
+        hosts = self.way_in.hosts
         ports = {address.port for address in addresses}
         mine = [Address.of_host(host, port, self.identity.peer_id) for host in hosts for port in sorted(ports)]
-        invite = Invite(addresses=tuple(mine[:2]), run_id=run.run_id)
+        invite = Invite(addresses=tuple(mine[:2]), run_id=run.run_id, relay=self.relay)
         self.state.identify(invite=str(invite))
         print_invite(
             str(invite),

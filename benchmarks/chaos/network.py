@@ -41,6 +41,7 @@ class Network:
         self.mark = f"shoal-{secrets.token_hex(3)}"
         self._hub = f"{self.mark}-hub"
         self.hosts: dict[str, int] = {}  # by name, the last part of the address
+        self._behind: dict[str, str] = {}  # by name, the address behind a router
         self._bridges: set[str] = set()
 
     def __enter__(self) -> Network:
@@ -83,11 +84,41 @@ class Network:
         run("ip", "-n", namespace, "link", "set", "eth0", "up")
         return self.address(host)
 
+    def add_behind_nat(self, host: str) -> str:
+        """A router with an address like any other host's, and `host` behind it: it can dial, and nobody can dial it."""
+        if shutil.which("nft") is None:
+            raise NetworkMissing("nft is not there, which routers need; on Debian: apt-get install nftables")
+        self.add(f"{host}-router")
+        router = self.namespace(f"{host}-router")
+        number = self.hosts[host] = len(self.hosts) + 1
+        inside, gateway = f"192.168.{number}.2", f"192.168.{number}.1"
+        self._behind[host] = inside
+        namespace = self.namespace(host)
+        run("ip", "netns", "add", namespace)
+        run("ip", "-n", router, "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        run("ip", "-n", router, "address", "add", f"{gateway}/24", "dev", "eth1")
+        run("ip", "-n", router, "link", "set", "eth1", "up")
+        run("ip", "-n", namespace, "link", "set", "lo", "up")
+        run("ip", "-n", namespace, "address", "add", f"{inside}/24", "dev", "eth0")
+        run("ip", "-n", namespace, "link", "set", "eth0", "up")
+        run("ip", "-n", namespace, "route", "add", "default", "via", gateway)
+        enter = ["ip", "netns", "exec", router]
+        run(*enter, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        run(*enter, "nft", "add table ip nat")
+        run(*enter, "nft", "add chain ip nat leaving { type nat hook postrouting priority srcnat ; }")
+        run(*enter, "nft", "add rule ip nat leaving oifname eth0 masquerade")
+        run(*enter, "nft", "add chain ip nat passing { type filter hook forward priority filter ; }")
+        run(*enter, "nft", "add rule ip nat passing iifname eth0 ct state new drop")
+        return inside
+
     def namespace(self, host: str) -> str:
         return f"{self.mark}-{self.hosts[host]}"
 
     def address(self, host: str) -> str:
-        return f"{SUBNET}.{self.hosts[host]}"
+        return self._behind.get(host, f"{SUBNET}.{self.hosts[host]}")
+
+    def is_behind_nat(self, host: str) -> bool:
+        return host in self._behind
 
     def _cable(self, host: str) -> str:
         return f"veth{self.hosts[host]}"

@@ -127,7 +127,8 @@ class Peers:
         if small_disk:
             run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder))
             self._mounted.append(folder)
-        self.network.add(name)
+        if name not in self.network.hosts:
+            self.network.add(name)
         if self.relays is not None:
             for port in (DHT_PORT, TRANSPORT_PORT):
                 self.relays.serve(name, port)
@@ -141,7 +142,10 @@ class Peers:
         """Start it, or start it again on what it left on disk."""
         assert not peer.alive
         address = self.network.address(peer.name)
-        where = ["--host", address if self.relays is None else "127.0.0.1", "--announce", address]
+        if self.network.is_behind_nat(peer.name):
+            where: list[str] = []  # it has to find out by itself
+        else:
+            where = ["--host", address if self.relays is None else "127.0.0.1", "--announce", address]
         ports = {"--dht-port": DHT_PORT, "--transport-port": TRANSPORT_PORT, "--http-port": HTTP_PORT}
         for flag, port in ports.items():
             where += [flag, str(port)]

@@ -225,12 +225,17 @@ class Commits:
         for fragment in range(self._parts):
             newest = self.newest(cohort, fragment)
             peers = [world.peers[peer_id] for peer_id in sorted(cohort.members)]
-            for peer in (p for p in peers if fragment not in p.in_round and fragment not in p.fetching):
+            for peer in (p for p in peers if self._waits(p, fragment)):
                 if newest is not None:
                     peer.split_since.pop(fragment, None)
                     self._take(peer, fragment, newest)
                 else:
                     self._mend(peer, fragment)
+
+    @staticmethod
+    def _waits(peer: VirtualPeer, fragment: int) -> bool:
+        """In no round, or in one that it has voted in."""
+        return fragment not in peer.fetching and (fragment not in peer.in_round or fragment in peer.proposals)
 
     def _mend(self, peer: VirtualPeer, fragment: int) -> None:
         """No quorum holds any state. If that lasts, go on from the one that most hold."""
@@ -243,4 +248,8 @@ class Commits:
         since = peer.split_since.setdefault(fragment, now)
         if now - since > SPLIT_SECONDS and Held(*state) != peer.held[fragment]:
             peer.split_since[fragment] = now
-            self._refetch(peer, fragment, Held(*state), by_quorum=False)
+            if peer.proposals.get(fragment) == Held(*state):
+                self._world.measures.mended += 1
+                self._commit(peer, fragment, Held(*state), by_quorum=False)
+            else:
+                self._refetch(peer, fragment, Held(*state), by_quorum=False)

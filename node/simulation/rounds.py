@@ -21,10 +21,11 @@ from ...protocol.grouping import Grid, Sums, add, contributions, plan, sent_byte
 from ...protocol.merging import Facts, shares, weights
 from ...protocol.robust import robust_mean
 from ...protocol.rounds import fragment_of
-from .commits import NUMEL, Commits, State
+from .commits import NUMEL, SPLIT_SECONDS, Commits, State
 from .world import VirtualPeer, World
 
-DECISION_SECONDS = 10.0  # these two as in `node/outer.py`
+DECISION_SECONDS = 10.0  # these three as in `node/outer.py`
+HOLD_SECONDS = SPLIT_SECONDS + 15.0
 RETRY_SECONDS = 1.0
 PROGRESS = 0.01  # of the way to where training leads, in one step
 HANDSHAKES = 6  # one-way delays that an all-reduce takes beside its bytes
@@ -276,7 +277,7 @@ class RoundLife:
     def _propose(self, run: Averaging, average: Tensor, state: State, here: Sequence[str]) -> None:
         voters = [run.members[peer] for peer in here if run.members[peer].alive]
         for peer in voters:
-            self._world.engine.after(DECISION_SECONDS, self._give_up, peer, state.round)
+            self._world.engine.after(HOLD_SECONDS, self._give_up, peer, state.round)
         self._commits.propose(state, average, voters)
 
     # -- failing ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""The side of a peer that nobody can dial: finding that out, borrowing ports, and taking what arrives there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from ..addresses import Address
+from ..errors import PeerUnreachable, Refused
+from ..identity import Identity
+from .splice import Ends, splice
+from .wire import (
+    ANSWER_SECONDS,
+    MAX_LINE,
+    PING_SECONDS,
+    SILENCE_SECONDS,
+    Borrow,
+    Hello,
+    Incoming,
+    Lent,
+    Message,
+    Ping,
+    Probe,
+    Probed,
+    Sorry,
+    Take,
+    read,
+    send,
+    to_sign,
+    watch,
+)
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
+HEAR_SECONDS = 2.0  # from the relay's answer until what it said to the listeners is here
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How a relay sees this peer."""
+
+    address: str  # that its connection came from
+    reachable: bool  # all its listeners were dialled there
+
+
+async def probe(relay: Address, host: str, ports: Sequence[int]) -> Seen:
+    """Ask a relay to dial `ports`, at the address that it sees this peer at.
+
+    Args:
+        host: address that the listeners will have; nobody listens there yet.
+
+    Raises:
+        PeerUnreachable: the relay does not answer, or refuses.
+        OSError: a port is taken.
+    """
+    heard: dict[int, asyncio.Event] = {port: asyncio.Event() for port in ports}
+    (reader, writer), nonce = await _reach(relay)
+
+    async def listen(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (await reader.readline()).strip() == nonce.encode():  # else the port there is another machine's
+            heard[port].set()
+        writer.close()
+
+    listeners = [await asyncio.start_server(partial(listen, port), host, port) for port in ports]
+    try:
+        send(writer, Probe(list(ports)))
+        seen = _expect(Probed, await read(reader, ANSWER_SECONDS))
+        async with asyncio.timeout(HEAR_SECONDS if all(seen.answered) else 0):
+            for event in heard.values():
+                await event.wait()
+    except TimeoutError:
+        pass
+    except (Refused, OSError) as error:
+        raise _unreachable(relay, error) from error
+    finally:
+        writer.close()
+        for listener in listeners:
+            listener.close()
+    return Seen(seen.observed, all(event.is_set() for event in heard.values()))
+
+
+async def reserve(relay: Address, identity: Identity) -> list[int]:
+    """Borrow ports and let go at once; the relay keeps them for this peer for some minutes.
+
+    Raises PeerUnreachable if it does not answer, or has none.
+    """
+    try:
+        (_, writer), lent = await _borrow(relay, identity, ())
+        writer.close()
+    except (Refused, OSError, TimeoutError) as error:
+        raise _unreachable(relay, error) from error
+    return lent.ports
+
+
+class Borrower:
+    """Keeps ports on loan and carries what arrives there to this peer's listeners.
+
+    Args:
+        ports: as reserved.
+        listeners: where this peer listens, (host, port), one for each of `ports`.
+    """
+
+    def __init__(
+        self, relay: Address, identity: Identity, ports: Sequence[int], listeners: Sequence[tuple[str, int]]
+    ) -> None:
+        self._relay, self._identity, self._ports, self._listeners = relay, identity, list(ports), list(listeners)
+        self.connected = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled: borrow, and again whenever the connection breaks. The relay may restart meanwhile."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                (reader, writer), lent = await _borrow(self._relay, self._identity, self._ports)
+                try:
+                    if lent.ports != self._ports:
+                        raise Refused("no-room", f"the relay lends {lent.ports}, and others were announced")
+                    pause = FIRST_PAUSE_SECONDS
+                    self.connected.set()
+                    logger.info("reachable at %s by its ports %s", self._relay.host, self._ports)
+                    await self._serve(reader, writer, lent.key)
+                finally:
+                    self.connected.clear()
+                    writer.close()
+            except (Refused, OSError, TimeoutError) as error:
+                logger.warning("the relay %s is gone, trying again in %.0f s: %s", self._relay.host, pause, error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: str) -> None:
+        carrying: set[asyncio.Task[None]] = set()
+        pinging = asyncio.create_task(_ping(writer))
+        try:
+            while True:
+                message = await read(reader, SILENCE_SECONDS)
+                if isinstance(message, Incoming):
+                    task = asyncio.create_task(self._carry(Take(key, message.id), message.listener))
+                    carrying.add(task)
+                    task.add_done_callback(carrying.discard)
+                elif not isinstance(message, Ping):
+                    raise Refused("malformed", f"{type(message).__name__} was not expected")
+        finally:
+            for task in (pinging, *carrying):
+                task.cancel()
+            await asyncio.gather(pinging, *carrying, return_exceptions=True)
+
+    async def _carry(self, take: Take, listener: int) -> None:
+        try:
+            (reader, writer), _ = await _reach(self._relay)
+            try:
+                send(writer, take)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    own = await asyncio.open_connection(*self._listeners[listener])
+                await splice((reader, writer), own)
+            finally:
+                writer.close()
+        except (Refused, OSError, TimeoutError) as error:
+            logger.debug("a connection by the relay was not carried: %s", error)
+
+
+async def _ping(writer: asyncio.StreamWriter) -> None:
+    while True:
+        send(writer, Ping())
+        await asyncio.sleep(PING_SECONDS)
+
+
+async def _reach(relay: Address) -> tuple[Ends, str]:
+    """A connection to a relay, and its nonce. PeerUnreachable if there is none."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            reader, writer = await asyncio.open_connection(relay.host, relay.port, limit=MAX_LINE)
+        watch(writer)
+        return (reader, writer), _expect(Hello, await read(reader, ANSWER_SECONDS)).nonce
+    except (Refused, OSError, TimeoutError) as error:
+        raise _unreachable(relay, error) from error
+
+
+async def _borrow(relay: Address, identity: Identity, ports: Sequence[int]) -> tuple[Ends, Lent]:
+    (reader, writer), nonce = await _reach(relay)
+    send(writer, Borrow(identity.peer_id, list(ports), identity.sign(to_sign(nonce)).hex()))
+    try:
+        return (reader, writer), _expect(Lent, await read(reader, ANSWER_SECONDS))
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _expect(kind: type[M], message: Message) -> M:
+    if isinstance(message, Sorry):
+        raise Refused("refused", message.reason)
+    if not isinstance(message, kind):
+        raise Refused("malformed", f"{type(message).__name__} in place of {kind.__name__}")
+    return message
+
+
+def _unreachable(relay: Address, error: Exception) -> PeerUnreachable:
+    told = error.cause if isinstance(error, Refused) else str(error) or type(error).__name__
+    return PeerUnreachable(
+        f"the relay at {relay.host} port {relay.port} is of no use: {told}",
+        fix="open a port and name it by --announce, or ask for an invite of a run whose relay has room",
+    )

@@ -1,0 +1,247 @@
+"""A relay's side: lending ports, and dialling back whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ..errors import BadSignature, Refused
+from ..identity import verify
+from .splice import Ends, splice
+from .wire import (
+    ANSWER_SECONDS,
+    MAX_LINE,
+    PORTS_EACH,
+    SILENCE_SECONDS,
+    Borrow,
+    Hello,
+    Incoming,
+    Lent,
+    Ping,
+    Probe,
+    Probed,
+    Sorry,
+    Take,
+    read,
+    send,
+    to_sign,
+    watch,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS = 256  # connections that are carried for one borrower at a time
+MAX_CLIENTS = 1024  # connections to the relay's own port
+PROBES, PROBE_WINDOW_SECONDS = 8, 60.0  # from one address
+DIAL_SECONDS = 3.0
+KEEP_SECONDS = 600.0  # a port stays its borrower's so long after the connection has broken
+
+
+@dataclass
+class _Loan:
+    """What one borrower has, while its control connection lasts."""
+
+    peer_id: str
+    ports: list[int]
+    control: asyncio.StreamWriter
+    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    servers: list[asyncio.Server] = field(default_factory=list)
+    waiting: dict[int, asyncio.Future[Ends]] = field(default_factory=dict)  # connections that it has been told of
+    streams: int = 0
+    ended: bool = False
+
+
+class Lender:
+    """Lends the ports of a range, two to each peer. The first port of the range is where to ask.
+
+    Args:
+        host: address to listen at.
+        ports: all of them open to the world.
+        count: told the size of every piece that is carried.
+
+    Attributes:
+        borrowers: peers that have ports now.
+    """
+
+    def __init__(self, host: str, ports: Sequence[int], *, count: Callable[[int], None] = lambda _: None) -> None:
+        self._host, self._port, self._ports, self._count = host, ports[0], ports[1:], count
+        self._loans: dict[str, _Loan] = {}  # by peer id
+        self._kept: dict[int, tuple[str, float]] = {}  # by port: whose it is, and until when (monotonic; inf: lent)
+        self._ids = itertools.count()
+        self._probes: dict[str, deque[float]] = defaultdict(deque)
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def borrowers(self) -> list[str]:
+        return sorted(self._loans)
+
+    async def start(self) -> None:
+        """Begin to listen. OSError if the port is not free."""
+        self._server = await asyncio.start_server(self._spawned(self._client), self._host, self._port, limit=MAX_LINE)
+
+    async def close(self) -> None:
+        """Take everything back."""
+        if self._server is not None:
+            self._server.close()
+        for loan in list(self._loans.values()):
+            self._end(loan)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawned(
+        self, handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
+    ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+        def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if len(self._tasks) >= MAX_CLIENTS:
+                writer.close()
+                return
+            task = asyncio.get_running_loop().create_task(handle(reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        return begin
+
+    # -- the relay's own port --------------------------------------------------------------------------------------
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonce, taken = secrets.token_hex(16), False
+        try:
+            watch(writer)
+            send(writer, Hello(nonce))
+            message = await read(reader, ANSWER_SECONDS)
+            match message:
+                case Probe():
+                    await self._probe(message, nonce, writer)
+                case Borrow():
+                    await self._lend(message, nonce, reader, writer)
+                case Take():
+                    taken = self._take(message, (reader, writer))
+                case _:
+                    raise Refused("malformed", f"{type(message).__name__} is no request")
+            await writer.drain()
+        except Refused as error:
+            send(writer, Sorry(error.cause[:200]))
+        except (OSError, TimeoutError) as error:
+            logger.debug("a relay's client: %s", error)
+        finally:
+            if not taken:
+                writer.close()
+
+    async def _probe(self, message: Probe, nonce: str, writer: asyncio.StreamWriter) -> None:
+        """Only back to where the question came from: nobody can have others dialled."""
+        observed = writer.get_extra_info("peername")[0]
+        now, recent = time.monotonic(), self._probes[observed]
+        while recent and recent[0] < now - PROBE_WINDOW_SECONDS:
+            recent.popleft()
+        if len(recent) >= PROBES:
+            raise Refused("quota", f"{PROBES} probes a minute, not more")
+        recent.append(now)
+        self._probes = defaultdict(deque, {host: times for host, times in self._probes.items() if times})
+        answered = await asyncio.gather(*(_dial(observed, port, nonce) for port in message.ports))
+        send(writer, Probed(observed, list(answered)))
+
+    async def _lend(
+        self, message: Borrow, nonce: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            verify(message.peer_id, to_sign(nonce), bytes.fromhex(message.signature))
+        except BadSignature as error:
+            raise Refused("unsigned", error.cause) from error
+        before = self._loans.get(message.peer_id)
+        if before is not None:  # it has noticed sooner than this end that the connection is gone
+            self._end(before)
+        loan = _Loan(message.peer_id, self._choose(message), writer)
+        try:
+            for index, port in enumerate(loan.ports):
+                arrived = self._spawned(partial(self._arrived, loan, index))
+                loan.servers.append(await asyncio.start_server(arrived, self._host, port))
+            self._loans[loan.peer_id] = loan
+            self._kept |= {port: (loan.peer_id, float("inf")) for port in loan.ports}
+            send(writer, Lent(loan.ports, loan.key))
+            logger.info("ports %s are lent to %s", loan.ports, loan.peer_id)
+            while isinstance(await read(reader, SILENCE_SECONDS), Ping):
+                send(writer, Ping())
+        finally:
+            self._end(loan)
+
+    def _choose(self, message: Borrow) -> list[int]:
+        """The wanted ports if nobody else has them, else free ones, those of long ago last."""
+        now = time.monotonic()
+        self._kept = {port: kept for port, kept in self._kept.items() if kept[1] > now}
+        mine = [port for port, (peer_id, _) in self._kept.items() if peer_id == message.peer_id]
+        free = [port for port in self._ports if port not in self._kept]
+        wanted = list(dict.fromkeys(message.ports or mine))
+        if len(wanted) == PORTS_EACH and set(wanted) <= {*mine, *free}:
+            return wanted
+        if len(free) < PORTS_EACH:
+            raise Refused("no-room", "all ports of this relay are lent")
+        return free[:PORTS_EACH]
+
+    def _end(self, loan: _Loan) -> None:
+        loan.ended = True
+        for server in loan.servers:
+            server.close()
+        for waiting in loan.waiting.values():
+            waiting.cancel()
+        if self._loans.get(loan.peer_id) is loan:
+            del self._loans[loan.peer_id]
+            until = time.monotonic() + KEEP_SECONDS
+            self._kept |= dict.fromkeys(loan.ports, (loan.peer_id, until))
+            logger.info("ports %s are no longer lent to %s", loan.ports, loan.peer_id)
+        loan.control.close()
+
+    def _take(self, message: Take, ends: Ends) -> bool:
+        for loan in self._loans.values():
+            if secrets.compare_digest(loan.key, message.key):
+                waiting = loan.waiting.pop(message.id, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(ends)
+                    return True
+        raise Refused("unknown", "nobody waits for that")
+
+    # -- lent ports ------------------------------------------------------------------------------------------------
+
+    async def _arrived(
+        self, loan: _Loan, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if loan.ended or loan.streams >= MAX_STREAMS:
+            writer.close()
+            return
+        number = next(self._ids)
+        waiting = loan.waiting[number] = asyncio.get_running_loop().create_future()
+        loan.streams += 1
+        try:
+            watch(writer)
+            send(loan.control, Incoming(number, index))
+            async with asyncio.timeout(ANSWER_SECONDS):
+                ends = await waiting
+            await splice((reader, writer), ends, self._count)
+        except (OSError, TimeoutError) as error:
+            logger.debug("%s did not take a connection: %s", loan.peer_id, error)
+        finally:
+            loan.waiting.pop(number, None)
+            loan.streams -= 1
+            writer.close()
+
+
+async def _dial(host: str, port: int, nonce: str) -> bool:
+    """Whether somebody takes a connection there; it is told the nonce, by which it knows who calls."""
+    try:
+        async with asyncio.timeout(DIAL_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.write(nonce.encode() + b"\n")
+            await writer.drain()
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
