@@ -49,6 +49,11 @@ class Peer:
         return self.process is not None and self.process.poll() is None
 
     @property
+    def gave_up(self) -> bool:
+        """It ended with an error of its own; who is killed has none."""
+        return self.process is not None and (self.process.poll() or 0) > 0
+
+    @property
     def log(self) -> Path:
         return self.folder.with_suffix(f".{self.lives}.log")
 

@@ -87,14 +87,14 @@ def started(setup: Setup, tape: Tape) -> Iterator[tuple[Network, Peers, Relays |
 
 
 def wait(peers: Peers, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> float:
-    """Poll until `condition()`. Returns the seconds that took; SwarmFailed after `seconds`."""
+    """Poll until `condition()`. Returns the seconds that took; SwarmFailed after `seconds`, or if a peer gives up."""
     began, pause = time.monotonic(), threading.Event()
     while not condition():
-        if time.monotonic() - began > seconds:
+        if time.monotonic() - began > seconds or any(peer.gave_up for peer in peers.all.values()):
             tails = [
                 f"--- {p.name}: {p.phase}\n{p.log.read_text(errors='replace')[-1500:]}" for p in peers.all.values()
             ]
-            raise SwarmFailed("\n".join([f"{what}: not within {seconds:.0f} s", *tails]))
+            raise SwarmFailed("\n".join([f"{what}: not within {time.monotonic() - began:.0f} s", *tails]))
         pause.wait(POLL_SECONDS)
         peers.poll()
     return time.monotonic() - began

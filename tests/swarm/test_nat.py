@@ -33,10 +33,10 @@ def test_peers_behind_different_routers_train_together(network: Network, tmp_pat
     for name in "ab":
         network.add_behind_nat(name)
     with Peers(network, tmp_path) as peers:
-        public = peers.add("public", FOUND)
+        public = peers.add("p", FOUND)
         wait(peers, lambda: bool(public.status.get("invite")), "founding")
         invite = public.status["invite"]
-        assert f"&relay={network.address('public')}:31400" in invite
+        assert f"&relay={network.address('p')}:31400" in invite
         a, b = (peers.add(name, ["join", invite, "--data-shard", f"{i}/2"]) for i, name in enumerate("ab"))
         wait(peers, lambda: a.commits > 2 and b.commits > 2, "the two merge: nobody else is a composer")
         wait(peers, lambda: sorted([*a.leases, *b.leases]) == list(range(a.status["slots_total"])), "each owns experts")
@@ -45,14 +45,14 @@ def test_peers_behind_different_routers_train_together(network: Network, tmp_pat
             assert probed["address"] == network.address(f"{peer.name}-router")
             assert not probed["reachable"]
             assert len(peer.said("way_in.relayed")) == 1
-            assert f"@{network.address('public')}:" in peer.status["invite"], "whom it invites comes by the relay too"
-        assert _dials(network, "public", a.status["invite"])
-        assert not _dials(network, "public", invite.replace(network.address("public"), network.address("a")))
+            assert f"@{network.address('p')}:" in peer.status["invite"], "whom it invites comes by the relay too"
+        assert _dials(network, "p", a.status["invite"])
+        assert not _dials(network, "p", invite.replace(network.address("p"), network.address("a")))
         relayed = sum(each["bytes"] for each in public.status["bytes"] if each["kind"] == "relayed")
         trained = a.status["tokens"] + b.status["tokens"]
         print(f"{relayed:,} bytes by the relay, {trained:,} tokens, {relayed / trained:.0f} bytes a token")
         assert relayed > 1_000_000
-        late = peers.add("late", ["join", a.status["invite"], "--data-shard", "0/2", "--max-slots", "4"])
+        late = peers.add("c", ["join", a.status["invite"], "--data-shard", "0/2", "--max-slots", "4"])
         wait(peers, lambda: late.commits > 0, "a third one joins by the invite of a peer behind a router")
         assert not any(peers.leave().values())
 
