@@ -111,7 +111,7 @@ def _parse_address(text: str) -> Address:
 
 
 def _parse_relay(query: str) -> Address | None:
-    named = parse_qs(query).get("relay")
+    named = parse_qs(query, keep_blank_values=True).get("relay")
     try:
         return None if named is None else _parse_endpoint(named[-1])
     except ValueError as error:

@@ -122,6 +122,12 @@ def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         {"announce": ("host:80",)},
         {"announce": ("",)},
         {"role": "boss"},
+        {"reach": "somehow"},
+        {"relay": "31400"},
+        {"relay": "31400-31401"},
+        {"relay": "31410-31400"},
+        {"relay": "0-10"},
+        {"relay": "65530-65540"},
         {"log_format": "xml"},
         {"log_level": "loud"},
     ],
@@ -132,6 +138,11 @@ def test_bad_values_are_refused_with_a_fix(bad: dict) -> None:
         PeerConfig(**bad)
     assert caught.value.fix
     assert next(iter(bad)) in str(caught.value)
+
+
+def test_ports_to_lend() -> None:
+    assert PeerConfig(relay="31400-31402").relay_ports == range(31400, 31403)
+    assert PeerConfig().relay_ports is None
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/", "/2", "a/b", "1/2/3"])

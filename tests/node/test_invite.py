@@ -38,6 +38,20 @@ def test_multiaddrs_are_accepted() -> None:
     assert Invite.parse(f"shoal://{B}@1.2.3.4:5,{dns}/{RUN}").multiaddrs() == list(reversed(invite.multiaddrs()))
 
 
+@pytest.mark.parametrize("host", ["203.0.113.9", "2001:db8::9", "relay.example.org"])
+def test_a_relay_is_named_and_read(host: str) -> None:
+    relay = Address.of_host(host, 31400)
+    invite = Invite(addresses=(Address.of_host("10.0.0.1", 1, A),), run_id=RUN, relay=relay)
+    assert str(invite).endswith("&relay=[2001:db8::9]:31400" if ":" in host else f"&relay={host}:31400")
+    assert Invite.parse(str(invite)) == invite
+
+
+@pytest.mark.parametrize("relay", ["", "host", "host:0", "host:65536", "-x:5", "1.2.3.400:5", f"{A}@"])
+def test_a_relay_that_cannot_be_is_refused(relay: str) -> None:
+    with pytest.raises(InviteError, match="relay"):
+        Invite.parse(f"shoal://{A}@1.2.3.4:5/{RUN}?v=1&relay={relay}")
+
+
 @pytest.mark.parametrize("decorate", ["  {}\n", "'{}'", '"{}"', "<{}>", "{}&note=ignored"])
 def test_how_people_paste_it(decorate: str) -> None:
     invite = Invite(addresses=(Address.of_host("1.2.3.4", 5, A),), run_id=RUN)
