@@ -24,14 +24,14 @@ pytestmark = pytest.mark.timeout(300)
 def network() -> Iterator[Network]:
     try:
         with Network() as network:
+            for name in "ab":
+                network.add_behind_nat(name)
             yield network
     except NetworkMissing as error:
         pytest.skip(str(error))
 
 
 def test_peers_behind_different_routers_train_together(network: Network, tmp_path: Path) -> None:
-    for name in "ab":
-        network.add_behind_nat(name)
     with Peers(network, tmp_path) as peers:
         public = peers.add("p", FOUND)
         wait(peers, lambda: bool(public.status.get("invite")), "founding")
