@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_dependencies_point_one_way(layer: str) -> None:
         if name in above
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_an_installed_package_is_complete() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT).parts for layer in LAYERS for path in sources(layer)}
+    assert sorted(listed) == sorted(".".join(("shoal", *parts)) for parts in {(), *folders})
 
 
 def test_the_import_rule_sees_relative_imports() -> None:
