@@ -1,0 +1,344 @@
+"""`./dev bench surrogates`: what each kind of stand-in costs in loss, offline, on one trained model.
+
+A lone composer trains a model with all of its experts. Then three quarters of them, the same in every layer, run as
+stand-ins that were made after the training, of one kind at a time, and the held-out loss is taken. Last, one expert of
+one layer at a time is replaced, to see what predicts the loss that it costs: the error of its weights, its fidelity, or
+the part of the block's output that goes wrong.
+
+Prints Markdown tables; `--out` keeps them with JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels.experts import DenseExpert, run_expert
+from ..kernels.interface import float_weights, output_fidelity
+from ..kernels.lowbit import LowbitStandIn
+from ..kernels.lowrank import MAX_RANK
+from ..kernels.narrow import NarrowPublisher, NarrowStandIn
+from ..kernels.replay import ReplayBuffer
+from ..kernels.standin import StandIn
+from ..kernels.ternary_standin import TernaryStandIn
+from ..node.composer import Composer
+from ..node.data import Batches, load_corpus
+from ..node.evaluate import HELDOUT_SEED, heldout_loss
+from ..node.manifest import Manifest, with_settings
+from ..node.model.build import MoEModel
+from ..node.model.init import expert_shape
+from ..node.model.presets import preset
+
+KEPT = 4  # one slot in so many stays exact
+Rows = tuple[Tensor, Tensor]
+Make = Callable[[int, DenseExpert, "Rows"], StandIn]  # layer, expert, its routed rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One kind of stand-in in place of three quarters of the experts; means over these experts."""
+
+    kind: str
+    loss: float  # nats per token
+    fidelity: float  # 1 - ||E(x) - S(x)|| / ||E(x)|| on held-out routed rows
+    nbytes: float  # of a stand-in's state
+    flops: float  # over the expert's own
+
+
+@dataclass(frozen=True)
+class Single:
+    """One expert of one layer replaced."""
+
+    kind: str
+    cost: float  # held-out nats per token that it adds
+    weight_error: float  # ||W - W'|| / ||W||
+    infidelity: float  # 1 - fidelity
+    output_error: float  # gate-weighted squared error per token of the corpus, over the block's routed output
+
+
+class Probe:
+    """A trained model, the rows that its experts see, and loss with anything in their place."""
+
+    def __init__(
+        self, model: MoEModel, act: str, batches: Batches, heldout: Tensor, *, rows: int, num_batches: int
+    ) -> None:
+        """
+        Args:
+            model: owns every slot.
+            act: its experts' activation.
+            batches: text that rows are taken from.
+            heldout: (N, S) windows.
+            rows: kept for each expert.
+            num_batches: to run for them.
+        """
+        self.model, self.act, self._heldout = model, act, heldout
+        hidden = model.expert_shapes[1][0]
+        self._buffers = {key: ReplayBuffer(rows, hidden) for key in self._keys()}
+        self._seen = dict.fromkeys(self._keys(), 0)
+        model.set_tap(self._observe)
+        with torch.no_grad():
+            for _ in range(num_batches):
+                model(batches.next())
+        model.set_tap(None)
+        self.exact = self.loss()
+
+    def _keys(self) -> list[tuple[int, int]]:
+        return [(layer, slot) for layer in range(len(self.model.shards)) for slot in range(self.model.num_slots)]
+
+    def _observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
+        self._buffers[layer, slot].add(x_ND, gate_N)
+        self._seen[layer, slot] += len(x_ND)
+
+    def fitting(self, layer: int, slot: int) -> Rows:
+        """Rows to make a stand-in from."""
+        return self._buffers[layer, slot].fitting_rows()
+
+    def fidelity(self, layer: int, slot: int, standin: StandIn) -> float:
+        """On rows that nothing was fitted to."""
+        expert = self.model.shards[layer].expert(slot)
+        return output_fidelity(expert, standin, *self._buffers[layer, slot].held_out_rows(), self.act)
+
+    def loss(self) -> float:
+        """Held-out nats per token of the model as it is now."""
+        return heldout_loss(self.model, self._heldout)
+
+    def loss_with(self, standins: dict[tuple[int, int], StandIn]) -> float:
+        """The same with `standins` by (layer, slot) in the place of experts, which come back afterwards."""
+        kept = {}
+        for (layer, slot), standin in standins.items():
+            kept[layer, slot] = [m.detach().clone() for m in float_weights(self.model.shards[layer].expert(slot))]
+            self.model.shards[layer].release(slot, standin)
+        try:
+            return self.loss()
+        finally:
+            for (layer, slot), weights in kept.items():
+                self.model.shards[layer].adopt(slot, *weights)
+
+    def output_error(self, layer: int, slot: int, standin: StandIn) -> float:
+        """Squared error that the stand-in adds to its block's routed output, per token, over that output's own."""
+        total = sum(self._energy(layer, each, None) for each in range(self.model.num_slots))
+        return self._energy(layer, slot, standin) / total if total else 0.0
+
+    @torch.no_grad()
+    def _energy(self, layer: int, slot: int, standin: StandIn | None) -> float:
+        x_ND, gate_N = self._buffers[layer, slot].held_out_rows()
+        if not len(x_ND):
+            return 0.0
+        y_ND = run_expert(x_ND, *float_weights(self.model.shards[layer].expert(slot)), self.act)
+        if standin is not None:
+            y_ND = y_ND - run_expert(x_ND, *standin.dense(), self.act)
+        return float((y_ND * gate_N.unsqueeze(1)).square().sum(1).mean()) * self._seen[layer, slot]
+
+
+def nothing(layer: int, expert: DenseExpert, rows: Rows) -> StandIn:
+    """A stand-in whose output is 0."""
+    hidden = expert.down.shape[0]
+    return NarrowStandIn({"gate_up": torch.zeros(2, hidden), "down": torch.zeros(hidden, 1)})
+
+
+def copy_of(kind: type[LowbitStandIn] | type[TernaryStandIn]) -> Make:
+    """The whole expert in few bits."""
+    return lambda layer, expert, rows: kind.of(*float_weights(expert))
+
+
+def narrow(part: int, fit_steps: int, act: str) -> Make:
+    """The 1/`part` neurons of most energy on the rows, then `fit_steps` optimizer steps towards the expert's output."""
+
+    def make(layer: int, expert: DenseExpert, rows: Rows) -> StandIn:
+        hidden, width = expert.down.shape
+        small = max(1, width // part)
+        start = NarrowStandIn.of(*float_weights(expert), small, rows if len(rows[0]) else None, act)
+        publisher = NarrowPublisher(
+            expert,
+            width=small,
+            rank=min(small, hidden, MAX_RANK),
+            replay_rows=max(8, len(rows[0])),
+            refit_steps=fit_steps,
+            learning_rate=3e-3,
+            generator=torch.Generator().manual_seed(0),
+            published=start,
+            act=act,
+        )
+        publisher.observe(*rows)
+        publisher.refit(expert)
+        publisher.delta(expert)
+        return publisher.published
+
+    return make
+
+
+def shared_base(model: MoEModel, rank: int) -> Make:
+    """The mean of the layer's experts, which one copy serves for all, plus the best rank-`rank` correction of each."""
+    bases = []
+    for shard in model.shards:
+        weights = [float_weights(shard.expert(slot)) for slot in range(model.num_slots)]
+        bases.append([torch.stack(matrices).mean(0) for matrices in zip(*weights, strict=True)])
+
+    def make(layer: int, expert: DenseExpert, rows: Rows) -> StandIn:
+        near = []
+        for matrix, base in zip(float_weights(expert), bases[layer], strict=True):
+            u, s, v = torch.linalg.svd(matrix - base, full_matrices=False)
+            near.append(base + (u[:, :rank] * s[:rank]) @ v[:rank])
+        return NarrowStandIn(dict(zip(("gate_up", "down"), near, strict=True)))
+
+    return make
+
+
+def kinds(model: MoEModel, fit_steps: int, act: str) -> dict[str, tuple[Make, Callable[[StandIn], float]]]:
+    """How to make each kind, and the bytes that one takes as a run would hold it."""
+    hidden, width = model.expert_shapes[1]
+    table: dict[str, tuple[Make, Callable[[StandIn], float]]] = {"nothing": (nothing, lambda standin: 0.0)}
+    for part in (16, 8, 4, 2):
+        table[f"narrow f/{part}"] = narrow(part, fit_steps, act), lambda standin: standin.nbytes
+    table["4-bit copy"] = copy_of(LowbitStandIn), lambda standin: standin.nbytes
+    table["ternary copy"] = copy_of(TernaryStandIn), lambda standin: standin.nbytes
+    for rank in (0, 8, 32):
+        numbers = rank * (2 * width + hidden + hidden + width)  # int8 factors of both matrices
+        table[f"layer's mean + rank {rank}"] = shared_base(model, rank), partial(_fixed, numbers)
+    return table
+
+
+def _fixed(nbytes: float, standin: StandIn) -> float:
+    return nbytes
+
+
+def compare(probe: Probe, fit_steps: int, report: Callable[[str], None]) -> list[Outcome]:
+    """Every kind in the place of three quarters of the experts."""
+    replaced = [slot for slot in range(probe.model.num_slots) if slot % KEPT]
+    width = probe.model.expert_shapes[1][1]
+    outcomes = [Outcome("experts themselves", probe.exact, 1.0, 0.0, 1.0)]
+    for name, (make, nbytes) in kinds(probe.model, fit_steps, probe.act).items():
+        standins = {
+            (layer, slot): make(layer, shard.expert(slot), probe.fitting(layer, slot))
+            for layer, shard in enumerate(probe.model.shards)
+            for slot in replaced
+        }
+        count = len(standins)
+        fidelity = sum(probe.fidelity(*key, standin) for key, standin in standins.items()) / count
+        flops = 0.0 if name == "nothing" else sum(s.width for s in standins.values()) / (count * width)
+        size = sum(nbytes(standin) for standin in standins.values()) / count
+        outcomes.append(Outcome(name, probe.loss_with(standins), fidelity, size, flops))
+        report(f"{name}: {outcomes[-1].loss:.4f} nats per token, fidelity {fidelity:.3f}")
+    return outcomes
+
+
+def one_by_one(probe: Probe, fit_steps: int, slots: Sequence[int]) -> list[Single]:
+    """What each of `slots` costs alone, in each layer, by some kinds."""
+    table = kinds(probe.model, fit_steps, probe.act)
+    singles = []
+    for name in ("nothing", "narrow f/8", "narrow f/2", "ternary copy"):
+        for layer, shard in enumerate(probe.model.shards):
+            for slot in slots:
+                expert = shard.expert(slot)
+                standin = table[name][0](layer, expert, probe.fitting(layer, slot))
+                singles.append(
+                    Single(
+                        name,
+                        probe.loss_with({(layer, slot): standin}) - probe.exact,
+                        _weight_error(expert, standin),
+                        1.0 - probe.fidelity(layer, slot, standin),
+                        probe.output_error(layer, slot, standin),
+                    )
+                )
+    return singles
+
+
+def _weight_error(expert: DenseExpert, standin: StandIn) -> float:
+    """||W - W'|| / ||W|| over both matrices; neurons that a narrow one lacks count as zeros."""
+    exact, near = float_weights(expert), standin.dense()
+    norm = math.sqrt(sum(float(m.square().sum()) for m in exact))
+    if near[0].shape == exact[0].shape:
+        return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(exact, near, strict=True))) / norm
+    return math.sqrt(max(0.0, norm**2 - sum(float(m.square().sum()) for m in near))) / norm
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Spearman's: Pearson's of the ranks, which are in [0, n); ties keep their order."""
+    ranks = [torch.tensor(values, dtype=torch.float64).argsort(stable=True).argsort().double() for values in (xs, ys)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def markdown(outcomes: Sequence[Outcome], singles: Sequence[Single]) -> str:
+    """Both tables."""
+    exact = outcomes[0].loss
+    lines = ["| stand-ins of three experts in four | nats per token | more loss | fidelity | FLOPs | bytes |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        f"| {o.kind} | {o.loss:.4f} | {100 * (o.loss / exact - 1):+.1f}% "
+        f"| {o.fidelity:.3f} | {o.flops:.0%} | {o.nbytes:,.0f} |"
+        for o in outcomes
+    ]
+    if singles:
+        costs = [single.cost for single in singles]
+        lines += ["", "| what an expert's stand-in gets wrong | rank correlation with the loss it costs |", "|---|---|"]
+        lines += [
+            f"| {label} | {rank_correlation([getattr(single, name) for single in singles], costs):.2f} |"
+            for name, label in (
+                ("weight_error", "its weights"),
+                ("infidelity", "its outputs, over its own (1 - fidelity)"),
+                ("output_error", "its outputs, over the block's"),
+            )
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train, probe, print."""
+    parser = argparse.ArgumentParser(
+        prog="./dev bench surrogates", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="bench")
+    parser.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE", help="a fact of the manifest")
+    parser.add_argument("--steps", type=int, default=1000, help="of training, each of four composers' batches")
+    parser.add_argument("--fit-steps", type=int, default=500, help="optimizer steps of narrow stand-ins")
+    parser.add_argument("--rows", type=int, default=2048, help="routed inputs kept for each expert")
+    parser.add_argument("--windows", type=int, default=128, help="held-out windows")
+    parser.add_argument("--singles", type=int, default=4, help="experts of each layer to replace one at a time")
+    parser.add_argument("--out", type=Path, default=None, help="folder for surrogates.md and surrogates.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = preset(arguments.preset)
+    manifest = Manifest(
+        name="bench", founder="none", created_at=0, model=chosen.model, data=chosen.data, train=chosen.train
+    )
+    manifest = with_settings(manifest, [f"train.steps={arguments.steps}", *arguments.set])
+    corpus = load_corpus(manifest.data.corpus)
+    batch = 4 * manifest.train.batch_size, manifest.data.context_length
+    composer = Composer(
+        manifest,
+        owned=range(expert_shape(manifest.model).num_experts),
+        next_batch=Batches(corpus.shard(0, 1), *batch, seed=0).next,
+    )
+    for step in range(1, arguments.steps + 1):
+        loss = composer.train_step().loss
+        if step % 100 == 0:
+            print(f"step {step}, loss {loss:.4f}", flush=True)
+    probe = Probe(
+        composer.model,
+        composer.shape.act,
+        Batches(corpus.shard(0, 1), *batch, seed=1),
+        corpus.heldout(arguments.windows, manifest.data.context_length, seed=HELDOUT_SEED),
+        rows=arguments.rows,
+        num_batches=8,
+    )
+    outcomes = compare(probe, arguments.fit_steps, lambda line: print(line, flush=True))
+    singles = one_by_one(probe, arguments.fit_steps, range(min(arguments.singles, probe.model.num_slots)))
+    table = markdown(outcomes, singles)
+    print(table)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "surrogates.md").write_text(table + "\n")
+        found = {"kinds": [asdict(o) for o in outcomes], "singles": [asdict(s) for s in singles]}
+        (arguments.out / "surrogates.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
