@@ -27,6 +27,7 @@ HTTP_SECONDS = 2.0
 DISK_BYTES = 64 << 20
 DUTY_SECONDS = 0.2  # a straggler's period: far below a step of any size
 STOP_SECONDS = 45.0
+TIMED_OUT = 124  # as timeout(1) says it
 
 Status = dict[str, Any]
 
@@ -221,10 +222,15 @@ class Peers:
         """Run a `shoal` command to its end, in a namespace of its own."""
         if name not in self.network.hosts:
             self.network.add(name)
-        return subprocess.run(
-            self.network.command(name, [*shoal_command(), *command, "--data-dir", str(self.folder / name)]),
-            capture_output=True, text=True, env=peer_environment(1), timeout=seconds, check=False,
-        )  # fmt: skip
+        argv = self.network.command(name, [*shoal_command(), *command, "--data-dir", str(self.folder / name)])
+        try:
+            return subprocess.run(
+                argv, capture_output=True, text=True, env=peer_environment(1), timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired as late:  # an outcome like any other: a run is not lost for it
+            said = late.stderr or b""
+            tail = said if isinstance(said, str) else said.decode(errors="replace")
+            return subprocess.CompletedProcess(argv, TIMED_OUT, "", f"{tail}\nnot within {seconds:g} s")
 
     # -- faults of the machine -------------------------------------------------------------------------------------
 

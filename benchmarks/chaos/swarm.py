@@ -21,7 +21,7 @@ from .relay import Relays
 from .tape import LIARS, Tape
 
 START_SECONDS = 300.0  # eight peers import torch on two cores
-EXPORT_SECONDS = 180.0
+EXPORT_SECONDS = 300.0
 SETTLE_LEASES = 4  # of the last killed peer, its heirs' turns, and what a busy machine adds
 STEPS = 1_000_000  # the clock ends a run, not the schedule: so the learning rate stays where it is after the warm-up
 
