@@ -228,8 +228,7 @@ class Peers:
                 argv, capture_output=True, text=True, env=peer_environment(1), timeout=seconds, check=False
             )
         except subprocess.TimeoutExpired as late:  # an outcome like any other: a run is not lost for it
-            said = late.stderr or b""
-            tail = said if isinstance(said, str) else said.decode(errors="replace")
+            tail = (late.stderr or b"").decode(errors="replace")  # bytes, whatever `text` says
             return subprocess.CompletedProcess(argv, TIMED_OUT, "", f"{tail}\nnot within {seconds:g} s")
 
     # -- faults of the machine -------------------------------------------------------------------------------------
