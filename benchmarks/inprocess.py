@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.interface import float_weights
+from ..kernels.narrow import NarrowStandIn
 from ..node.composer import Composer, Entry
 from ..node.manifest import Manifest
 from ..node.model.cut import cadences
@@ -53,6 +55,8 @@ class InProcessSwarm:
         seed: what everybody starts from; by default the run's initial weights.
         flippers: so many composers, the first ones, bring the opposite of what they learned into every round.
         late: steps that sketches and deltas are under way.
+        frozen: instead of stand-ins, experts of others are float32 copies, taken from their owners with each merge of
+            the first fragment, at two bytes a weight on the wire.
     """
 
     def __init__(
@@ -65,8 +69,9 @@ class InProcessSwarm:
         seed: Seed | None = None,
         flippers: int = 0,
         late: int = 0,
+        frozen: bool = False,
     ) -> None:
-        self.manifest = manifest
+        self.manifest, self.frozen = manifest, frozen
         self.replicas = bool(owned[0]) and all(set(slots) == set(owned[0]) for slots in owned)
         self.composers = [
             Composer(manifest, owned=slots if seed is None else (), next_batch=batch, fit_seed=i)
@@ -90,6 +95,8 @@ class InProcessSwarm:
         self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
         if self.replicas and manifest.outer.merge == "radial":
             self._note_experts()
+        if frozen:
+            self._copy_experts()
         self.delivery: RowDelivery | GradientDelivery | None = None
         if manifest.sketch.kind != "none" and not self.replicas:
             delivery = RowDelivery if manifest.sketch.kind == "rows" else GradientDelivery
@@ -111,7 +118,7 @@ class InProcessSwarm:
         for step in range(1, steps + 1):
             losses = self._step(step)
             self._share_counts()
-            if step % publish_every == 0 and not self.replicas:
+            if step % publish_every == 0 and not self.replicas and not self.frozen:
                 self._publish(step)
             self._apply_deltas(step)
             if len(self.composers) > 1:
@@ -187,12 +194,24 @@ class InProcessSwarm:
         average, facts = self._average(entries)
         for composer in self.composers:
             composer.commit_round(index, *composer.propose(index, average, facts))
+        if self.frozen and index == 0:
+            self._copy_experts()
         if not self.replicas:
             return
         if self.manifest.outer.merge == "radial":
             self._merge_experts(entries)
         else:
             self._average_experts()
+
+    def _copy_experts(self) -> None:
+        for owner in self.owners:
+            for slot in owner.owned:
+                weights = [float_weights(expert) for expert in owner.experts_of(slot)]
+                copies = [NarrowStandIn({"gate_up": w.clone(), "down": v.clone()}) for w, v in weights]
+                self.bytes.deltas += sum(2 * (w.numel() + v.numel()) for w, v in weights)
+                for composer in self.composers:
+                    if slot not in composer.owned:
+                        composer.set_standins(slot, copies)
 
     @torch.no_grad()
     def _average_experts(self) -> None:

@@ -3,6 +3,8 @@
     centralized        one process, the joint batch of all composers
     lone               one composer, its own share of the tokens
     diloco             full replicas, everything averaged every H steps
+    spes               full models, each peer trains its own experts, takes the others' from their owners every H steps
+                       (SPES, from its paper's description)
     shoal-KIND         experts split among composers, stand-ins of that kind    (in one process, the node's own code)
     extreme-KIND       experts split among workers; composers own none          (the same)
 
@@ -16,11 +18,11 @@ Writes a Markdown table and JSON. `./dev bench swarm` runs the comparison throug
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,30 +35,19 @@ from ..node.data import Batches, load_corpus
 from ..node.evaluate import HELDOUT_SEED, heldout_loss
 from ..node.manifest import Manifest, ManifestError, with_settings
 from ..node.model.presets import preset
-from .inprocess import InProcessSwarm
+from .costs import counting, state_bytes
+from .inprocess import Bytes, InProcessSwarm
+from .results import Result, markdown
 from .seeding import Seed
 
-METHODS = ("centralized", "lone", "diloco", "shoal-lowbit", "shoal-lowbit+rows", "shoal-narrow", "shoal-narrow+rows")
+PLAIN = ("centralized", "lone", "diloco", "spes")
+METHODS = (*PLAIN, "shoal-lowbit", "shoal-lowbit+rows", "shoal-narrow", "shoal-narrow+rows")
 _METHOD = re.compile(
-    rf"(?P<plain>centralized|lone|diloco)|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(KINDS)})(\+(?P<sketch>rows|gradient))?"
+    rf"(?P<plain>{'|'.join(PLAIN)})|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(KINDS)})(\+(?P<sketch>rows|gradient))?"
 )
 NO_TOKENS = torch.empty(0)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One method's outcome; loss in nats per byte on held-out text."""
-
-    method: str
-    loss: float
-    seconds: float
-    delta_bytes: int = 0
-    outer_bytes: int = 0
-    sketch_bytes: int = 0
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.loss / math.log(2)
+COUNTED_STEPS = 24  # whose FLOPs are counted: every cadence of a run comes in them
+MAX_COMPOSERS = 1000  # so that no two seeds share batches
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ class Method:
     """One way of training."""
 
     name: str
-    plain: str | None  # centralized, lone, diloco; None for a swarm of owners
+    plain: str | None  # centralized, lone, diloco, spes; None for a swarm of owners
     extreme: bool
     manifest: Manifest
 
@@ -74,12 +65,14 @@ class Method:
         name, *settings = text.split(":")
         found = _METHOD.fullmatch(name)
         if found is None:
-            raise ValueError(f"no method {name!r}: centralized, lone, diloco, shoal-KIND or extreme-KIND, see --help")
+            raise ValueError(f"no method {name!r}: {', '.join(PLAIN)}, shoal-KIND or extreme-KIND, see --help")
         if found["kind"] is not None:
             own = [f"standin.kind={found['kind']}", f"sketch.kind={found['sketch'] or 'none'}"]
             if found["kind"] == "ternary":
                 own.append("train.expert_weights=ternary")
             settings = own + settings
+        if found["plain"] == "spes":
+            settings = ["sketch.kind=none", *settings]
         return cls(text, found["plain"], found["who"] == "extreme", with_settings(manifest, settings))
 
 
@@ -91,6 +84,7 @@ class Comparison:
         workers: that share the experts where composers own none.
         flippers: composers that send the opposite of what they learned.
         late: steps that sketches and deltas are under way.
+        chance: what initial weights and batches are drawn by.
         seed_steps: centralized steps before anybody starts. `manifest.train.steps` has them too; optimizers start anew.
     """
 
@@ -104,8 +98,11 @@ class Comparison:
         seed_steps: int = 0,
         flippers: int = 0,
         late: int = 0,
+        chance: int = 0,
     ) -> None:
-        self.manifest, self.flippers, self.late = manifest, flippers, late
+        model = msgspec.structs.replace(manifest.model, seed=manifest.model.seed + chance)
+        self.manifest = msgspec.structs.replace(manifest, model=model)
+        self.flippers, self.late, self.chance = flippers, late, chance
         self.num_composers, self.num_workers = composers, workers
         self.seed_steps = seed_steps
         corpus = load_corpus(manifest.data.corpus)
@@ -128,7 +125,8 @@ class Comparison:
     def batches(self, index: int, start: int) -> Batches:
         """Composer `index`'s batches from number `start` on."""
         train = self.manifest.train
-        batches = Batches(self._shards[index], train.batch_size, self.manifest.data.context_length, seed=index)
+        seed = index + MAX_COMPOSERS * self.chance
+        batches = Batches(self._shards[index], train.batch_size, self.manifest.data.context_length, seed=seed)
         batches.position = start
         return batches
 
@@ -160,19 +158,37 @@ class Comparison:
         method = Method.parse(text, self.manifest)
         seed = self.seed(report)
         began = time.monotonic()
+        swarm: InProcessSwarm | None = None
         if method.plain in ("centralized", "lone"):
             shards = self.num_composers if method.plain == "centralized" else 1
-            composer = self._alone(method.manifest, shards, seed=seed)
-            for step in range(1, self.steps + 1):
-                report(step, composer.train_step().loss)
-            return Result(text, heldout_loss(composer.model, self.heldout), time.monotonic() - began)
-        swarm = self._swarm(method, seed)
-        for step, mean_loss in enumerate(swarm.run(self.steps), start=1):
-            report(step, mean_loss)
-        merged = swarm.composers[0] if swarm.replicas else swarm.merged()
-        loss = heldout_loss(merged.model, self.heldout)
-        sent = swarm.bytes
-        return Result(text, loss, time.monotonic() - began, sent.deltas, sent.outer, sent.sketches)
+            merged = self._alone(method.manifest, shards, seed=seed)
+            losses: Iterator[float] = (merged.train_step().loss for _ in range(self.steps))
+        else:
+            swarm = self._swarm(method, seed)
+            shards = self.num_composers
+            losses = swarm.run(self.steps)
+        uncounted = max(0, self.steps - COUNTED_STEPS)
+        for step in range(1, uncounted + 1):
+            report(step, next(losses))
+        with counting() as flops:
+            for step, loss in enumerate(losses, start=uncounted + 1):
+                report(step, loss)
+        state = max(map(state_bytes, [merged] if swarm is None else swarm.owners))
+        if swarm is not None:
+            merged = swarm.composers[0] if swarm.replicas else swarm.merged()
+        sent = Bytes() if swarm is None else swarm.bytes
+        batch = self.manifest.train.batch_size * self.manifest.data.context_length
+        return Result(
+            method=text,
+            loss=heldout_loss(merged.model, self.heldout),
+            seconds=time.monotonic() - began,
+            delta_bytes=sent.deltas,
+            outer_bytes=sent.outer,
+            sketch_bytes=sent.sketches,
+            seed=self.chance,
+            flops_per_token=flops.total / (batch * shards * (self.steps - uncounted)),
+            state_bytes=state,
+        )
 
     def _swarm(self, method: Method, seed: Seed | None) -> InProcessSwarm:
         everything = list(range(self.num_slots))
@@ -187,24 +203,8 @@ class Comparison:
         start = 0 if seed is None else seed.step
         sources = [self.batches(i, start).next for i in range(self.num_composers)]
         faults = {"flippers": self.flippers, "late": self.late}
-        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed, **faults)
-
-
-def markdown(results: list[Result], *, tokens: int) -> str:
-    """The table, with each method's gap to the first one."""
-    base = results[0]
-    lines = [
-        f"| method | nats/byte | bits/byte | vs {base.method} | sketch bytes/token | delta bytes/token | "
-        "outer bytes/token | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        gap = 100 * (r.loss / base.loss - 1)
-        lines.append(
-            f"| {r.method} | {r.loss:.4f} | {r.bits_per_byte:.4f} | {gap:+.1f}% | {r.sketch_bytes / tokens:.1f} | "
-            f"{r.delta_bytes / tokens:.1f} | {r.outer_bytes / tokens:.1f} | {r.seconds:.0f} |"
-        )
-    return "\n".join(lines)
+        frozen = method.plain == "spes"
+        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed, frozen=frozen, **faults)
 
 
 def main() -> None:
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--composers", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2, help="owners of all experts in extreme-KIND")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with other weights and batches")
     parser.add_argument("--seed-steps", type=int, default=0, help="centralized steps that everybody starts from")
     parser.add_argument("--flippers", type=int, default=0, help="composers that send the opposite of what they learned")
     parser.add_argument("--late", type=int, default=0, help="steps that sketches and deltas are under way")
@@ -254,18 +255,22 @@ def main() -> None:
             Method.parse(method, manifest)
     except (ValueError, ManifestError) as error:
         parser.error(str(error))
-    comparison = Comparison(
-        manifest,
-        arguments.composers,
-        arguments.windows,
-        workers=arguments.workers,
-        seed_steps=arguments.seed_steps,
-        flippers=arguments.flippers,
-        late=arguments.late,
-    )
-    tokens = comparison.tokens
+    comparisons = [
+        Comparison(
+            manifest,
+            arguments.composers,
+            arguments.windows,
+            workers=arguments.workers,
+            seed_steps=arguments.seed_steps,
+            flippers=arguments.flippers,
+            late=arguments.late,
+            chance=chance,
+        )
+        for chance in range(arguments.seeds)
+    ]
+    tokens = comparisons[0].tokens
     results: list[Result] = []
-    for method in methods:
+    for comparison, method in itertools.product(comparisons, methods):
 
         def report(step: int, loss: float, method: str = method) -> None:
             if step % 100 == 0:

@@ -21,7 +21,8 @@ from rich.console import Console
 from ..node.demo import START_SECONDS, Demo, Peer
 from ..node.evaluate import evaluate_checkpoint
 from ..node.manifest import verify
-from .quality import Comparison, Result, markdown
+from .quality import Comparison
+from .results import Result, markdown
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,9 @@ class ComposerPeer:
             robust=spec.robust,
             matchmaking_seconds=spec.matchmaking_seconds,
             timeout_seconds=spec.timeout_seconds,
+            pace=config.pace,
         )
-        self.sketch_averager = sketch_averager(dht, identity, run)
+        self.sketch_averager = sketch_averager(dht, identity, run, config.pace)
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
 

@@ -5,6 +5,7 @@ Everything here is a peer's own choice. What all peers of a run share is in the 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Group, Parameter
 
+from ..protocol.pacing import UNLIMITED, Pace, Rates
 from .errors import ConfigError
 from .logs import LogFormat, LogLevel
 
@@ -127,6 +129,12 @@ class PeerConfig:
     relay: Annotated[str | None, Parameter(group=NETWORK, metavar="FIRST-LAST")] = None
     """Lend these TCP ports, all of them open, to peers that nobody can dial, two to each. They ask at the first."""
 
+    max_upload: Annotated[float | None, Parameter(group=NETWORK, metavar="MBIT")] = None
+    """Megabits per second to send at most, to all peers together. By default as many as there are."""
+
+    max_download: Annotated[float | None, Parameter(group=NETWORK, metavar="MBIT")] = None
+    """Megabits per second to take at most, from all peers together. By default as many as there are."""
+
     http_host: Annotated[str, Parameter(group=NETWORK)] = "127.0.0.1"
     """Address of the status page, metrics and health checks. They are readable by whoever can reach them."""
 
@@ -169,6 +177,9 @@ class PeerConfig:
             least = 0 if name == "max_slots" else 1
             _require(value is None or value >= least, name, self, f"give a number of at least {least}, or leave it out")
         _require(self.max_memory is None or 0 < self.max_memory < 1e6, "max_memory", self, "give GiB, or leave it out")
+        for name in ("max_upload", "max_download"):
+            rate = getattr(self, name)
+            _require(rate is None or 0.01 <= rate <= 1e6, name, self, "give megabits per second, from 0.01 up")
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None, "device", self, "give cpu, cuda or auto"
         )
@@ -193,6 +204,12 @@ class PeerConfig:
     def relay_ports(self) -> range | None:
         """Ports to lend, with the one to ask at first."""
         return None if self.relay is None else parse_ports(self.relay)
+
+    @functools.cached_property
+    def pace(self) -> Pace:
+        """The bandwidth that all of this peer's processes share; its state lies in the data directory."""
+        rates = Rates(*(None if mbit is None else mbit * 1e6 / 8 for mbit in (self.max_upload, self.max_download)))
+        return UNLIMITED if rates == Rates() else Pace(self.data_dir, rates)
 
     @property
     def identity_path(self) -> Path:

@@ -20,6 +20,7 @@ from ..protocol.facts import MAX_ROUND
 from ..protocol.identity import Identity
 from ..protocol.messages import SketchOpen
 from ..protocol.outcome import Outcome, Status
+from ..protocol.pacing import Pace
 from ..protocol.sketch_averaging import SketchAverager
 from ..protocol.sketch_intervals import Heard, Intervals
 from .gradient_collecting import GradientForm
@@ -48,7 +49,7 @@ def form_of(run: Run) -> GradientForm:
     return GradientForm(run_id=run.run_id, shape=expert_shape(manifest.model), rank=manifest.sketch.rank)
 
 
-def sketch_averager(dht: hivemind.DHT, identity: Identity, run: Run) -> SketchAverager | None:
+def sketch_averager(dht: hivemind.DHT, identity: Identity, run: Run, pace: Pace) -> SketchAverager | None:
     """The averager of a run with gradient sketches, None in others. It forks: see `SketchAverager`."""
     manifest = run.manifest
     if manifest.sketch.kind != "gradient":
@@ -64,6 +65,7 @@ def sketch_averager(dht: hivemind.DHT, identity: Identity, run: Run) -> SketchAv
         codec=CODEC,
         matchmaking_seconds=manifest.outer.matchmaking_seconds,
         timeout_seconds=manifest.outer.timeout_seconds,
+        pace=pace,
     )
 
 

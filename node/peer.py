@@ -237,7 +237,10 @@ class _Peer:
         ports = self.config.relay_ports
         if ports is not None:
             lender = Lender(
-                self.config.host, ports, count=lambda size: self.state.count(Count.BYTES, "relayed", "out", by=size)
+                self.config.host,
+                ports,
+                count=lambda size: self.state.count(Count.BYTES, "relayed", "out", by=size),
+                pace=self.config.pace,
             )
             try:
                 await lender.start()
@@ -259,6 +262,7 @@ class _Peer:
             run_id=run.run_id,
             listen_host=config.host,
             listen_port=self.way_in.transport_port,
+            pace=config.pace,
         )
         lease = run.manifest.ownership.lease_seconds
         links = Links(

@@ -97,7 +97,7 @@ class WorkerPeer:
 
     def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run, dht: hivemind.DHT) -> None:
         self.config, self.state, self.identity, self.facts = config, state, identity, run
-        self.averager = sketch_averager(dht, identity, run)
+        self.averager = sketch_averager(dht, identity, run, config.pace)
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self._saved_step = 0
         self._unpublished: Counter[int] = Counter()  # by slot, composers' steps since its last delta

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .errors import Refused
 from .merging import SHARE_TOTAL
+from .pacing import UNLIMITED, Pace
 from .parts import PartCodec
 from .robust import robust_mean
 
@@ -103,6 +104,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         share_by_peer: `merging.shares` by peer id (base58), of every member.
         reducers: the members that average parts, each an equal share; the others cannot be dialled.
         robust: whether parts are averaged robustly.
+        pace: what parts take from, both ways.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         tensors: Sequence[Tensor],
         ordered_peer_ids: Sequence[PeerID],
         part_size_bytes: int,
+        pace: Pace = UNLIMITED,
         **kwargs: object,
     ) -> None:
         super().__init__(
@@ -127,7 +130,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         )
         self.account = Account()
         self.tensor_part_reducer: ShareReducer
-        self._codec = codec
+        self._codec, self._pace = codec, pace
         self._names = [peer.to_base58() for peer in ordered_peer_ids]
         self._shares = [share_by_peer[name] for name in self._names]
         self._full_share = sum(self._shares)
@@ -160,6 +163,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
                 included = self.tensor_part_reducer.included[part_index]
                 part_index += 1
                 self.account.bytes_sent += len(encoded.buffer)
+                await asyncio.sleep(self._pace.up(len(encoded.buffer)))
                 yield averaging_pb2.AveragingData(
                     code=averaging_pb2.AVERAGED_PART,
                     tensor_part=encoded,
@@ -189,7 +193,9 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
 
         try:
             async for part in amap_in_executor(decode, aenumerate(stream), max_prefetch=1):
-                self.account.bytes_received += 0 if receives_only else self._codec.encoded_bytes(part.numel())
+                received = 0 if receives_only else self._codec.encoded_bytes(part.numel())
+                self.account.bytes_received += received
+                await asyncio.sleep(self._pace.down(received))
                 yield part
         except Refused as error:
             self.account.blame(sender, error.cause)
@@ -267,6 +273,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
                     raise AllreduceException(f"returned {part_index} of {len(sizes)} parts") from None
                 part, included, received = await asyncio.to_thread(decode, message, size)
                 self.account.bytes_received += received
+                await asyncio.sleep(self._pace.down(received))
                 self._note_inputs(included, size, peer_index)
                 self.tensor_part_container.register_processed_part(peer_index, part_index, part)
 
@@ -278,6 +285,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
             return
         async for message in super()._generate_input_for_peer(peer_index):
             self.account.bytes_sent += len(message.tensor_part.buffer)
+            await asyncio.sleep(self._pace.up(len(message.tensor_part.buffer)))
             yield message
 
     # -- accounting --------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from .hanging_up import until_hung_up
 from .matchmaking import RoundMatchmaking, Search, round_of_bucket
 from .merging import Weighting, shares, weights
 from .outcome import Order, Report, Status
+from .pacing import UNLIMITED, Pace
 from .parts import PartCodec
 from .process_death import end_with_parent
 from .reputation import suspects
@@ -124,7 +125,9 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
         purpose: str = "outer",
         weighting: Weighting = Weighting.PROGRESS,
         robust: bool = False,
+        pace: Pace = UNLIMITED,
     ) -> None:
+        self._pace = pace
         self._run_id, self._codec, self._times, self._part_bytes = run_id, codec, times, part_bytes
         self._reports, self._weighting, self._robust = reports, weighting, robust
         self._matchmakings: list[RoundMatchmaking] = []  # by fragment
@@ -362,6 +365,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 codec=self._codec,
                 robust=self._robust,
                 part_size_bytes=self._part_bytes,
+                pace=self._pace,
                 sender_timeout=self._times.sender,
                 reducer_timeout=self._times.reducer,
             )

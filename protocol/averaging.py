@@ -31,6 +31,7 @@ from .fragments import Fragment
 from .identity import Identity
 from .merging import Weighting
 from .outcome import Order, Outcome, Report, Status
+from .pacing import UNLIMITED, Pace
 from .parts import PART_BYTES, CodecName, PartCodec
 from .rounds import fragment_of
 
@@ -65,6 +66,7 @@ class Averager:
         matchmaking_seconds: how long a round waits for missing members.
         timeout_seconds: after which a round has failed, matchmaking included.
         part_bytes: encoded bytes in one message; the same on all peers.
+        pace: what parts take from, both ways.
 
     Raises:
         ValueError: the identity is not the DHT's, or the times do not fit in each other.
@@ -87,6 +89,7 @@ class Averager:
         timeout_seconds: float,
         part_bytes: int = PART_BYTES,
         robust: bool = False,
+        pace: Pace = UNLIMITED,
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("the averager forks: construct it on the main thread")
@@ -110,6 +113,7 @@ class Averager:
             purpose=self.purpose,
             weighting=self.weighting,
             robust=robust,
+            pace=pace,
         )
         self._lock = threading.Lock()  # guards the four below, and the control pipe against interleaved writes
         self._pending: dict[int, _Pending] = {}

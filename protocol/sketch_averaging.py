@@ -32,6 +32,7 @@ from .fragments import Fragment
 from .identity import Identity
 from .merging import Weighting, weights
 from .outcome import Outcome, Status
+from .pacing import UNLIMITED, Pace
 from .parts import PART_BYTES, CodecName
 
 _BASE_DOMAIN = b"shoal/slot-sketch/1\0"
@@ -67,6 +68,7 @@ class SketchAverager(Averager):
         matchmaking_seconds: float,
         timeout_seconds: float,
         part_bytes: int = PART_BYTES,
+        pace: Pace = UNLIMITED,
     ) -> None:
         if num_slots < 1 or numel < 1:
             raise ValueError(f"{num_slots} slots of {numel} elements")
@@ -82,6 +84,7 @@ class SketchAverager(Averager):
             matchmaking_seconds=matchmaking_seconds,
             timeout_seconds=timeout_seconds,
             part_bytes=part_bytes,
+            pace=pace,
         )
 
     def submit(

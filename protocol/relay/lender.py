@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import BadSignature, Refused
 from ..identity import verify
+from ..pacing import UNLIMITED, Pace
 from .splice import Ends, splice
 from .wire import (
     ANSWER_SECONDS,
@@ -71,7 +72,15 @@ class Lender:
         borrowers: peers that have ports now.
     """
 
-    def __init__(self, host: str, ports: Sequence[int], *, count: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        host: str,
+        ports: Sequence[int],
+        *,
+        count: Callable[[int], None] = lambda _: None,
+        pace: Pace = UNLIMITED,
+    ) -> None:
+        self._pace = pace
         self._host, self._port, self._ports, self._count = host, ports[0], ports[1:], count
         self._loans: dict[str, _Loan] = {}  # by peer id
         self._kept: dict[int, tuple[str, float]] = {}  # by port: whose it is, and until when (monotonic; inf: lent)
@@ -225,7 +234,7 @@ class Lender:
             send(loan.control, Incoming(number, index))
             async with asyncio.timeout(ANSWER_SECONDS):
                 ends = await waiting
-            await splice((reader, writer), ends, self._count)
+            await splice((reader, writer), ends, self._count, self._pace)
         except (OSError, TimeoutError) as error:
             logger.debug("%s did not take a connection: %s", loan.peer_id, error)
         finally:

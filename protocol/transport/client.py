@@ -29,6 +29,7 @@ import msgspec
 
 from ..errors import PeerUnreachable, ShoalError
 from ..identity import Identity
+from ..pacing import UNLIMITED, Pace
 from . import ipc
 from .answering import Answerer, ServeHandler
 from .calls import Calls
@@ -79,6 +80,7 @@ class Transport:
         listen_host: str = "127.0.0.1",
         listen_port: int = 0,
         limits: Limits | None = None,
+        pace: Pace = UNLIMITED,
         clock: Callable[[], float] = time.monotonic,
     ) -> Transport:
         """Spawn the host process and wait until it listens.
@@ -87,6 +89,7 @@ class Transport:
             identity_path: the peer's key; created if missing.
             run_id: topics and resources of other runs are invisible.
             listen_port: 0 picks one, which stays the same across restarts of the host process.
+            pace: what all connections together may use.
             clock: monotonic seconds; decides whether failures are close together.
 
         Raises:
@@ -103,6 +106,9 @@ class Transport:
             parent_pid=os.getpid(),
             peers=[],
             topics=[],
+            pace_folder="" if pace.folder is None else str(pace.folder),
+            rate_up=pace.rates.up,
+            rate_down=pace.rates.down,
         )
         self = cls(identity.peer_id, order, clock)
         ready = await self._supervisor.start()

@@ -28,13 +28,13 @@ from multiaddr import Multiaddr
 
 from ..errors import ShoalError
 from ..identity import Identity
+from ..pacing import Pace, Rates
 from . import call_wire, ipc, wire
 from .calling import Caller
 from .channel import Channel, TrainerGone
 from .fetching import Fetcher
 from .gossip import Gossip, Router
 from .inbox import GossipCounts
-from .limits import Limits
 from .links import Links, Unreachable, parse
 from .receiving import Receiver
 from .serving import Server
@@ -194,7 +194,7 @@ async def main(descriptor: int) -> None:
         nursery.start_soon(channel.write_loop)
         try:
             identity = Identity.load(Path(start.identity_path))
-            libp2p_host = _build(identity, start.limits)
+            libp2p_host = _build(identity, start)
             listen = _listen_address(start.listen_host, start.listen_port)
             async with libp2p_host.run(listen_addrs=[listen]):
                 addrs = [f"{addr}/p2p/{identity.peer_id}" for addr in libp2p_host.get_transport_addrs()]
@@ -217,10 +217,13 @@ async def main(descriptor: int) -> None:
             os._exit(1)
 
 
-def _build(identity: Identity, limits: Limits) -> Any:
+def _build(identity: Identity, start: ipc.Start) -> Any:
+    limits = start.limits
+    folder = Path(start.pace_folder) if start.pace_folder else None
+    pace = Pace(folder, Rates(start.rate_up, start.rate_down))
     host = new_host(
         key_pair=create_new_key_pair(identity.seed),
-        transports=[WatchedTCP()],
+        transports=[WatchedTCP(pace)],
         muxer_preference="YAMUX",
         disable_identify_address_discovery=True,  # peers find each other through the directory
         negotiate_timeout=int(limits.dial_seconds) or 1,

@@ -39,6 +39,9 @@ class Start(Frame, frozen=True):
     parent_pid: int
     peers: list[list[str]]  # multiaddrs per peer
     topics: list[str]
+    pace_folder: str = ""  # of the peer's buckets; empty: nothing is limited
+    rate_up: float | None = None  # bytes per second
+    rate_down: float | None = None
 
 
 class Connect(Frame, frozen=True):

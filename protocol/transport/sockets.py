@@ -1,4 +1,4 @@
-"""TCP for py-libp2p with dead peers noticed by the kernel.
+"""TCP for py-libp2p with dead peers noticed by the kernel, and no more bandwidth than the peer may use.
 
 A peer that vanishes (laptop closed, NAT entry gone) sends no FIN, and neither Yamux nor py-libp2p asks whether it is
 still there. Keep-alive probes find that out on an idle connection and TCP_USER_TIMEOUT on a busy one; both end in an
@@ -14,6 +14,8 @@ import trio
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
+from ..pacing import Pace
+
 _OPTIONS = (
     ("TCP_NODELAY", 1),
     ("TCP_KEEPIDLE", 10),  # seconds of silence before the first probe
@@ -24,23 +26,55 @@ _OPTIONS = (
 
 
 class WatchedTCP(TCP):
-    """TCP transport whose sockets carry the options above (those the platform has)."""
+    """TCP transport whose sockets carry the options above (those the platform has), at no more than `pace`."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
 
     async def dial(self, maddr: Multiaddr) -> Any:
         connection: Any = await super().dial(maddr)
-        _watch(connection.stream)
+        self._watch(connection.stream)
         return connection
 
     def create_listener(self, handler_function: Any) -> Any:
         async def watched(stream: Any) -> None:
-            _watch(stream)
+            self._watch(stream)
             await handler_function(stream)
 
         return super().create_listener(watched)
 
+    def _watch(self, stream: Any) -> None:
+        _set_options(stream.stream)
+        stream.stream = _PacedStream(stream.stream, self._pace)
 
-def _watch(stream: Any) -> None:
-    inner: trio.SocketStream = stream.stream
+
+class _PacedStream:
+    """What py-libp2p uses of a `trio.SocketStream`, with waits. It holds a lock in each direction: order stays."""
+
+    def __init__(self, inner: trio.SocketStream, pace: Pace) -> None:
+        self._inner, self._pace = inner, pace
+        self.socket = inner.socket
+
+    async def send_all(self, data: bytes) -> None:
+        await _sleep(self._pace.up(len(data)))
+        await self._inner.send_all(data)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        data = bytes(await self._inner.receive_some(max_bytes))
+        await _sleep(self._pace.down(len(data)))
+        return data
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+async def _sleep(seconds: float) -> None:
+    if seconds:
+        await trio.sleep(seconds)
+
+
+def _set_options(inner: trio.SocketStream) -> None:
     inner.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _OPTIONS:
         option = getattr(socket, name, None)

@@ -10,7 +10,7 @@ from shoal.benchmarks.inprocess import InProcessSwarm
 from shoal.node.composer import Composer
 from shoal.node.data import Batches, load_corpus
 from shoal.node.evaluate import HELDOUT_SEED, heldout_loss
-from shoal.node.manifest import DataSpec, Manifest, OuterSpec, StandInSpec, TrainSpec
+from shoal.node.manifest import DataSpec, Manifest, OuterSpec, SketchSpec, StandInSpec, TrainSpec
 from shoal.node.model.presets import preset
 from torch import Tensor
 
@@ -28,12 +28,12 @@ def tiny(**parts: Any) -> Manifest:
     return Manifest(name="tiny", founder="12D3KooWtiny", created_at=0, model=chosen.model, **(fields | parts))
 
 
-def swarm_of(manifest: Manifest, owned: list[list[int]]) -> InProcessSwarm:
+def swarm_of(manifest: Manifest, owned: list[list[int]], *, frozen: bool = False) -> InProcessSwarm:
     corpus = load_corpus("stdlib")
     batches = [
         Batches(corpus.shard(i, len(owned)), manifest.train.batch_size, CONTEXT, seed=i) for i in range(len(owned))
     ]
-    return InProcessSwarm(manifest, [b.next for b in batches], owned)
+    return InProcessSwarm(manifest, [b.next for b in batches], owned, frozen=frozen)
 
 
 def split(composers: int) -> list[list[int]]:
@@ -63,6 +63,24 @@ def test_a_swarm_of_three_learns() -> None:
     assert_copies_are_equal(swarm)
     assert swarm.bytes.deltas > 0
     assert swarm.bytes.outer > 0
+
+
+def test_frozen_copies_are_taken_from_owners_with_each_merge() -> None:
+    manifest = tiny(outer=OuterSpec(every_steps=4, fragments=1, overlap_steps=0), sketch=SketchSpec(kind="none"))
+    swarm = swarm_of(manifest, split(2), frozen=True)
+
+    def fresh() -> bool:
+        return all(
+            torch.equal(expert.gate_up, copy.dense()[0]) and torch.equal(expert.down, copy.dense()[1])
+            for owner, other in (swarm.composers, swarm.composers[::-1])
+            for slot in owner.owned
+            for expert, copy in zip(owner.experts_of(slot), other.standins(slot), strict=True)
+        )
+
+    assert [fresh() for _ in swarm.run(9)] == [False, False, False, True, False, False, False, True, False]
+    one = sum(2 * (e.gate_up.numel() + e.down.numel()) for e in swarm.composers[0].experts_of(0))
+    assert swarm.bytes.deltas == 4 * SLOTS * one, "at the start, twice on the way, and at the end"
+    assert swarm.bytes.sketches == 0
 
 
 @pytest.mark.parametrize("kind", ["lowbit", "narrow"])

@@ -50,9 +50,9 @@ def test_impossible_settings_are_refused() -> None:
 
 
 def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> None:
-    methods = ["centralized", "shoal-lowbit+rows", "extreme-lowbit+rows:sketch.kappa=0"]
+    methods = ["centralized", "spes", "shoal-lowbit+rows", "extreme-lowbit+rows:sketch.kappa=0"]
     command = [sys.executable, "-m", "shoal.benchmarks.quality", "--methods", ",".join(methods), "--out", str(tmp_path)]
-    size = ["--preset", "tiny", "--composers", "2", "--workers", "3", "--windows", "2"]
+    size = ["--preset", "tiny", "--composers", "2", "--workers", "3", "--windows", "2", "--seeds", "2"]
     done = subprocess.run(
         [*command, *size, "--seed-steps", "1", "--steps", "2", "--set", "sketch.budget_bytes=5000"],
         env={**os.environ, "PYTHONSAFEPATH": "1"},
@@ -62,11 +62,16 @@ def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> 
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    results = {result["method"]: result for result in json.loads((tmp_path / "quality.json").read_text())}
-    assert list(results) == methods
-    assert all(2.0 < result["loss"] < 6.0 for result in results.values())
+    told = json.loads((tmp_path / "quality.json").read_text())
+    assert [(result["seed"], result["method"]) for result in told] == [(s, m) for s in (0, 1) for m in methods]
+    assert told[0]["loss"] != told[4]["loss"]
+    assert all(2.0 < result["loss"] < 6.0 for result in told)
+    results = {result["method"]: result for result in told}
+    whole, spes, owners, none = (results[name] for name in methods)
+    assert whole["flops_per_token"] > spes["flops_per_token"] > none["flops_per_token"]
+    assert whole["state_bytes"] > spes["state_bytes"] > owners["state_bytes"] > none["state_bytes"]
     tokens, headers = 2 * 2 * 4 * 256, 24 * 16 * 3
-    for name in methods[1:]:
+    for name in methods[2:]:
         assert 0 < results[name]["sketch_bytes"] <= 2 * 2 * (5000 + headers)
         assert f"| {results[name]['sketch_bytes'] / tokens:.1f} |" in done.stdout
-    assert results["centralized"]["sketch_bytes"] == 0
+    assert whole["sketch_bytes"] == spes["sketch_bytes"] == 0

@@ -12,6 +12,7 @@ from shoal.node import cli
 from shoal.node.config import PeerConfig, outward_address, parse_shard
 from shoal.node.errors import ConfigError, IdentityInUse, InviteError, exit_code
 from shoal.protocol.errors import ShoalError
+from shoal.protocol.pacing import UNLIMITED
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,9 @@ def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         {"announce": ("host:80",)},
         {"announce": ("",)},
         {"role": "boss"},
+        {"max_upload": 0.0},
+        {"max_download": -1.0},
+        {"max_upload": float("nan")},
         {"reach": "somehow"},
         {"relay": "31400"},
         {"relay": "31400-31401"},
@@ -138,6 +142,12 @@ def test_bad_values_are_refused_with_a_fix(bad: dict) -> None:
         PeerConfig(**bad)
     assert caught.value.fix
     assert next(iter(bad)) in str(caught.value)
+
+
+def test_bandwidth_is_shared_by_way_of_the_data_directory(tmp_path: Path) -> None:
+    pace = PeerConfig(data_dir=tmp_path, max_upload=8.0).pace
+    assert (pace.rates.up, pace.rates.down, pace.folder) == (1e6, None, tmp_path)
+    assert PeerConfig().pace is UNLIMITED
 
 
 def test_ports_to_lend() -> None:

@@ -23,6 +23,7 @@ from shoal.protocol.averaging import OuterAverager
 from shoal.protocol.dht import start_dht, visible_addresses
 from shoal.protocol.fragments import Fragment
 from shoal.protocol.identity import Identity
+from shoal.protocol.pacing import UNLIMITED, Pace, Rates
 from shoal.protocol.process_death import end_with_parent
 from shoal.protocol.sketch_averaging import SketchAverager, credited_tokens
 
@@ -97,6 +98,7 @@ def serve(address: str, spec: dict) -> None:
         "matchmaking_seconds": spec["matchmaking_seconds"],
         "timeout_seconds": spec["timeout_seconds"],
         "part_bytes": spec["part_bytes"],
+        "pace": UNLIMITED if spec["pace"] is None else Pace(Path(spec["pace"][0]), Rates(*spec["pace"][1:])),
     }
     averager = faulty(OuterAverager, spec["fault"])(
         fragments=[Fragment(i, tuple(t), tuple(t.values()), sum(t.values())) for i, t in enumerate(spec["sizes"])],

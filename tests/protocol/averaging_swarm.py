@@ -104,11 +104,13 @@ class Swarm:
         timeout_seconds=12.0,
         part_bytes=1 << 10,
         robust=False,
+        paces=None,
         sketches=None,
         sketchers=None,
     ) -> list[Peer]:
         """`sizes`: of the fragments, each a number of elements, or those of each tensor by name.
 
+        `paces`: by number of the peer, a folder and two rates, as `Pace` has them.
         `sketches`: (slots, elements) if peers average sketches too; `sketchers` names odd peers' kinds of sketch.
         """
         self.run_id = f"test-{secrets.token_hex(6)}"
@@ -127,6 +129,7 @@ class Swarm:
                     "timeout_seconds": timeout_seconds,
                     "part_bytes": part_bytes,
                     "robust": robust,
+                    "pace": (paces or {}).get(i),
                     "sketches": sketches,
                     "sketcher": (sketchers or {}).get(i, "rank 16"),
                 }
