@@ -21,7 +21,9 @@ from .. import __version__
 from ..protocol.errors import ShoalError
 from . import logs
 from .config import ENV_PREFIX, PeerConfig, Role, default_data_dir
+from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
+from .runs import runs
 from .simulation.command import simulate
 
 if TYPE_CHECKING:
@@ -53,8 +55,11 @@ app.meta.result_action = "return_value"
 app["--help"].group = app["--version"].group = "About"
 identity_app = App(name="identity", help="The key that names this peer.")
 app.command(identity_app)
+app.command(doctor)
+app.command(runs)
 app.command(simulate)
 
+CONFIGURED = ("found", "join", "doctor")  # commands that take a peer's settings from file and environment too
 PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]
 
 
@@ -298,10 +303,19 @@ def version() -> int:
 
 def _start(config: PeerConfig, manifest: Manifest | None) -> int:
     logs.configure(format=config.log_format, level=config.log_level)
-    from .peer import run_peer
 
-    code: int = run_peer(config, manifest)
-    return code
+    def live() -> int:
+        from .peer import run_peer
+
+        code: int = run_peer(config, manifest)
+        return code
+
+    if config.hours is None:
+        return live()
+    from .hours import Hours
+    from .resting import ByHours
+
+    return ByHours(config, Hours.parse(config.hours), live).run()
 
 
 @app.meta.default
@@ -326,7 +340,7 @@ def _with_settings(
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{config} is not TOML: {error}", fix="settings look like: http_port = 8470") from None
         sources.append(Toml(config, must_exist=True, use_commands_as_keys=False))
-    before = {command: app[command].config for command in ("found", "join")}
+    before = {command: app[command].config for command in CONFIGURED}
     try:
         for command in before:
             app[command].config = sources

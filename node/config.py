@@ -19,6 +19,7 @@ from cyclopts import Group, Parameter
 
 from ..protocol.pacing import UNLIMITED, Pace, Rates
 from .errors import ConfigError
+from .hours import Hours
 from .logs import LogFormat, LogLevel
 
 Role = Literal["composer", "worker", "bootstrap", "observer"]
@@ -135,6 +136,9 @@ class PeerConfig:
     max_download: Annotated[float | None, Parameter(group=NETWORK, metavar="MBIT")] = None
     """Megabits per second to take at most, from all peers together. By default as many as there are."""
 
+    hours: Annotated[str | None, Parameter(group=LOCAL, metavar="HH:MM-HH:MM")] = None
+    """Take part at these hours of the local day only. At their end the peer hands over; it comes back by itself."""
+
     http_host: Annotated[str, Parameter(group=NETWORK)] = "127.0.0.1"
     """Address of the status page, metrics and health checks. They are readable by whoever can reach them."""
 
@@ -199,6 +203,8 @@ class PeerConfig:
 
         if self.relay is not None:
             parse_ports(self.relay)
+        if self.hours is not None:
+            Hours.parse(self.hours)
 
     @property
     def relay_ports(self) -> range | None:

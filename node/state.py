@@ -26,6 +26,7 @@ LOSS_DECAY = 0.95  # of the moving average of the loss, per step
 class Phase(StrEnum):
     """Where in its life a peer is."""
 
+    RESTING = "resting"  # not now: see --hours
     STARTING = "starting"  # reading its configuration, starting its children
     JOINING = "joining"  # reaching the swarm, verifying the manifest
     SYNCING = "syncing"  # fetching backbone, stand-ins and owned experts

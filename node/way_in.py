@@ -63,7 +63,7 @@ def find_way_in(config: PeerConfig, identity: Identity, relay: Address | None) -
         if config.reach == "auto":
             seen = asyncio.run(probe(relay, config.host, (dht_port, transport_port)))
             log.info("way_in.probed", address=seen.address, reachable=seen.reachable)
-            if seen.reachable and seen.address in {*hosts, *_interfaces()}:
+            if seen.reachable and seen.address in {*hosts, *interface_addresses()}:
                 return WayIn(hosts, dht_port, transport_port)
             if seen.reachable:  # by ports that the router forwards
                 return WayIn((seen.address,), dht_port, transport_port, _at([seen.address], dht_port))
@@ -83,7 +83,8 @@ def _at(hosts: Sequence[str], port: int) -> tuple[str, ...]:
     return tuple(str(Address.of_host(host, port)) for host in hosts)
 
 
-def _interfaces() -> set[str]:
+def interface_addresses() -> set[str]:
+    """Every address that this machine has."""
     return {address.address for found in psutil.net_if_addrs().values() for address in found}
 
 

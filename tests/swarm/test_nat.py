@@ -3,6 +3,7 @@
 Peers are real and stand in network namespaces; the routers masquerade by nftables.
 """
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,10 @@ def test_peers_behind_different_routers_train_together(network: Network, tmp_pat
             assert len(peer.said("way_in.relayed")) == 1
             assert f"@{network.address('p')}:" in peer.status["invite"], "whom it invites comes by the relay too"
         assert _dials(network, "p", a.status["invite"])
+        asked = peers.call("a", ["doctor", invite, "--json"], 120)
+        assert asked.returncode == 0, asked.stdout + asked.stderr
+        [way_in] = [each["said"] for each in json.loads(asked.stdout) if each["check"] == "way in"]
+        assert way_in.startswith(f"behind a router at {network.address('a-router')} that lets nobody in")
         assert not _dials(network, "p", invite.replace(network.address("p"), network.address("a")))
         relayed = sum(each["bytes"] for each in public.status["bytes"] if each["kind"] == "relayed")
         trained = a.status["tokens"] + b.status["tokens"]

@@ -1,5 +1,6 @@
 """What an operator watches a swarm with: a real Prometheus answers all that the dashboard and the rules ask."""
 
+import json
 import re
 import secrets
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_prometheus_answers_what_operators_ask(swarm: Swarm, tmp_path: Path) -> 
     composers = joined[:2]
     swarm.wait_for("both train and merge", lambda: all(peer.commits() > 1 for peer in composers), START_SECONDS)
 
+    look_around(swarm, founder)
     targets = [urlsplit(peer.url).netloc for peer in (founder, *joined)]
     with prometheus_server(targets, tmp_path, RULE_FILES) as prometheus:
         until("all are scraped", lambda: prometheus.query("count(up == 1)").get((), 0) == len(targets), prometheus.log)
@@ -60,6 +62,20 @@ def test_prometheus_answers_what_operators_ask(swarm: Swarm, tmp_path: Path) -> 
             else:
                 prometheus.query(query)
         check_rules(prometheus)
+
+
+def look_around(swarm: Swarm, founder: Peer) -> None:
+    """What a newcomer asks before it joins: which runs are here, and would a peer of mine work?"""
+    [run] = json.loads(swarm.call("runs", "--bootstrap", founder.url, "--json").stdout)
+    assert (run["composers"], run["workers"]) == (2, 1)
+    assert run["invite"] == founder.status()["invite"]
+    asked = swarm.call("doctor", run["invite"], "--host", "127.0.0.1", "--json")
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    found = {each["check"]: each for each in json.loads(asked.stdout)}
+    for check in ("invite", "bootstrap", "run", "clock", "streams"):
+        assert found[check]["verdict"] == "ok", found[check]
+    assert "2 composers, 1 worker, 1 bootstrap" in found["run"]["said"]
+    assert "no relay" in found["way in"]["said"]
 
 
 def check_rules(prometheus: Prometheus) -> None:
