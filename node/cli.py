@@ -25,6 +25,7 @@ from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
 from .runs import runs
 from .simulation.command import simulate
+from .upcycling.command import upcycle
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -58,6 +59,7 @@ app.command(identity_app)
 app.command(doctor)
 app.command(runs)
 app.command(simulate)
+app.command(upcycle)
 
 CONFIGURED = ("found", "join", "doctor")  # commands that take a peer's settings from file and environment too
 PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]

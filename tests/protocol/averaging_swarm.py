@@ -169,7 +169,7 @@ class Swarm:
 
     def close(self):
         self.control.send(None)
-        self.template.wait(10)
+        self.template.wait(60)  # a busy machine takes its time to end what torch has loaded
         self.listener.close()
 
 
