@@ -77,6 +77,7 @@ def found(
     sketch_budget: Annotated[int | None, Parameter(group=RUN, metavar="BYTES_PER_STEP")] = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", group=RUN, metavar="PART.FIELD=VALUE")] = (),
     role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
+    seed: Annotated[Path | None, Parameter(group=RUN, metavar="FOLDER")] = None,
     peer: PeerOptions = None,
 ) -> int:
     """Start a new run and its first peer, and print the invite.
@@ -111,6 +112,9 @@ def found(
         `--set standin.kind=narrow`. May be given several times; docs/sketches.md lists those of sketches.
     role:
         Whether the first peer trains too.
+    seed:
+        A Mixture-of-Experts checkpoint to start from, as `upcycle` and `export` write them; the preset then only gives
+        the schedule. Peers fetch from each other what they need of it.
     """
     config = replace(peer or PeerConfig(), role=role)
     from .founding import new_manifest
@@ -125,6 +129,7 @@ def found(
         private_layers=private_layers,
         sketch_budget=sketch_budget,
         settings=set_,
+        seed=seed,
     )
     return _start(config, manifest)
 
@@ -261,11 +266,11 @@ def evaluate(
 
     result = evaluate_checkpoint(checkpoint, data=data, windows=windows, context_length=context_length)
     if json:
-        print(jsonlib.dumps({"nats_per_token": result.nats_per_token, "windows": result.windows}))
+        told = {name: getattr(result, name) for name in ("nats_per_token", "bits_per_byte", "windows")}
+        print(jsonlib.dumps(told))
     else:
-        print(
-            f"{result.nats_per_token:.4f} nats a token over {result.windows} windows of {result.context_length} tokens"
-        )
+        measured = f"{result.nats_per_token:.4f} nats a token, {result.bits_per_byte:.4f} bits a byte"
+        print(f"{measured}, over {result.windows} windows of {result.context_length} tokens")
     return 0
 
 

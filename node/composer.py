@@ -33,6 +33,7 @@ from ..protocol.radial import NormedClaims
 from .manifest import Manifest
 from .model.build import build_model
 from .model.cut import backbone_fragments
+from .model.start import Start
 from .optimizer import make_optimizer
 from .owning import ExpertOwner, expert_type
 from .sketching import Collector
@@ -77,7 +78,7 @@ class _Round:
 class Composer(ExpertOwner):
     """One learner. `owned` slots hold full experts; `next_batch` yields int64 tokens of shape (B, context_length).
 
-    `secret` is what the initial experts of the run follow from beside its seed.
+    `start` is where first weights come from; by default a function of the manifest alone.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class Composer(ExpertOwner):
         owned: Collection[int],
         next_batch: NextBatch,
         fit_seed: int = 0,
-        secret: bytes = b"",
+        start: Start | None = None,
     ) -> None:
         super().__init__(manifest, fit_seed=fit_seed)
         self.next_batch = next_batch
         self.model = build_model(
-            manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train), secret=secret
+            manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train), start=start
         )
         self.backbone = self.model.backbone
         self.tokens = 0

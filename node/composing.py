@@ -24,7 +24,7 @@ from .common_state import CommonState, Held
 from .composer import Composer, StepReport
 from .config import PeerConfig
 from .copies import Snapshot
-from .data import Batches, load_corpus, seed_of_peer
+from .data import Batches, Encode, load_corpus, seed_of_peer, tokens_of
 from .deposing import Deposing
 from .exchange import Exchange
 from .gradient_collecting import GradientCollector
@@ -39,12 +39,15 @@ from .membership import Membership
 from .model.cut import backbone_fragments, cadences
 from .outer import OuterDriver
 from .persistence import composer_tensors, restore_backbone, saved_slots
+from .seed.joining import SeedAtHome, start_of
+from .seed.store import TOKENIZER
 from .serving import Library
 from .sketch_receiving import SketchReceiver
 from .sketch_sending import SketchSender
 from .sketching import SketchCollector
 from .slot_order import LayerOrder, inverse, renamed
 from .state import Count, PeerState, Phase, StepPart
+from .tokenizer import Encoder
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -101,14 +104,18 @@ class ComposerPeer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.state.enter(Phase.SYNCING, "building the model")
-        self.batches = self._batches()
         assert library.handle_key is not None
+        seed = library.seed = self._seed(links)
+        start = start_of(
+            self.facts.manifest, library.handle_key, seed, network, lambda what: self.state.enter(Phase.SYNCING, what)
+        )
+        self.batches = self._batches(seed)
         composer = Composer(
             self.facts.manifest,
             owned=(),
             next_batch=self.batches.next,
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
-            secret=library.handle_key,
+            start=start,
         )
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         held, saved = self._restore(composer, order)
@@ -116,6 +123,7 @@ class ComposerPeer:
         self.trainer = Trainer(composer, self._after_step)
         weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
         self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
+        self.exchange.fetch_first = None if seed is None else seed.fetch_experts
         self.common = CommonState(links, self.trainer, self.fragments, held)
         self.outer = OuterDriver(
             links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest.outer)
@@ -132,8 +140,8 @@ class ComposerPeer:
         )
         self.sender: SketchSender | GradientSender | None = None
         if self.facts.manifest.sketch.kind == "rows":
-            seed = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
-            composer.collector = SketchCollector(self.facts.manifest.sketch, composer.shape, seed=seed)
+            chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
+            composer.collector = SketchCollector(self.facts.manifest.sketch, composer.shape, seed=chance)
             self.sender = SketchSender(links, self.exchange, composer.collector)
         elif self.sketch_averager is not None:
             form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)
@@ -317,13 +325,22 @@ class ComposerPeer:
 
     # -- starting --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Batches:
+    def _seed(self, links: Links) -> SeedAtHome | None:
+        if not self.facts.manifest.model.start:
+            return None
+        return SeedAtHome(links, self.config.data_dir / "seed", self.config.join_seconds)
+
+    def _batches(self, seed: SeedAtHome | None) -> Batches:
         manifest = self.facts.manifest
+        encode: Encode = tokens_of
+        if manifest.data.tokenizer == "seed":
+            assert seed is not None
+            encode = Encoder(seed.store.need(TOKENIZER), manifest.model.config.get("eos_token_id"))
         corpus = load_corpus(self.config.data if self.config.data != "stdlib" else manifest.data.corpus)
         if self.config.data_shard is not None:
-            tokens = corpus.shard(*self.config.data_shard)
+            tokens = corpus.shard(*self.config.data_shard, encode)
         else:
-            tokens = corpus.routed(self.identity.peer_id, ())
+            tokens = corpus.routed(self.identity.peer_id, (), encode)
         return Batches(
             tokens,
             manifest.train.batch_size,

@@ -12,7 +12,8 @@ The standard library's documents are hashed by their name, because peers may run
 edited between two of them must stay on one side of the split. A peer's own documents are hashed by content: names
 mean nothing there.
 
-Tokens are bytes (vocabulary 256). Every document ends with byte 0, which text does not contain.
+Tokens are bytes (vocabulary 256), unless a run brings a tokenizer. Every document ends with byte 0, which text does not
+contain.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sysconfig
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -40,7 +41,7 @@ MAX_CORPUS_BYTES = 1 << 30  # held in memory; what is beyond is left out with a 
 STDLIB_SKIPPED = {"__pycache__", "dist-packages", "ensurepip", "idle_test", "site-packages", "test", "tests"}
 SNIFFED_BYTES = 4096  # a file with a zero byte among its first ones is not text
 
-Tokens = npt.NDArray[np.uint8]
+Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
 
 
 class DataError(ShoalError):
@@ -57,6 +58,9 @@ class Document:
     text: bytes = field(compare=False)
 
 
+Encode = Callable[[Sequence[Document]], Tokens]  # documents one after another, as tokens; by default `tokens_of`
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Documents in hash order, split into training and held-out ones."""
@@ -69,7 +73,7 @@ class Corpus:
     def train_bytes(self) -> int:
         return sum(len(document.text) for document in self.train)
 
-    def shard(self, index: int, num_shards: int) -> Tokens:
+    def shard(self, index: int, num_shards: int, encode: Encode | None = None) -> Tokens:
         """Training tokens of shard `index` of `num_shards`: disjoint, complete, equal to within one document."""
         if not 0 <= index < num_shards:
             raise ValueError(f"shard {index} of {num_shards} does not exist")
@@ -79,16 +83,17 @@ class Corpus:
             if min(int(middle * num_shards / total), num_shards - 1) == index:
                 chosen.append(document)
             start += len(document.text)
-        return tokens_of(chosen)
+        return (encode or tokens_of)(chosen)
 
-    def routed(self, me: str, peers: Collection[str]) -> Tokens:
+    def routed(self, me: str, peers: Collection[str], encode: Encode | None = None) -> Tokens:
         """Training tokens of composer `me` among the live composers `peers` (peer ids; `me` is counted in)."""
         composers = sorted({me, *peers})
-        return tokens_of([d for d in self.train if max(composers, key=lambda p: _score(p, d.digest)) == me])
+        mine = [d for d in self.train if max(composers, key=lambda p: _score(p, d.digest)) == me]
+        return (encode or tokens_of)(mine)
 
-    def heldout(self, windows: int, context_length: int, seed: int = 0) -> torch.Tensor:
+    def heldout(self, windows: int, context_length: int, seed: int = 0, encode: Encode | None = None) -> torch.Tensor:
         """The fixed evaluation set, (windows, context_length) int64: equal on every peer with this corpus and seed."""
-        return Batches(tokens_of(self.heldout_documents), windows, context_length, seed=seed).next()
+        return Batches((encode or tokens_of)(self.heldout_documents), windows, context_length, seed=seed).next()
 
 
 def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int = MAX_CORPUS_BYTES) -> Corpus:
@@ -166,7 +171,7 @@ class Batches:
     numbers.
 
     Args:
-        tokens: uint8, one-dimensional, in memory or memory-mapped.
+        tokens: uint8 or int32, one-dimensional, in memory or memory-mapped.
         batch_size: windows a batch.
         context_length: tokens a window.
         seed: 0 to 2**63 - 1.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .data import load_corpus
+from .data import VOCAB_SIZE, Encode, load_corpus, tokens_of
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ class Evaluation:
     nats_per_token: float
     windows: int
     context_length: int
+    bytes_per_token: float = 1.0  # of the held-out text
 
     @property
     def bits_per_byte(self) -> float:
-        """The same for the byte tokenizer, whose tokens are bytes."""
-        return self.nats_per_token / math.log(2)
+        """The same in a unit that does not depend on the tokenizer."""
+        return self.nats_per_token / self.bytes_per_token / math.log(2)
 
 
 @torch.no_grad()
@@ -59,20 +60,30 @@ def evaluate_checkpoint(
     """Load a checkpoint folder with transformers and measure it on the corpus's held-out part.
 
     Raises:
-        ConfigError: the folder is not a checkpoint, or its vocabulary is not bytes.
+        ConfigError: the folder is not a checkpoint, or has no tokenizer though its tokens are not bytes.
     """
     from transformers import AutoModelForCausalLM
 
     if not (checkpoint / "config.json").is_file():
         raise ConfigError(f"{checkpoint} is not a Hugging Face checkpoint folder", fix="write one with `shoal export`")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    if model.config.vocab_size != 256:
-        raise ConfigError(
-            f"{checkpoint} has a vocabulary of {model.config.vocab_size}; only byte-level models are evaluated",
-            fix="evaluate it with its own tokenizer",
-        )
-    heldout = load_corpus(data).heldout(windows, context_length, seed=HELDOUT_SEED)
-    return Evaluation(mean_loss(model, heldout), windows, context_length)
+    corpus, bytes_per_token = load_corpus(data), 1.0
+    encode: Encode = tokens_of
+    if model.config.vocab_size != VOCAB_SIZE:
+        encode = _own_tokens(checkpoint, model.config.eos_token_id)
+        text = sum(len(document.text) for document in corpus.heldout_documents)
+        bytes_per_token = text / len(encode(corpus.heldout_documents))
+    heldout = corpus.heldout(windows, context_length, HELDOUT_SEED, encode)
+    return Evaluation(mean_loss(model, heldout), windows, context_length, bytes_per_token)
+
+
+def _own_tokens(checkpoint: Path, end: int | None) -> Encode:
+    from .tokenizer import Encoder
+
+    path = checkpoint / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{checkpoint} has no tokenizer.json", fix="put its tokenizer beside it")
+    return Encoder(path.read_bytes(), end)
 
 
 def continuation(checkpoint: Path, prompt: str, *, tokens: int = 120, seed: int = 0) -> str:

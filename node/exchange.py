@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,7 @@ class Exchange(Publishing[Composer]):
         self._max_standin_bytes = max_standin_bytes
         self._following = Following(links, trainer, self._book, order, composer)
         self._leases: dict[int, tuple[str, int]] = {}
+        self.fetch_first: Callable[[int], Awaitable[None]] | None = None  # a slot's first experts, where they are far
         self._others_counts: dict[str, tuple[float, Tensor]] = {}
 
     # -- training thread -------------------------------------------------------------------------------------------
@@ -145,8 +146,9 @@ class Exchange(Publishing[Composer]):
         order = self.order.outward(slot, running.point.epoch)
         return Published(slot, running.point, tuple(running.layers[layer] for layer in order))
 
-    @property
-    def can_seed(self) -> bool:
+    async def can_seed(self, slot: int) -> bool:
+        if self.fetch_first is not None:
+            await self.fetch_first(slot)
         return True
 
     def rebuilt(self, owner: Composer, slot: int) -> tuple[SlotTensors, Published] | None:

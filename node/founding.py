@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -33,12 +35,16 @@ def new_manifest(
     private_layers: int = 0,
     sketch_budget: int | None = None,
     settings: Sequence[str] = (),
+    seed: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
     """A run to be founded by the peer of `config`, whose identity and handle key are made if need be.
 
     Args:
         sketch_budget: bytes that a composer may send for sketches in one step; None leaves that to `settings`.
         settings: see `with_settings`; they win over everything else.
+        seed: folder of the MoE checkpoint that the run starts from; its parts are written into the data directory.
+        progress: told slots of it that are done, and how many there are.
 
     Raises ConfigError or ManifestError for what is not possible.
     """
@@ -86,4 +92,27 @@ def new_manifest(
         except ValueError as error:
             raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
         manifest = with_settings(manifest, settings)  # what was said in so many words holds
+    if seed is not None:
+        manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
+    return manifest
+
+
+def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:
+    """The same run, of the checkpoint's model and tokenizer, with its parts in `folder`."""
+    from .seed.split import Checkpoint
+
+    if manifest.model.private_layers:
+        raise ConfigError("a run that starts from a checkpoint has no private layers", fix="leave one of both out")
+    if manifest.train.expert_weights == "ternary":
+        raise ConfigError("a checkpoint's experts are not ternary", fix="leave train.expert_weights as it is")
+    checkpoint = Checkpoint(seed)
+    start = checkpoint.split(folder, manifest.standin, progress)
+    model = msgspec.structs.replace(manifest.model, config=checkpoint.config(), start=start)
+    tokenizer: Literal["bytes", "seed"] = "seed" if checkpoint.tokenizer else "bytes"
+    data = msgspec.structs.replace(manifest.data, tokenizer=tokenizer)
+    manifest = msgspec.structs.replace(manifest, model=model, data=data)
+    try:
+        expert_shape(manifest.model)
+    except ValueError as error:
+        raise ConfigError(f"{seed} cannot start a run: {error}", fix="take one of a MoE family") from error
     return manifest

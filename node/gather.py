@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +39,8 @@ from .manifest import PROTOCOL_VERSION, Manifest, verify
 from .model.cut import backbone_fragments
 from .model.init import backbone_shapes, expert_shape
 from .presence import hold_data_dir
+from .seed.joining import SeedAtHome
+from .seed.store import TOKENIZER
 from .state import PeerState
 
 log = get_logger(__name__)
@@ -70,6 +72,7 @@ class Gathered:
     rounds: list[int]  # per fragment, the outer round that made it; -1 without one
     composers: int
     tokens: int  # that the composers in the run say they trained on
+    tokenizer: bytes = b""  # tokenizer.json; empty: bytes are tokens
 
 
 def export_run(invite: str, out: Path, config: PeerConfig) -> None:
@@ -79,7 +82,7 @@ def export_run(invite: str, out: Path, config: PeerConfig) -> None:
         ShoalError: the run cannot be reached, or a part of it is nowhere to be had; `out` is not written then.
     """
     from .model.export import write_checkpoint
-    from .tokenizer import byte_tokenizer
+    from .tokenizer import byte_tokenizer, read_tokenizer
 
     whole = gather(invite, config, lambda what: log.info("export.progress", what=what))
     shapes = backbone_shapes(whole.manifest.model)
@@ -87,12 +90,15 @@ def export_run(invite: str, out: Path, config: PeerConfig) -> None:
     def expert_of(layer: int, slot: int) -> tuple[Tensor, Tensor]:
         return whole.slots[slot][f"{layer}.gate_up"], whole.slots[slot][f"{layer}.down"]
 
+    length = whole.manifest.data.context_length
+    end = whole.manifest.model.config.get("eos_token_id")
+    tokenizer = read_tokenizer(whole.tokenizer, length, end) if whole.tokenizer else byte_tokenizer(length)
     write_checkpoint(
         out,
         whole.manifest.model,
         {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()},
         expert_of,
-        tokenizer=byte_tokenizer(whole.manifest.data.context_length),
+        tokenizer=tokenizer,
         card=_card(whole),
     )
     log.info("export.done", folder=str(out))
@@ -139,7 +145,12 @@ async def _gather(
         )
         await _say_hello(links, config)
         key = await fetch_key(links, [config.data_dir / f"handle-{run_id}.key"], seconds=FIND_SECONDS)
-        return await _fetch_all(links, Handles(key), progress)
+        whole = await _fetch_all(links, Handles(key), progress)
+        if manifest.data.tokenizer != "seed":
+            return whole
+        seed = SeedAtHome(links, config.data_dir / "seed", FIND_SECONDS)
+        await seed.fetch_tokenizer()
+        return replace(whole, tokenizer=seed.store.need(TOKENIZER))
 
 
 async def _say_hello(links: Links, config: PeerConfig) -> None:

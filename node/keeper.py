@@ -214,7 +214,7 @@ class SlotKeeper(Generic[O]):
 
     async def _rebuild(self, slot: int) -> Snapshot | None:
         """A slot from what runs in its place: as seeded, or as last published. None: the composer here knows it."""
-        if self._exchange.can_seed:
+        if await self._exchange.can_seed(slot):
             return None
         for peer in self._links.active_composers(waiting=True):
             try:

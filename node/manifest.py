@@ -49,13 +49,14 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     # The experts of so many MoE layers, counted from the input, are backbone: every composer has them in full, and no
     # slot, stand-in or sketch of them exists. Layers of slots are counted from 0 after them.
     private_layers: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
+    start: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""  # sha256 of the seed's index; empty: from `seed`
 
 
 class DataSpec(Spec, frozen=True, kw_only=True):
     """What it is trained on."""
 
     corpus: str = "stdlib"  # `stdlib`: Python's own library sources; a peer may point at its own text instead
-    tokenizer: Literal["bytes"] = "bytes"
+    tokenizer: Literal["bytes", "seed"] = "bytes"  # `seed`: of the checkpoint that the run starts from
     context_length: Count = 256  # tokens a sequence
 
 

@@ -279,6 +279,10 @@ class _Peer:
         links.directory.remembered = self.known.peers
         await self._open_ways(links)
         library = Library(links, run.signed)
+        if config.role == "bootstrap" and run.manifest.model.start:
+            from .seed.joining import SeedAtHome
+
+            library.seed = SeedAtHome(links, config.data_dir / "seed", config.join_seconds)
         transport.serve(library.answer)
         port = Address.parse(transport.addrs[0]).port
         dht_addrs = await asyncio.to_thread(visible_addresses, dht)

@@ -176,9 +176,8 @@ class Publishing(Generic[O]):
         """A state for a slot that nobody holds, in the wire's order of what is published; None if there is none."""
         return None
 
-    @property
-    def can_seed(self) -> bool:
-        """Whether `adopt` can do without a state."""
+    async def can_seed(self, slot: int) -> bool:
+        """Whether `adopt` can do without a state; whatever it needs for that is here then."""
         return False
 
     async def prepare(self, slot: int, epoch: int, from_epochs: Collection[int]) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would 
     from .composer import Composer
     from .exchange import Exchange
     from .keeper import SlotKeeper
+    from .seed.joining import SeedAtHome
     from .trainer import Trainer
     from .worker import Worker
 
@@ -40,6 +41,7 @@ class Library:
         self._links = links
         self._manifest = Resource(signed_manifest)
         self.handle_key: bytes | None = None
+        self.seed: SeedAtHome | None = None
         self._shelves: tuple[Trainer[Composer], CommonState, Exchange] | None = None
         self._keeper: SlotKeeper[Any] | None = None
         self._desk: AuditDesk | None = None
@@ -69,6 +71,8 @@ class Library:
             return self._manifest
         if kind is ResourceKind.HANDLE_KEY:
             return self._key_for(requester)
+        if kind in (ResourceKind.SEED, ResourceKind.SEED_INDEX):
+            return await asyncio.to_thread(self._part, index)
         if self._keeper is None or index is None:
             return None
         if kind in _OF_SLOTS:
@@ -104,6 +108,13 @@ class Library:
 
         fragment, momentum = await asyncio.wrap_future(trainer.ask(state))
         return Resource(await asyncio.to_thread(fragment_to_bytes, fragment, momentum))
+
+    def _part(self, number: int | None) -> Resource | None:
+        """Of the run's seed, as far as it is here."""
+        if self.seed is None:
+            return None
+        data = self.seed.store.index_bytes() if number is None else self.seed.store.part(number)
+        return None if data is None else Resource(data)
 
     def _key_for(self, requester: str) -> Resource | None:
         record = self._links.view().peers.get(requester)

@@ -64,6 +64,7 @@ class SlotServing(Generic[O]):
         """A first state for a slot that nobody holds, for a worker, which cannot make one. Refused while it is held."""
         if slot in self._links.view().leases:
             raise Refused("not-granted", f"slot {slot} has an owner")
+        await self._exchange.can_seed(slot)
         rebuilt = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.rebuilt(owner, slot)))
         if rebuilt is None:
             return None

@@ -8,10 +8,13 @@ never encodes to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .data import VOCAB_SIZE
+from .data import VOCAB_SIZE, DataError, Document, Tokens
 
 
 def byte_alphabet() -> list[str]:
@@ -22,6 +25,35 @@ def byte_alphabet() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(VOCAB_SIZE)]
+
+
+class Encoder:
+    """Documents to tokens by a tokenizer.json; each ends with `end`, if there is one.
+
+    Raises DataError if the bytes are no tokenizer.
+    """
+
+    def __init__(self, tokenizer_json: bytes, end: int | Sequence[int] | None) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+        except Exception as error:  # tokenizers raises no class of its own
+            raise DataError(f"the run's tokenizer cannot be read: {error}", fix="ask the run's founder") from error
+        self._end = [] if end is None else [end if isinstance(end, int) else end[0]]
+
+    def __call__(self, documents: Sequence[Document]) -> Tokens:
+        texts = [document.text.decode("utf-8", "replace") for document in documents]
+        tokens: list[int] = []
+        for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
+            tokens += encoding.ids
+            tokens += self._end
+        return np.array(tokens, dtype=np.int32)
+
+
+def read_tokenizer(tokenizer_json: bytes, context_length: int, end: int | None) -> PreTrainedTokenizerFast:
+    """The same as a Hugging Face tokenizer, for `save_pretrained`."""
+    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    text = None if end is None else tokenizer.id_to_token(end)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, eos_token=text)
 
 
 def byte_tokenizer(context_length: int) -> PreTrainedTokenizerFast:

@@ -8,6 +8,8 @@ snapshot/<slot>         a slot in full as of its last snapshot, from its owner o
 handover/<slot>         a slot in full, frozen: asking the owner for it ends its ownership (SlotState)
 weights/<slot>          what a slot's experts compute with, exactly, without optimizer state: for export (SlotState)
 rebuilt/<slot>          a slot of which no copy is left, made from the stand-in that runs there (SlotState)
+seed/<part>             a part of the checkpoint that the run starts from, if it does (node/seed)
+seed-index              their digests
 handle-key              the run's handle key (handles.py): for composers only
 handles/<slot>/<from_epoch>/<to_epoch>
                         how the experts of a copy in the handle order of `from_epoch` are called under the lease of
@@ -39,10 +41,13 @@ class ResourceKind(enum.Enum):
     HANDLE_KEY = "handle-key"
     HANDLES = "handles"
     AUDIT = "audit"
+    SEED = "seed"
+    SEED_INDEX = "seed-index"
 
 
 _PAIRED = frozenset({ResourceKind.HANDLES, ResourceKind.AUDIT})
-_RUN_WIDE = frozenset({ResourceKind.MANIFEST, ResourceKind.HANDLE_KEY})
+_RUN_WIDE = frozenset({ResourceKind.MANIFEST, ResourceKind.HANDLE_KEY, ResourceKind.SEED_INDEX})
+_MAX_PARTS = 2 * MAX_SLOTS + 2
 _MAX_EPOCH = (1 << 48) - 1  # that messages carry
 
 
@@ -94,6 +99,14 @@ def rebuilt(slot: int) -> str:
     return Resource(ResourceKind.REBUILT, slot).name
 
 
+def seed(part: int) -> str:
+    return Resource(ResourceKind.SEED, part).name
+
+
+def seed_index() -> str:
+    return ResourceKind.SEED_INDEX.value
+
+
 def handle_key() -> str:
     return ResourceKind.HANDLE_KEY.value
 
@@ -118,7 +131,7 @@ def parse_resource(name: str) -> Resource:
     if (
         (index is None) != (kind in _RUN_WIDE)
         or (pair is None) != (kind not in _PAIRED)
-        or (index is not None and index >= MAX_SLOTS)
+        or (index is not None and index >= (_MAX_PARTS if kind is ResourceKind.SEED else MAX_SLOTS))
         or (pair is not None and not (pair[0] <= _MAX_EPOCH and pair[1] <= _MAX_EPOCH))
         or (pair is not None and kind is ResourceKind.HANDLES and pair[0] > pair[1])
     ):

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...kernels.experts import DenseExpert
-from ...kernels.standin import initial_standin
 from ..manifest import ModelSpec, StandInSpec
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, skeleton
-from .init import expert_shape, expert_weights, materialise, private_weights, split_blocks
+from .init import expert_shape, split_blocks
 from .shard import ExpertShard, OwnedRowsTap, SketchTap
+from .start import Seeded, Start
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class MoEModel(nn.Module):
         network: PreTrainedModel,
         blocks: Sequence[MoEBlock],
         shards: Sequence[ExpertShard],
-        secret: bytes,
+        start: Start,
     ) -> None:
         """Use `build_model`. `network` is materialised and has `shards` where `blocks` had their experts, by depth."""
         super().__init__()
         self.spec = spec
-        self._secret = secret
+        self._start = start
         self.network = network
         # The network registers the shards already; plain tuples keep them from being registered twice.
         self._all_shards: tuple[ExpertShard, ...] = tuple(shards)
@@ -124,8 +124,8 @@ class MoEModel(nn.Module):
         return [shard.expert(slot) for shard in self.shards]
 
     def initial_expert(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
-        """Seeded initial weights gate_up (2F, D) and down (D, F) of any slot's expert."""
-        return expert_weights(self.spec, layer, slot, self._secret)
+        """Initial weights gate_up (2F, D) and down (D, F) of any slot's expert."""
+        return self._start.expert(layer, slot)
 
     def set_tap(self, tap: OwnedRowsTap | None) -> None:
         """From the next forward on, call tap(layer, slot, x_ND, gate_N) with the rows routed to owned experts."""
@@ -158,15 +158,15 @@ def build_model(
     owned: Collection[int],
     standin: StandInSpec,
     expert: type[DenseExpert] = DenseExpert,
-    secret: bytes = b"",
+    start: Start | None = None,
 ) -> MoEModel:
-    """The model of a run as one composer holds it, with seeded initial weights.
+    """The model of a run as one composer holds it, with its initial weights.
 
     Args:
         owned: slots held in full, in every MoE layer that has slots; may be empty or all.
-        standin: what runs in place of the others, made from their seeded weights one expert at a time.
+        standin: what runs in place of the others.
         expert: what an owned one computes with. Private ones compute with their masters, like all of the backbone.
-        secret: of the run's composers; the initial weights of experts follow from it and the seed.
+        start: where the initial weights come from; by default from the seed in `spec`.
 
     Raises:
         ValueError: the config cannot be built, its family is not supported, no layer would have slots, or a slot does
@@ -192,17 +192,17 @@ def build_model(
         )
         block.block.experts = shard
         shards.append(shard)
-    materialise(network, spec.seed)
+    start = start or Seeded(spec)
+    start.fill(network)
     width = max(1, round(standin.width_fraction * shape.width))
     held = frozenset(owned)
     for depth, shard in enumerate(shards[: len(private)]):
         for number in range(shape.num_experts):
-            shard.adopt(number, *private_weights(spec, depth, number, secret))
+            shard.adopt(number, *start.private(depth, number))
     for shard in shards[len(private) :]:
         for slot in range(shape.num_experts):
-            gate_up, down = expert_weights(spec, shard.layer, slot, secret)
             if slot in held:
-                shard.adopt(slot, gate_up, down)
+                shard.adopt(slot, *start.expert(shard.layer, slot))
             else:
-                shard.set_standin(slot, initial_standin(standin.kind, gate_up, down, width))
-    return MoEModel(spec, network, blocks, shards, secret)
+                shard.set_standin(slot, start.standin(shard.layer, slot, standin.kind, width))
+    return MoEModel(spec, network, blocks, shards, start)

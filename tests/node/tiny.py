@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from shoal.node.composer import Composer
 from shoal.node.manifest import DataSpec, Manifest, ModelSpec, OuterSpec, SketchSpec, StandInSpec, TrainSpec
+from shoal.node.model.start import Seeded
 from torch import Tensor
 
 SLOTS, LAYERS, HIDDEN, WIDTH = 4, 2, 32, 24
@@ -71,8 +72,9 @@ def composer_of(
     secret: bytes = b"",
 ) -> Composer:
     """A composer of `manifest`, by default of `manifest_of()`."""
-    next_batch = next_batch or batches(seed)
-    return Composer(manifest or manifest_of(), owned=owned, next_batch=next_batch, fit_seed=fit_seed, secret=secret)
+    next_batch, manifest = next_batch or batches(seed), manifest or manifest_of()
+    start = Seeded(manifest.model, secret)
+    return Composer(manifest, owned=owned, next_batch=next_batch, fit_seed=fit_seed, start=start)
 
 
 def train(composer: Composer, steps: int) -> list[float]:

@@ -1,0 +1,74 @@
+"""Getting parts of a seed from whoever has them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from functools import partial
+
+from ...protocol import resources
+from ...protocol.errors import FetchFailed, PeerUnreachable, Refused
+from ..links import Links
+from ..logs import get_logger
+from .store import SeedMissing, SeedStore
+
+log = get_logger(__name__)
+
+FETCH_SECONDS = 600.0
+PAUSE_SECONDS = 1.0
+INDEX_BYTES = 1 << 20
+HOLDERS = ("bootstrap", "composer")
+
+
+async def fetch_parts(
+    links: Links,
+    store: SeedStore,
+    wanted: Callable[[], Collection[int]],
+    *,
+    max_bytes: int,
+    seconds: float,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Have the index and then all `wanted` parts in the store; what is there is not fetched.
+
+    Args:
+        wanted: numbers of parts; called once the index is there.
+        max_bytes: of a part.
+        seconds: how long to look for somebody who has one that is missing.
+        progress: told parts here, and how many are wanted.
+
+    Raises:
+        SeedMissing: nobody gave one that is what the manifest says.
+    """
+    if store.digests is None:
+        await _from_anybody(links, resources.seed_index(), store.put_index, INDEX_BYTES, seconds)
+    numbers = sorted(wanted())
+    for done, number in enumerate(numbers):
+        progress(done, len(numbers))
+        if not store.has(number):
+            await _from_anybody(links, resources.seed(number), partial(store.put, number), max_bytes, seconds)
+
+
+async def _from_anybody(
+    links: Links, resource: str, keep: Callable[[bytes], bool], max_bytes: int, seconds: float
+) -> None:
+    deadline = links.loop.time() + seconds
+    while True:
+        holders = [p for p, r in links.view().peers.items() if p != links.peer_id and r.role in HOLDERS]
+        # Spread over those who have it, and ask the same one as last time for the next part.
+        for peer in sorted(holders, key=lambda peer: (hash((links.peer_id, peer)), peer)):
+            try:
+                got = await links.fetch(peer, resource, max_bytes=max_bytes, deadline_seconds=FETCH_SECONDS)
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                log.debug("seed.not_given", peer=peer, part=resource, error=str(error))
+                continue
+            if await asyncio.to_thread(keep, got.data):
+                return
+            log.warning("seed.wrong", peer=peer, part=resource)
+        if links.loop.time() > deadline:
+            raise SeedMissing(
+                f"no peer gave {resource} of the checkpoint that the run starts from",
+                fix="start the founder's peer, or any composer that was in the run before",
+            )
+        await asyncio.sleep(PAUSE_SECONDS)
+        await links.read_directory()
