@@ -17,7 +17,10 @@ from ..manifest import StandInSpec
 from ..model.families import moe_blocks
 from .store import write_part
 
-_NOT_THE_MODEL = ("transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "use_cache")
+_NOT_THE_MODEL = (
+    "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label",
+    "label2id",
+)  # fmt: skip
 
 
 class Checkpoint:

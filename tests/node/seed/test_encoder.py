@@ -1,0 +1,29 @@
+"""A run's own tokenizer: documents to tokens, and what is none."""
+
+from __future__ import annotations
+
+import pytest
+from shoal.node.data import DataError, Document
+from shoal.node.tokenizer import Encoder, byte_tokenizer, read_tokenizer
+
+TOKENIZER = byte_tokenizer(16).backend_tokenizer.to_str().encode()
+DOCUMENTS = [Document(b"1", "grüße".encode()), Document(b"2", b"ab\xff")]
+
+
+def test_documents_end_with_the_end() -> None:
+    wanted = [*"grüße".encode(), 7, *"ab\N{REPLACEMENT CHARACTER}".encode(), 7]
+    assert Encoder(TOKENIZER, 7)(DOCUMENTS).tolist() == wanted
+    assert Encoder(TOKENIZER, [7, 8])(DOCUMENTS).tolist() == wanted
+    assert Encoder(TOKENIZER, None)(DOCUMENTS).tolist() == [token for token in wanted if token != 7]
+
+
+def test_the_same_as_a_hugging_face_tokenizer() -> None:
+    tokenizer = read_tokenizer(TOKENIZER, 16, 10)
+    assert tokenizer("grüße").input_ids == list("grüße".encode())
+    assert tokenizer.eos_token_id == 10
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
+def test_what_is_no_tokenizer_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        Encoder(data, None)
