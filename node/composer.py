@@ -78,6 +78,7 @@ class _Round:
 class Composer(ExpertOwner):
     """One learner. `owned` slots hold full experts; `next_batch` yields int64 tokens of shape (B, context_length).
 
+    It computes on `device`; all that travels, and all that must be equal to the bit, is made on the CPU.
     `start` is where first weights come from; by default a function of the manifest alone.
     """
 
@@ -89,12 +90,15 @@ class Composer(ExpertOwner):
         next_batch: NextBatch,
         fit_seed: int = 0,
         start: Start | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(manifest, fit_seed=fit_seed)
         self.next_batch = next_batch
         self.model = build_model(
             manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train), start=start
         )
+        self.device = torch.device(device)
+        self.model.place(self.device)
         self.backbone = self.model.backbone
         self.tokens = 0
         self.swarm_counts: Tensor | None = None  # (L, E) routed tokens of the other composers, newest known
@@ -130,7 +134,7 @@ class Composer(ExpertOwner):
         """The first half of a step: forward and backward. What it learned about others' experts is in `collector`."""
         observing = self.manifest.standin.kind == "narrow" or self.step % LOWBIT_OBSERVE_EVERY == 0
         self.model.set_tap(self._observe if observing else None)
-        batch = self.next_batch()
+        batch = self.next_batch().to(self.device)
         if self.collector is not None:
             self.collector.begin_step(batch.numel())
         self.model.set_sketch_tap(None if self.collector is None else self.collector.add)
@@ -138,7 +142,7 @@ class Composer(ExpertOwner):
         losses = self.model.loss(batch, swarm_counts=self.swarm_counts)
         total = losses.lm + self.train.balance_coef * losses.balance + self.train.z_coef * losses.z
         torch.autograd.backward(total)
-        self.last_counts = losses.counts
+        self.last_counts = losses.counts.cpu()
         self._computed = losses.lm.item(), batch.numel(), time.perf_counter() - began
 
     def apply(self) -> StepReport:

@@ -18,6 +18,7 @@ from ..protocol.messages import MAX_SKETCH_BYTES
 from ..protocol.ownership import Copy
 from .auditor import Auditor
 from .background import NetworkThread
+from .capacity import device_to_use
 from .checkpoint import Checkpoint, CheckpointStore
 from .checkpoint_writer import CheckpointWriter
 from .common_state import CommonState, Held
@@ -116,6 +117,7 @@ class ComposerPeer:
             next_batch=self.batches.next,
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
             start=start,
+            device=device_to_use(self.config.device),
         )
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         held, saved = self._restore(composer, order)

@@ -101,7 +101,7 @@ class PeerConfig:
     """Memory for experts in a worker, in GiB. By default four fifths of what is free on its device."""
 
     device: Annotated[str, Parameter(group=LOCAL)] = "auto"
-    """Where a worker trains: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one. Composers use the CPU."""
+    """Where to train: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
 
     checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
     """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""

@@ -21,7 +21,7 @@ from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.identity import Identity
 from ..protocol.messages import HandleTable
 from .audit_record import AuditDesk
-from .capacity import device_of, slot_bytes
+from .capacity import device_to_use, slot_bytes
 from .checkpoint import CheckpointStore
 from .checkpoint_writer import CheckpointWriter
 from .composing import CHECKPOINT_EVERY, HEADER_BYTES, POLL_SECONDS, SNAPSHOT_BYTES_PER_WEIGHT
@@ -119,7 +119,7 @@ class WorkerPeer:
         worker = Worker(
             manifest,
             composers=lambda: links.active_steps,
-            device=device_of(self.config.device),
+            device=device_to_use(self.config.device),
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
         )
         self.worker = worker

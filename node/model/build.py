@@ -74,6 +74,12 @@ class MoEModel(nn.Module):
         self._watch = self._all_shards[0].register_forward_pre_hook(self._keep_routing)
         self.eval()
 
+    def place(self, device: torch.device) -> None:
+        """Compute on `device` from now on. Optimizers are to be made afterwards."""
+        self.network.to(device)
+        for shard in self._all_shards:
+            shard.place(device)
+
     @functools.cached_property
     def backbone(self) -> dict[str, nn.Parameter]:
         """Every parameter but those of slots, by its name in the transformers model; tied weights once."""

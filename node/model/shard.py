@@ -64,7 +64,9 @@ class ExpertShard(nn.Module):
         self._capacity_factor = capacity_factor
         self._expert = expert
         self._owned: dict[int, DenseExpert] = {}
-        self._standins: dict[int, StandIn] = {}
+        self._device = torch.device("cpu")
+        self._standins: dict[int, StandIn] = {}  # as they were given: what travels is on the CPU
+        self._running: dict[int, StandIn] = {}  # the same on the device
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What transformers' `experts` compute: x (T, D), index (T, K), weights (T, K) -> y (T, D)."""
@@ -82,7 +84,7 @@ class ExpertShard(nn.Module):
         for slot, count in enumerate(self.counts.tolist()):
             expert = self._owned.get(slot)
             if expert is None:
-                weights.append(self._standins[slot])
+                weights.append(self._running[slot])
             elif count:
                 weights.append(expert)
             else:
@@ -101,7 +103,7 @@ class ExpertShard(nn.Module):
         return self._owned[slot]
 
     def standin(self, slot: int) -> StandIn:
-        """What runs in place of an expert. Raises ValueError if the slot is owned."""
+        """What runs in place of an expert, as it was given. Raises ValueError if the slot is owned."""
         if slot not in self._standins:
             raise ValueError(f"slot {slot} has no stand-in here")
         return self._standins[slot]
@@ -111,7 +113,7 @@ class ExpertShard(nn.Module):
         self._check(slot)
         if slot in self._owned:
             raise ValueError(f"slot {slot} is owned: release it to run a stand-in")
-        self._standins[slot] = standin
+        self._run(slot, standin)
 
     def adopt(self, slot: int, gate_up: Tensor, down: Tensor) -> DenseExpert:
         """Hold a slot in full from now on. Copies the weights gate_up (2F, D) and down (D, F) into new parameters.
@@ -123,11 +125,12 @@ class ExpertShard(nn.Module):
             raise ValueError(f"slot {slot} is owned already")
         if gate_up.shape != (2 * self.width, self.hidden) or down.shape != (self.hidden, self.width):
             raise ValueError(f"expert of shapes {tuple(gate_up.shape)}, {tuple(down.shape)} does not fit slot {slot}")
-        parameters = _parameter(gate_up), _parameter(down)
+        parameters = _parameter(gate_up, self._device), _parameter(down, self._device)
         for name, parameter in zip(parameter_names(slot), parameters, strict=True):
             self.register_parameter(name, parameter)
         expert = self._owned[slot] = self._expert(*parameters)
         self._standins.pop(slot, None)
+        self._running.pop(slot, None)
         return expert
 
     def release(self, slot: int, standin: StandIn) -> None:
@@ -136,7 +139,17 @@ class ExpertShard(nn.Module):
         del self._owned[slot]
         for name in parameter_names(slot):
             delattr(self, name)
+        self._run(slot, standin)
+
+    def place(self, device: torch.device) -> None:
+        """Compute on `device` from now on. Owned experts are moved by whoever moves the network."""
+        self._device = device
+        for slot, standin in self._standins.items():
+            self._run(slot, standin)
+
+    def _run(self, slot: int, standin: StandIn) -> None:
         self._standins[slot] = standin
+        self._running[slot] = standin if self._device.type == "cpu" else standin.to(self._device)
 
     def _check(self, slot: int) -> None:
         if not 0 <= slot < self.num_experts:
@@ -163,5 +176,6 @@ class _Rows:
             self._sketch_tap(self._layer, expert, x_ND, dy_ND, a_NF, dh_NH)
 
 
-def _parameter(weights: Tensor) -> nn.Parameter:
-    return nn.Parameter(weights.detach().to(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format))
+def _parameter(weights: Tensor, device: torch.device) -> nn.Parameter:
+    kept = weights.detach().to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return nn.Parameter(kept)

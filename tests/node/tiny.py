@@ -70,11 +70,12 @@ def composer_of(
     next_batch: Callable[[], Tensor] | None = None,
     fit_seed: int = 0,
     secret: bytes = b"",
+    device: str = "cpu",
 ) -> Composer:
     """A composer of `manifest`, by default of `manifest_of()`."""
     next_batch, manifest = next_batch or batches(seed), manifest or manifest_of()
     start = Seeded(manifest.model, secret)
-    return Composer(manifest, owned=owned, next_batch=next_batch, fit_seed=fit_seed, start=start)
+    return Composer(manifest, owned=owned, next_batch=next_batch, fit_seed=fit_seed, start=start, device=device)
 
 
 def train(composer: Composer, steps: int) -> list[float]:
