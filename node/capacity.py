@@ -43,7 +43,7 @@ def device_to_use(name: str) -> torch.device:
     device = device_of(name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     return device
 
 
