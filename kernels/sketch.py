@@ -25,8 +25,10 @@ Shapes: N rows, D hidden, F width of the expert.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -211,7 +213,6 @@ class RowBuffer:
     def __len__(self) -> int:
         return len(self._columns[-1])
 
-    @torch.no_grad()
     def add(self, x_ND: Tensor, dy_ND: Tensor) -> None:
         """Keeps rows that are finite and within the codec's range; counts the others in `refused`.
 
@@ -220,23 +221,11 @@ class RowBuffer:
         """
         if x_ND.dim() != 2 or x_ND.shape != dy_ND.shape or x_ND.shape[1] != self.hidden:
             raise ValueError(f"x {tuple(x_ND.shape)} and dy {tuple(dy_ND.shape)} are not rows of {self.hidden}")
-        x_ND, dy_ND = x_ND.detach().float(), dy_ND.detach().float()
-        limit = (
-            LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6) if self.codec == "int8" else torch.finfo(torch.float16).max
-        )
-        usable = (x_ND.abs().amax(1) <= limit) & (dy_ND.abs().amax(1) <= limit)  # also false for NaN
-        if not bool(usable.all()):
-            self.refused += int((~usable).sum())
-            x_ND, dy_ND = x_ND[usable], dy_ND[usable]
-        if not len(x_ND):
-            return
-        norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (x_ND, dy_ND)]
-        sizes = (norms[0] * norms[1]).cpu()
-        new = [
-            *(part.cpu() for rows in (x_ND, dy_ND) for part in _parts(_encode(rows, self.codec))),
-            torch.ones_like(sizes),
-            sizes,
-        ]
+        add_rows([self], [len(x_ND)], x_ND, dy_ND)
+
+    def _keep(self, new: list[Tensor]) -> None:
+        """Takes in encoded rows."""
+        sizes = new[-1]
         self._pairs += len(sizes)
         self._sizes += float(sizes.sum())
         self._squares += float(sizes.square().sum())
@@ -300,6 +289,34 @@ class RowBuffer:
             pairs,
             self.codec,
         )
+
+
+@torch.no_grad()
+def add_rows(buffers: Sequence[RowBuffer], counts: Sequence[int], x_PD: Tensor, dy_PD: Tensor) -> None:
+    """What `RowBuffer.add` does, for the rows of many experts in a few operations: encoded together, moved together.
+
+    Args:
+        buffers: of one width and codec.
+        counts: how many of the P rows are of each, in their order.
+        x_PD, dy_PD: on any device.
+    """
+    codec, ends = buffers[0].codec, list(itertools.accumulate(counts))
+    x_PD, dy_PD = x_PD.detach().float(), dy_PD.detach().float()
+    limit = LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6) if codec == "int8" else torch.finfo(torch.float16).max
+    usable = (x_PD.abs().amax(1) <= limit) & (dy_PD.abs().amax(1) <= limit)  # also false for NaN
+    if not bool(usable.all()):
+        x_PD, dy_PD = x_PD[usable], dy_PD[usable]
+        kept = [int(part.sum()) for part in torch.split(usable.cpu(), list(counts))]
+        for buffer, before, now in zip(buffers, counts, kept, strict=True):
+            buffer.refused += before - now
+        ends = list(itertools.accumulate(kept))
+    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (x_PD, dy_PD)]
+    sizes = (norms[0] * norms[1]).cpu()
+    parts = [part.cpu() for rows in (x_PD, dy_PD) for part in _parts(_encode(rows, codec))]
+    columns = [*parts, torch.ones_like(sizes), sizes]
+    for buffer, start, end in zip(buffers, [0, *ends], ends, strict=False):
+        if end > start:
+            buffer._keep([column[start:end].clone() for column in columns])
 
 
 def _encode(x_ND: Tensor, codec: RowCodec) -> Rows:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.sketch import RowBuffer, RowSketch, row_bytes
+from ..kernels.sketch import RowBuffer, RowSketch, add_rows, row_bytes
 from ..protocol.messages import MAX_SKETCH_BYTES
 from .manifest import SketchSpec
 from .model.init import ExpertShape
@@ -24,6 +24,7 @@ from .model.init import ExpertShape
 MAX_BUFFERED_ROWS = 2048
 # Nor does it hold more than travel in one message.
 MAX_BUFFERED_BYTES = MAX_SKETCH_BYTES - 4096
+MAX_WAITING = 1 << 24  # values of x that wait to be encoded together: 64 MB, and as much of dy
 
 
 class Collector(Protocol):
@@ -65,16 +66,31 @@ class SketchCollector:
         self._tokens = self._steps = 0  # ever
         self._taken: dict[int, tuple[int, int]] = {}  # by slot, tokens and steps at its last take
         self._of_step = 0
+        self._waiting: list[tuple[int, int, Tensor, Tensor]] = []  # (slot, layer, x, dy), not encoded yet
+        self._waiting_rows = 0
 
     def begin_step(self, tokens: int) -> None:
         """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
+        self._encode()  # what a backward pass has left
         self._of_step = tokens
         self._tokens += tokens
         self._steps += 1
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
-        """Rows of one expert; the shard's `SketchTap`."""
-        self._buffer(slot, layer).add(x_ND, dy_ND * self._of_step)
+        """Rows of one expert; the shard's `SketchTap`. They are encoded with those of the layer's other experts."""
+        if self._waiting and (self._waiting[-1][1] != layer or self._waiting_rows * x_ND.shape[1] > MAX_WAITING):
+            self._encode()
+        self._waiting.append((slot, layer, x_ND, dy_ND))
+        self._waiting_rows += len(x_ND)
+
+    def _encode(self) -> None:
+        if not self._waiting:
+            return
+        buffers = [self._buffer(slot, layer) for slot, layer, _, _ in self._waiting]
+        counts = [len(x_ND) for _, _, x_ND, _ in self._waiting]
+        x_PD, dy_PD = (torch.cat(rows) for rows in zip(*((x, dy) for _, _, x, dy in self._waiting), strict=True))
+        add_rows(buffers, counts, x_PD, dy_PD * self._of_step)
+        self._waiting, self._waiting_rows = [], 0
 
     def _buffer(self, slot: int, layer: int) -> RowBuffer:
         buffer = self._buffers.get((slot, layer))
@@ -90,6 +106,7 @@ class SketchCollector:
         Args:
             slots: by slot, the share of its rows that its owner can take.
         """
+        self._encode()
         wanted = {
             slot: [rate * len(self._buffer(slot, layer)) for layer in self._layers] for slot, rate in slots.items()
         }
@@ -121,6 +138,7 @@ class SketchCollector:
 
     def forget(self, slot: int) -> None:
         """Drop what has been collected for a slot: it is owned here now, or its rows are of another expert."""
+        self._encode()
         for layer in self._layers:
             self._buffers.pop((slot, layer), None)
         self._taken[slot] = self._tokens, self._steps

@@ -18,6 +18,7 @@ from shoal.kernels.sketch import (
     RowBuffer,
     RowCodec,
     RowSketch,
+    add_rows,
     bytes_per_token,
     kappa_for,
     row_bytes,
@@ -246,6 +247,26 @@ def test_rows_that_are_not_finite_or_too_large_are_left_out_and_counted(codec: R
         assert torch.equal(got, want)
     buffer.add(torch.full((5, 6), math.nan), torch.ones(5, 6))
     assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_rows_of_many_experts_together_are_the_same_as_one_by_one(codec: RowCodec) -> None:
+    counts = [random.choice([0, 1, 7, 40]) for _ in range(6)]
+    x, dy = rows(sum(counts), 16)
+    spoiled = random.sample(range(len(x)), len(x) // 5)
+    for row in spoiled:
+        (x if random.random() < 0.5 else dy)[row, random.randrange(16)] = random.choice([math.nan, math.inf, 1e30])
+    together, apart = (
+        [RowBuffer(16, codec, max_rows=20, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+        for _ in range(2)
+    )
+    add_rows(together, counts, x, dy)
+    for buffer, x_ND, dy_ND in zip(apart, x.split(counts), dy.split(counts), strict=True):
+        buffer.add(x_ND, dy_ND)
+    assert sum(buffer.refused for buffer in together) == len(spoiled)
+    for ours, theirs in zip(together, apart, strict=True):
+        assert ours.refused == theirs.refused
+        assert ours.take(None).to_bytes() == theirs.take(None).to_bytes()
 
 
 @pytest.mark.parametrize("codec", CODECS)

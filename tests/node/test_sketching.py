@@ -142,6 +142,7 @@ def test_rows_that_cannot_leave_stay_bounded_and_right_on_average(monkeypatch: p
     for _ in range(40):
         collector.begin_step(10)
         add(collector, 0, 0, 5)
+    collector._encode()
     assert len(collector._buffers[0, 0]) == 16
     taken = collector.take({0: 1.0})[0]
     sketch = taken.layers[0]
