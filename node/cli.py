@@ -25,7 +25,7 @@ from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
 from .runs import runs
 from .simulation.command import simulate
-from .upcycling.command import upcycle
+from .upcycling.command import branch, mix, upcycle
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -58,6 +58,8 @@ identity_app = App(name="identity", help="The key that names this peer.")
 app.command(identity_app)
 app.command(doctor)
 app.command(runs)
+app.command(branch)
+app.command(mix)
 app.command(simulate)
 app.command(upcycle)
 

@@ -1,4 +1,4 @@
-"""`shoal upcycle`, as the command line calls it."""
+"""`shoal upcycle`, `shoal branch` and `shoal mix`, as the command line calls them."""
 
 from __future__ import annotations
 
@@ -68,4 +68,118 @@ def upcycle(
         task = bar.add_task("experts", total=None)
         config = upcycle(dense, out, form, changes, lambda done, total: bar.update(task, completed=done, total=total))
     print(f"{out}: {config['model_type']}, {form.copies} copies of {form.routed_shards} shards in each layer")
+    return 0
+
+
+def branch(
+    checkpoint: Path,
+    out: Path,
+    *,
+    data: str = "stdlib",
+    steps: int = 1000,
+    batch_size: int = 8,
+    context_length: int = 256,
+    learning_rate: float = 1e-3,
+    only: Literal["all", "router"] = "all",
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    """Train a checkpoint on one kind of text, on this machine alone: a branch for `mix`.
+
+    With `--only router` it tunes a mixture's routers, and nothing else.
+
+        shoal branch ./seed ./code --data ~/code --steps 2000
+        shoal branch ./mixture ./tuned --only router --data ~/all --steps 200
+
+    Parameters
+    ----------
+    checkpoint:
+        Folder of a Hugging Face model, dense or a mixture.
+    out:
+        Folder to write; it must not exist yet.
+    data:
+        A file, a folder, or `stdlib` for the sources of Python's own library. Its held-out part is left out.
+    steps:
+        Of AdamW, with warm-up and a cosine down to a tenth of the rate.
+    batch_size:
+        Windows in a step.
+    context_length:
+        Tokens in a window.
+    learning_rate:
+        At its highest.
+    only:
+        What to train.
+    device:
+        `cpu`, `cuda`; `auto` takes a GPU if there is one.
+    seed:
+        Of the windows that are drawn.
+    """
+    from rich.progress import Progress
+
+    from .. import logs
+    from ..capacity import device_to_use
+    from .branching import train
+
+    logs.configure()
+    with Progress(transient=True) as bar:
+        task = bar.add_task("steps", total=steps)
+        loss = train(
+            checkpoint,
+            out,
+            data,
+            steps=steps,
+            batch_size=batch_size,
+            context_length=context_length,
+            learning_rate=learning_rate,
+            only=only,
+            device=device_to_use(device),
+            seed=seed,
+            report=lambda step, loss: bar.update(task, completed=step, description=f"loss {loss:.3f}"),
+        )
+    print(f"{out}: {steps} steps, last loss {loss:.4f} nats a token")
+    return 0
+
+
+def mix(
+    out: Path,
+    seed: Path,
+    *branches: Path,
+    top_k: int = 2,
+    merge: Literal["mean", "ties"] = "mean",
+    domain: Annotated[tuple[str, ...], Parameter(metavar="TEXT...")] = (),
+    chance: int = 0,
+) -> int:
+    """Make one mixture out of a dense seed and branches of it that were trained apart (Branch-Train-MiX).
+
+    Their feed-forward layers become experts, the seed's stays as a generalist, all else is averaged. Tune the router
+    after that, by `shoal branch --only router`, or train all of it in a swarm: `shoal found --seed OUT`.
+
+        shoal mix ./mixture ./seed ./code ./prose ./tables
+        shoal mix ./mixture ./seed ./code ./prose --domain ~/code --domain ~/prose
+
+    Parameters
+    ----------
+    out:
+        Folder to write; it must not exist yet.
+    seed:
+        The checkpoint that all branches began with.
+    branches:
+        What became of it.
+    top_k:
+        Experts that a token takes.
+    merge:
+        Of what is no expert: the mean, or TIES.
+    domain:
+        A text for each branch, in their order: the router begins with what it sees of them, instead of at random.
+    chance:
+        Seed of a random router.
+    """
+    from .. import logs
+    from .mixing import domain_tokens, mix, route_by_domains
+
+    logs.configure()
+    config = mix([seed, *branches], out, top_k=top_k, merge=merge, seed=chance)
+    if domain:
+        route_by_domains(out, domain_tokens(seed, domain))
+    print(f"{out}: {config['model_type']} of {len(branches) + 1} experts, {top_k} to a token")
     return 0

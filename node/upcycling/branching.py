@@ -1,0 +1,96 @@
+"""Training a dense model on one machine, on one kind of text: a branch for `mix`, or its seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
+from ..errors import ConfigError
+from ..model.families import moe_blocks
+from ..tokenizer import Encoder
+
+WARM_UP = 0.05  # of the steps
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def encoder_of(folder: Path) -> Encode:
+    """Documents to tokens as a checkpoint's model knows them: its tokenizer's, or bytes where its vocabulary is that.
+
+    Raises ConfigError if there is no tokenizer and bytes are not its tokens.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    path = folder / "tokenizer.json"
+    if config.vocab_size == VOCAB_SIZE:
+        return tokens_of
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json", fix="put its tokenizer beside it")
+    return Encoder(path.read_bytes(), config.eos_token_id)
+
+
+def train(
+    folder: Path,
+    out: Path,
+    data: str,
+    *,
+    steps: int,
+    batch_size: int,
+    context_length: int,
+    learning_rate: float,
+    device: torch.device,
+    seed: int,
+    only: Literal["all", "router"] = "all",
+    report: Callable[[int, float], None],
+) -> float:
+    """Train a checkpoint with AdamW, warm-up and cosine, and write it to `out`. Returns the last loss.
+
+    Args:
+        data: see `load_corpus`.
+        only: the routers of a mixture, or all.
+        report: told step and loss.
+
+    Raises:
+        ConfigError: `out` exists, or there are no routers to tune.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
+    encode = encoder_of(folder)
+    batches = Batches(encode(load_corpus(data).train), batch_size, context_length, seed=seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    if only == "router":
+        try:
+            routers = [block.router for block in moe_blocks(model)]
+        except ValueError as error:
+            raise ConfigError(f"{folder} has no routers: {error}", fix="leave --only out") from error
+        model.requires_grad_(False)
+        for router in routers:
+            router.requires_grad_(True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    warm = max(1, round(WARM_UP * steps))
+    loss = math.nan
+    for step in range(steps):
+        progress = step / max(1, steps)
+        rate = learning_rate * min(1.0, (step + 1) / warm) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        tokens = batches.next().to(device)
+        value = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss = value.item()
+        report(step + 1, loss)
+    model.to("cpu").save_pretrained(out)
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            (out / name).write_bytes((folder / name).read_bytes())
+    return loss
