@@ -19,7 +19,8 @@ def dense(folder: Path, *, hidden: int = 32) -> Path:
     torch.manual_seed(random.randrange(1 << 30))
     config = LlamaConfig(
         vocab_size=256, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.06, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.06, bos_token_id=None,
+        eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
