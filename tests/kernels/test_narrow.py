@@ -93,7 +93,7 @@ def test_fidelity_rises_with_refits_and_publishing() -> None:
         owner.refit(expert)
         owner.delta(expert)
         curve.append(owner.fidelity(expert))
-    assert curve[-1] > curve[0] + 0.25
+    assert 1 - curve[-1] < 0.6 * (1 - curve[0]), "wherever it begins"
     assert curve[-1] > 0.5
     x, gate = rows(200)
     assert output_fidelity(expert, owner.published, x, gate, "silu") == pytest.approx(curve[-1], abs=0.15)
