@@ -23,6 +23,7 @@ from . import logs
 from .config import ENV_PREFIX, PeerConfig, Role, default_data_dir
 from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
+from .plan import plan
 from .runs import runs
 from .simulation.command import simulate
 from .upcycling.command import branch, mix, upcycle
@@ -60,6 +61,7 @@ app.command(doctor)
 app.command(runs)
 app.command(branch)
 app.command(mix)
+app.command(plan)
 app.command(simulate)
 app.command(upcycle)
 

@@ -1,0 +1,69 @@
+"""`shoal plan`: what it computes, against what composers hold, and against sizes counted by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from shoal.benchmarks.costs import state_bytes
+from shoal.node.capacity import COPIED_BYTES
+from shoal.node.cli import main
+from shoal.node.composer import Composer
+from shoal.node.manifest import Manifest
+from shoal.node.model.presets import preset
+from shoal.node.plan import BACKBONE_BYTES, GIB, PROCESSES, plan_of
+from transformers import MixtralConfig
+
+
+def manifest(name: str = "tiny") -> Manifest:
+    chosen = preset(name)
+    return Manifest(
+        name="plan", founder="none", created_at=0, model=chosen.model, data=chosen.data, train=chosen.train,
+        outer=chosen.outer, standin=chosen.standin,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("owned", [0, 4, 16])
+def test_memory_is_what_a_composer_holds(owned: int) -> None:
+    found = plan_of(manifest(), 8.0, 4)
+    batch = torch.randint(0, 256, (4, 256))
+    composer = Composer(manifest(), owned=range(owned), next_batch=lambda: batch)
+    composer.train_step()
+    gradients = 4 * (found.backbone_weights + owned * found.slot_weights)
+    held = state_bytes(composer) + gradients
+    standins = found.standins * (16 - owned) / 16
+    planned = found.backbone + standins + owned * found.slot
+    peak = held + COPIED_BYTES * owned * found.slot_weights  # while a checkpoint is written
+    assert 0.95 * peak <= planned <= 1.3 * peak, "rather too much than too little"
+
+
+def test_slots_that_fit() -> None:
+    small = plan_of(manifest("small"), 2.0, 4)
+    assert 0 < small.composer_slots < small.slots
+    used = PROCESSES + small.backbone + small.standins * (1 - small.composer_slots / small.slots)
+    assert used + small.composer_slots * small.slot <= 2 * GIB
+    assert plan_of(manifest("small"), 1.5, 4).composer_slots == -1
+    assert plan_of(manifest("small"), 64.0, 4).composer_slots == small.slots
+
+
+def test_weights_of_the_preset() -> None:
+    found = plan_of(manifest("small"), 8.0, 8)
+    assert found.expert_weights == 6 * 64 * 3 * 256 * 128
+    assert found.slot_weights == 6 * 3 * 256 * 128
+    assert found.active_weights == found.backbone_weights + 8 * found.slot_weights
+    assert found.backbone == BACKBONE_BYTES * found.backbone_weights
+    assert found.sketches_per_token == 8 * 6 * (1 - 1 / 8) * 2 * (256 + 2)
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "small", "--memory", "8", "--tokens-per-second", "100"]) == 0
+    told = capsys.readouterr().out
+    assert "64 of 64 slots fit 8 GiB" in told
+    assert "Mbit/s" in told
+    MixtralConfig(num_local_experts=4, hidden_size=64, num_hidden_layers=2, vocab_size=500).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--json", "--set", "standin.kind=ternary"]) == 0
+    assert json.loads(capsys.readouterr().out)["slots"] == 4
+    assert main(["plan", str(tmp_path / "nothing")]) == 2
+    assert "no preset and no checkpoint" in capsys.readouterr().err
