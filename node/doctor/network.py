@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
+import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,8 +28,11 @@ from ..way_in import free_port, interface_addresses
 from .findings import Finding, fail, ok, warn
 
 DIAL_SECONDS = 5.0
+CLOCK_POLL = 0.3  # seconds between two looks
 CLOSE_CLOCK = 1.0  # seconds apart that nobody minds
 SLOW_LINK = 0.25e6  # bytes per second
+SLOW_FETCH = 3.0  # seconds below which nothing is said about a link
+FETCH_SECONDS = 30.0
 FETCHED = 32 << 20  # at most
 
 
@@ -128,15 +134,25 @@ async def _in_the_run(config: PeerConfig, identity: Path, directory: Directory, 
     steps = [record.step for record in view.peers.values() if record.role == "composer"]
     told = ", ".join(f"{number} {role}{'' if number == 1 else 's'}" for role, number in count.items())
     findings = [ok("run", f"{told}; step {max(steps, default=0)} of {manifest.train.steps}")]
-    findings.append(_clock(directory))
+    findings.append(await _clock(directory, manifest.ownership.lease_seconds))
     findings.append(await _speed(config, identity, view, manifest, invite.run_id))
     return findings
 
 
-def _clock(directory: Directory) -> Finding:
-    offset = directory.clocks.offset()
-    if offset is None:
+async def _clock(directory: Directory, lease: float) -> Finding:
+    """By what peers sign while we look: they renew their records every fifth of a lease."""
+    known = {peer: record.issued_at for peer, record in directory.view().peers.items()}
+    offsets: dict[str, float] = {}
+    deadline = time.monotonic() + lease
+    while len(offsets) < len(known) and time.monotonic() < deadline:
+        await asyncio.sleep(CLOCK_POLL)
+        for peer, record in (await directory.read()).peers.items():
+            if record.issued_at > known.get(peer, 0.0):  # signed since the last look
+                known[peer] = record.issued_at
+                offsets[peer] = max(offsets.get(peer, -math.inf), record.issued_at - time.time())
+    if not offsets:
         return warn("clock", "no peer was heard", "try again in a minute")
+    offset = statistics.median(offsets.values())
     said = f"{-offset:+.1f} s against the run's peers"
     if abs(offset) > MAX_APART_SECONDS:
         return fail("clock", said, "synchronise it: timedatectl set-ntp true")
@@ -151,17 +167,17 @@ async def _speed(config: PeerConfig, identity: Path, view: View, manifest: Manif
     problem = ""
     async with await Transport.start(identity_path=identity, run_id=run_id, listen_host=config.host) as transport:
         for donor in donors:
-            began = time.monotonic()
+            fetch = partial(transport.fetch, donor.transport_addrs, resources.backbone(0), max_bytes=FETCHED)
             try:
-                got = await transport.fetch(
-                    donor.transport_addrs, resources.backbone(0), deadline_seconds=30.0, max_bytes=FETCHED
-                )
+                await fetch(deadline_seconds=FETCH_SECONDS)  # dials, too
+                began = time.monotonic()
+                got = await fetch(deadline_seconds=FETCH_SECONDS)
             except ShoalError as error:
                 problem = error.cause
                 continue
             took = time.monotonic() - began
             said = f"{len(got.data) / 1e6:.1f} MB of {donor.peer_id[-8:]} in {took:.1f} s"
-            if len(got.data) / took < SLOW_LINK:
+            if took > SLOW_FETCH and len(got.data) / took < SLOW_LINK:
                 return warn("streams", said, f"rounds have {manifest.outer.timeout_seconds:g} s for as much")
             return ok("streams", said)
     return fail("streams", problem, "the composers' transport ports cannot be reached from here")

@@ -45,6 +45,7 @@ def test_prometheus_answers_what_operators_ask(swarm: Swarm, tmp_path: Path) -> 
     joined = [composed.up(name, SHOAL_CHECKPOINT_EVERY="20") for name in COMPOSED[1:]]
     composers = joined[:2]
     swarm.wait_for("both train and merge", lambda: all(peer.commits() > 1 for peer in composers), START_SECONDS)
+    swarm.wait_for("all are known", lambda: len(founder.status()["peers"]) == len(COMPOSED), START_SECONDS)
 
     look_around(swarm, founder)
     targets = [urlsplit(peer.url).netloc for peer in (founder, *joined)]
