@@ -14,8 +14,7 @@ import psutil
 import torch
 
 from .errors import ConfigError
-from .manifest import StandInSpec
-from .model.init import ExpertShape
+from .manifest import ExpertShape, StandInSpec
 
 TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
 COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint

@@ -36,6 +36,7 @@ from .joining import catch_up, swarm_step
 from .keeper import SlotKeeper
 from .links import Links
 from .logs import get_logger
+from .manifest import ManifestError
 from .membership import Membership
 from .model.cut import backbone_fragments, cadences
 from .outer import OuterDriver
@@ -111,14 +112,17 @@ class ComposerPeer:
             self.facts.manifest, library.handle_key, seed, network, lambda what: self.state.enter(Phase.SYNCING, what)
         )
         self.batches = self._batches(seed)
-        composer = Composer(
-            self.facts.manifest,
-            owned=(),
-            next_batch=self.batches.next,
-            fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
-            start=start,
-            device=device_to_use(self.config.device),
-        )
+        try:
+            composer = Composer(
+                self.facts.manifest,
+                owned=(),
+                next_batch=self.batches.next,
+                fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
+                start=start,
+                device=device_to_use(self.config.device),
+            )
+        except ValueError as error:
+            raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         held, saved = self._restore(composer, order)
         self.composer = composer

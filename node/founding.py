@@ -16,7 +16,7 @@ from .config import PeerConfig
 from .errors import ConfigError
 from .handle_key import found_key
 from .manifest import Manifest, OwnershipSpec, PrivacySpec, with_settings
-from .model.init import expert_shape
+from .model.init import built_expert_shape
 from .model.presets import preset
 from .sketch_choice import within_budget
 
@@ -83,7 +83,7 @@ def new_manifest(
         )
     if manifest.model.private_layers:
         try:
-            expert_shape(manifest.model)
+            built_expert_shape(manifest.model)
         except ValueError as error:
             raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
     if sketch_budget is not None:
@@ -94,7 +94,8 @@ def new_manifest(
         manifest = with_settings(manifest, settings)  # what was said in so many words holds
     if seed is not None:
         manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
-    return manifest
+    stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
+    return msgspec.structs.replace(manifest, model=stated)
 
 
 def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:
@@ -112,7 +113,7 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
     data = msgspec.structs.replace(manifest.data, tokenizer=tokenizer)
     manifest = msgspec.structs.replace(manifest, model=model, data=data)
     try:
-        expert_shape(manifest.model)
+        built_expert_shape(manifest.model)
     except ValueError as error:
         raise ConfigError(f"{seed} cannot start a run: {error}", fix="take one of a MoE family") from error
     return manifest

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.gradient_sketch import GradientSketcher, Projections, sketch_numel
 from ..protocol.sketch_intervals import interval_seed
-from .model.init import ExpertShape
+from .manifest import ExpertShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,10 +40,23 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Base of the manifest's parts: immutable, keyword-only, unknown fields refused."""
 
 
+class ExpertShape(Spec, frozen=True, kw_only=True):
+    """What all routed experts of a model have in common."""
+
+    num_layers: Annotated[int, Meta(ge=1, le=1 << 16)]  # MoE layers that have slots: those that are not private
+    num_experts: Annotated[int, Meta(ge=1, le=1 << 20)]  # per layer, i.e. slots
+    hidden: Annotated[int, Meta(ge=1, le=1 << 20)]
+    width: Annotated[int, Meta(ge=1, le=1 << 20)]
+    act: Annotated[str, Meta(max_length=64)]  # of the gate, a transformers activation name
+    std: NonNegative  # of initial weights
+
+
 class ModelSpec(Spec, frozen=True, kw_only=True):
     """What is trained."""
 
     config: dict[str, Any]  # a transformers config by value, with its `model_type`
+    # What follows from `config`, so that peers without a backbone need not import transformers; composers check it.
+    experts: ExpertShape | None = None
     seed: int = 0  # initial weights are a pure function of it
     capacity_factor: NonNegative = 0.0  # tokens per expert over the even share; 0 = never drop
     # The experts of so many MoE layers, counted from the input, are backbone: every composer has them in full, and no

@@ -26,8 +26,8 @@ from ..kernels.interface import check_tensor
 from ..kernels.sketch import RowSketch
 from ..kernels.standin import Publisher, StandIn, make_publisher
 from ..kernels.ternary import TernaryExpert
-from .manifest import Manifest, TrainSpec
-from .model.init import ExpertShape, expert_shape
+from .manifest import ExpertShape, Manifest, TrainSpec
+from .model.init import expert_shape
 from .optimizer import checked_state, put_state, take_state
 from .past_standins import PastStandIns
 from .sketch_sums import SketchSum

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,7 +43,8 @@ class _Source:
     texts: dict[str, str]  # constants of the module that hold text
 
 
-def errors() -> list[ErrorEntry]:
+@functools.cache
+def errors() -> tuple[ErrorEntry, ...]:
     """Every ShoalError with a code of its own, in order of the codes."""
     sources = [_read(path) for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
     classes = {
@@ -62,7 +64,7 @@ def errors() -> list[ErrorEntry]:
             entry = entries.get(owner.get(name) or "")
             if entry is not None and fix not in entry.fixes:
                 entry.fixes.append(fix)
-    return sorted(entries.values(), key=lambda entry: entry.code)
+    return tuple(sorted(entries.values(), key=lambda entry: entry.code))
 
 
 ERRORS_HEAD = f"""{NOTICE}

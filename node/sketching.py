@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..kernels.sketch import RowBuffer, RowSketch, add_rows, row_bytes
 from ..protocol.messages import MAX_SKETCH_BYTES
-from .manifest import SketchSpec
-from .model.init import ExpertShape
+from .manifest import ExpertShape, SketchSpec
 
 # Rows that one expert's buffer holds at most: bounds memory where an owner stays away. 8 MiB at hidden size 2048.
 MAX_BUFFERED_ROWS = 2048

@@ -9,12 +9,15 @@ never encodes to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from .data import VOCAB_SIZE, DataError, Document, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def byte_alphabet() -> list[str]:
@@ -51,6 +54,8 @@ class Encoder:
 
 def read_tokenizer(tokenizer_json: bytes, context_length: int, end: int | None) -> PreTrainedTokenizerFast:
     """The same as a Hugging Face tokenizer, for `save_pretrained`."""
+    from transformers import PreTrainedTokenizerFast  # not above: seconds that peers without a backbone need not spend
+
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     text = None if end is None else tokenizer.id_to_token(end)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, eos_token=text)
@@ -58,6 +63,8 @@ def read_tokenizer(tokenizer_json: bytes, context_length: int, end: int | None) 
 
 def byte_tokenizer(context_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose `encode(text)` is `list(text.encode())`. `save_pretrained` writes it next to a model."""
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

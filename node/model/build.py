@@ -17,18 +17,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ...kernels.experts import DenseExpert
 from ..manifest import ModelSpec, StandInSpec
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, skeleton
-from .init import expert_shape, split_blocks
+from .init import built_expert_shape, split_blocks
 from .shard import ExpertShard, OwnedRowsTap, SketchTap
 from .start import Seeded, Start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -175,10 +178,12 @@ def build_model(
         start: where the initial weights come from; by default from the seed in `spec`.
 
     Raises:
-        ValueError: the config cannot be built, its family is not supported, no layer would have slots, or a slot does
-            not exist.
+        ValueError: the config cannot be built, its family is not supported, its experts are not as `spec` states, no
+            layer would have slots, or a slot does not exist.
     """
-    shape = expert_shape(spec)
+    shape = built_expert_shape(spec)
+    if spec.experts not in (None, shape):
+        raise ValueError(f"the manifest states {spec.experts}, but its config makes {shape}")
     strangers = [slot for slot in owned if not 0 <= slot < shape.num_experts]
     if strangers:
         raise ValueError(f"no slots {strangers}: the model has {shape.num_experts}")

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -42,6 +44,8 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
 
     `config` is a transformers config by value, with its `model_type`. Raises ValueError for one that cannot be built.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM  # not above: 4 s that only who builds a model need spend
+
     values = dict(config)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):

@@ -22,37 +22,31 @@ import functools
 import hashlib
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
-from ..manifest import ModelSpec
+from ..manifest import ExpertShape, ModelSpec
 from .families import MoEBlock, initializer_range, moe_blocks, skeleton
 from .shard import parameter_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _CHUNK = 1 << 18  # variates at a time: bounds the temporaries beside the tensor itself
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertShape:
-    """What all routed experts of a model have in common."""
-
-    num_layers: int  # MoE layers that have slots: those that are not private
-    num_experts: int  # per layer, i.e. slots
-    hidden: int
-    width: int
-    act: str
-    std: float  # of initial weights
-
-
 def expert_shape(spec: ModelSpec) -> ExpertShape:
-    """Shape of the routed experts of `spec`. Raises ValueError for a config that cannot be built."""
+    """Shape of the routed experts of `spec`, as stated or else as built. Raises ValueError where it cannot be."""
+    return spec.experts or built_expert_shape(spec)
+
+
+def built_expert_shape(spec: ModelSpec) -> ExpertShape:
+    """The same from the config alone, whatever `spec` states."""
     return _expert_shape(msgspec.json.encode(spec.config), spec.private_layers)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ...kernels.standin import StandIn, initial_standin
 from ..manifest import ModelSpec
 from .init import expert_weights, materialise, private_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Start(Protocol):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 from safetensors.torch import load
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ...kernels.standin import StandIn, standin_from_bytes
 from ..manifest import ModelSpec
 from ..model.init import materialise
 from .store import BACKBONE, SeedStore, experts_of, standins_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class FromSeed:

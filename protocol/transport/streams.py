@@ -17,6 +17,7 @@ from .wire import LENGTH_BYTES, body_length
 
 _RESET_SECONDS = 5.0
 _CHECK_SECONDS = 1.0
+_OVERDUE = "no progress in time"
 
 
 class StreamCut(Exception):
@@ -113,10 +114,10 @@ class PeerStream:
 
     def _arm(self, until: float | None = None) -> None:
         if self._closed.is_set():
-            raise StreamCut("the stream is closed")
+            raise StreamCut(_OVERDUE if self.expired else "the stream is closed")
         self._deadline = trio.current_time() + self._progress_seconds if until is None else until
 
     def _why(self, error: BaseLibp2pError) -> str:
         if self.expired:
-            return "no progress in time"
+            return _OVERDUE
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

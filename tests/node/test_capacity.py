@@ -11,8 +11,7 @@ import torch
 from shoal.node import capacity
 from shoal.node.capacity import device_of, free_bytes, slot_bytes, slots_that_fit
 from shoal.node.errors import ConfigError
-from shoal.node.manifest import StandInSpec
-from shoal.node.model.init import ExpertShape
+from shoal.node.manifest import ExpertShape, StandInSpec
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LARGE = ExpertShape(num_layers=48, num_experts=128, hidden=2048, width=768, act="silu", std=0.02)

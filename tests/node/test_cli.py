@@ -49,6 +49,18 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
     assert time.monotonic() - started < 5
 
 
+def test_a_worker_knows_its_experts_without_what_only_backbones_need() -> None:
+    program = (
+        "import sys\nfrom shoal.node import peer, working\nfrom shoal.node.model.init import expert_shape\n"
+        "from shoal.node.manifest import ExpertShape, ModelSpec\n"
+        "shape = ExpertShape(num_layers=1, num_experts=2, hidden=4, width=4, act='silu', std=0.1)\n"
+        "assert expert_shape(ModelSpec(config={}, experts=shape)) == shape\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_names_every_command_and_shows_how(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out

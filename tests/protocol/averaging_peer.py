@@ -40,6 +40,18 @@ class LiarProcess(AveragerProcess):
     runner_type = WeightLiar
 
 
+class Lingers(TruthfulRunner):
+    """Gives what it sent time to arrive before it trips over its own NaN and hangs up."""
+
+    async def _reduce_own_parts(self, peer_index):
+        await asyncio.sleep(3)
+        await super()._reduce_own_parts(peer_index)
+
+
+class NanProcess(AveragerProcess):
+    runner_type = Lingers
+
+
 class FrozenProcess(AveragerProcess):
     """Finds its group and then does nothing, so that the test can kill it exactly there."""
 
@@ -66,12 +78,13 @@ class Freeloads:
 def faulty(kind, fault):
     """`kind`, or what a peer with this fault has in its place."""
     bases = {"nan": (SendsNan,), "freeloader": (Freeloads,)}.get(fault, ())
-    process = {"liar": LiarProcess, "frozen": FrozenProcess, "frozen client": FrozenProcess}.get(fault, AveragerProcess)
+    processes = {"liar": LiarProcess, "nan": NanProcess, "frozen": FrozenProcess, "frozen client": FrozenProcess}
+    process = processes.get(fault, AveragerProcess)
     return type(kind.__name__, (*bases, kind), {"process_type": process})
 
 
 # The group's RPCs are named after the class.
-for process_type in (LiarProcess, FrozenProcess):
+for process_type in (LiarProcess, NanProcess, FrozenProcess):
     process_type.__name__ = AveragerProcess.__name__
 
 

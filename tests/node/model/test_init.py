@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 
+import msgspec
 import pytest
 import torch
 from shoal.node.manifest import ModelSpec, StandInSpec
@@ -46,6 +47,15 @@ def test_equal_on_every_machine() -> None:
     gate_up, down = expert_weights(SPEC, 1, 3)
     model = build_model(SPEC, owned=(), standin=StandInSpec())
     assert [sha(gate_up), sha(down), sha(model.backbone["model.embed_tokens.weight"])] == GOLDEN
+
+
+def test_what_a_manifest_states_of_its_experts_must_be_so() -> None:
+    shape = expert_shape(SPEC)
+    stated = msgspec.structs.replace(SPEC, experts=shape)
+    assert build_model(stated, owned=(), standin=StandInSpec()).num_slots == shape.num_experts
+    other = msgspec.structs.replace(SPEC, experts=msgspec.structs.replace(shape, width=shape.width + 1))
+    with pytest.raises(ValueError, match="states"):
+        build_model(other, owned=(), standin=StandInSpec())
 
 
 def test_owned_experts_start_from_their_seeded_weights() -> None:
