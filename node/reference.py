@@ -176,32 +176,27 @@ def _meaning(node: ast.ClassDef, source: _Source) -> str:
 
 def _fixes(source: _Source) -> Iterator[tuple[str, str]]:
     """(class, fix) of every call that makes an error."""
+    chosen = _choices(source)
     for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             continue
-        if isinstance(node.func, ast.Name):
-            names = [node.func.id]
-        else:
-            continue
-        names += _chosen(names[0], source)
         for keyword in node.keywords:
             if keyword.arg == "fix":
                 for text in _texts(keyword.value, source.texts):
-                    for name in names:
+                    for name in (node.func.id, *chosen.get(node.func.id, ())):
                         yield name, text
 
 
-def _chosen(variable: str, source: _Source) -> list[str]:
-    """The classes between which `variable = A if ... else B` chooses."""
-    return [
-        branch.id
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.IfExp)
-        and any(isinstance(target, ast.Name) and target.id == variable for target in node.targets)
-        for branch in (node.value.body, node.value.orelse)
-        if isinstance(branch, ast.Name)
-    ]
+def _choices(source: _Source) -> dict[str, list[str]]:
+    """The classes between which each `variable = A if ... else B` chooses."""
+    chosen: dict[str, list[str]] = {}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.IfExp):
+            branches = [b.id for b in (node.value.body, node.value.orelse) if isinstance(b, ast.Name)]
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    chosen.setdefault(target.id, []).extend(branches)
+    return chosen
 
 
 def _texts(value: ast.expr, known: dict[str, str]) -> Iterator[str]:
