@@ -11,8 +11,9 @@ came out, but for rounding.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -131,7 +132,7 @@ class Replay(Worker):
     def __init__(self, manifest: Manifest, record: AuditRecord, like: StandIn) -> None:
         super().__init__(manifest, composers=dict)
         self.record = record
-        self.shape = replace(self.shape, num_layers=len(record.experts))
+        self.shape = msgspec.structs.replace(self.shape, num_layers=len(record.experts))
         self.step = record.step
         experts, states = [], []
         for position, expert in enumerate(record.experts):
