@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,8 @@ from .logs import get_logger
 from .state import PeerState
 
 log = get_logger(__name__)
+
+FINISH_SECONDS = 60.0
 
 
 class CheckpointWriter:
@@ -34,6 +36,11 @@ class CheckpointWriter:
     ) -> None:
         """Write in a thread of `loop`'s; from any thread."""
         self._writing = asyncio.run_coroutine_threadsafe(asyncio.to_thread(self.write, tensors, meta), loop)
+
+    def finish(self) -> None:
+        """Wait for what `write_soon` began, for some seconds; from any thread but its loop's."""
+        if self._writing is not None:
+            wait([self._writing], FINISH_SECONDS)
 
     def write(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write now. `meta` has the `step`."""

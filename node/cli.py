@@ -24,6 +24,7 @@ from .config import ENV_PREFIX, PeerConfig, Role, default_data_dir
 from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
 from .plan import plan
+from .reviving import reap, reviving
 from .runs import runs
 from .simulation.command import simulate
 from .upcycling.command import branch, mix, upcycle
@@ -322,7 +323,8 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
         return code
 
     if config.hours is None:
-        return live()
+        reap()
+        return reviving(live)
     from .hours import Hours
     from .resting import ByHours
 

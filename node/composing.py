@@ -41,6 +41,7 @@ from .membership import Membership
 from .model.cut import backbone_fragments, cadences
 from .outer import OuterDriver
 from .persistence import composer_tensors, restore_backbone, saved_slots
+from .reviving import HELPER_ENDED
 from .seed.joining import SeedAtHome, start_of
 from .seed.store import TOKENIZER
 from .serving import Library
@@ -174,7 +175,13 @@ class ComposerPeer:
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
         life.add_done_callback(lambda _: self.trainer.stop())
         self.trainer.run()
-        life.result()
+        try:
+            life.result()
+        except HELPER_ENDED:
+            if self.state.phase in (Phase.TRAINING, Phase.FINISHED):
+                self.writer.finish()
+                self.writer.write(*self._checkpoint_of(composer))
+            raise
         self.state.enter(Phase.STOPPED)
         return 0
 

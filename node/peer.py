@@ -9,7 +9,8 @@ Threads and processes, in the order in which they start (what forks comes before
     network thread  one asyncio loop: membership, ownership, exchange, rounds
     transport       spawned; the py-libp2p host
 
-All children die with the main process, however it ends. SIGTERM or SIGINT drains; a second one leaves at once.
+All children die with the main process, however it ends. SIGTERM or SIGINT drains; a second one leaves at once. Where a
+forked child ends by itself, so does the peer, and starts over in place (`reviving.py`).
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ from .handle_key import fetch_key, kept_key
 from .http import StatusServer
 from .invite import Invite
 from .known_peers import KnownPeers
+from .last_ports import keep_ports, with_last_ports
 from .links import Links
 from .logs import get_logger
 from .manifest import Manifest, run_id_of, sign, verify
 from .membership import Membership
 from .presence import announce_here, hold_data_dir
+from .reviving import HELPER_ENDED, StartOver
 from .serving import Library
 from .state import Count, PeerState, Phase
 from .status import print_invite
@@ -77,7 +80,9 @@ def run_peer(config: PeerConfig, manifest_to_found: Manifest | None) -> int:
 
     Raises:
         ShoalError: it could not join; nothing is left running.
+        StartOver: it has to be started again; nothing is left running.
     """
+    config = with_last_ports(config)
     state = PeerState(config.role)
     with (
         hold_data_dir(config.data_dir),
@@ -86,10 +91,12 @@ def run_peer(config: PeerConfig, manifest_to_found: Manifest | None) -> int:
         _stop_signals() as stop,
     ):
         try:
-            return _Peer(config, state, server.url, stop).run(manifest_to_found)
+            return _Peer(config, state, server, stop).run(manifest_to_found)
         except BaseException as error:
             state.enter(Phase.FAILED, str(error))
             state.note_error(error)
+            if isinstance(error, HELPER_ENDED) and not stop.requested:
+                raise StartOver(error) from error
             raise
 
 
@@ -120,8 +127,8 @@ def _stop_signals() -> Iterator[StopRequest]:
 
 
 class _Peer:
-    def __init__(self, config: PeerConfig, state: PeerState, http_url: str, stop: StopRequest) -> None:
-        self.config, self.state, self.http_url, self.stop = config, state, http_url, stop
+    def __init__(self, config: PeerConfig, state: PeerState, server: StatusServer, stop: StopRequest) -> None:
+        self.config, self.state, self.server, self.stop = config, state, server, stop
         self.identity = Identity.load_or_create(config.identity_path)
         state.identify(peer_id=self.identity.peer_id)
 
@@ -286,6 +293,8 @@ class _Peer:
         transport.serve(library.answer)
         port = Address.parse(transport.addrs[0]).port
         dht_addrs = await asyncio.to_thread(visible_addresses, dht)
+        listening = self.way_in.dht_port or Address.parse(dht_addrs[0]).port
+        keep_ports(config.data_dir, dht_port=listening, transport_port=port, http_port=self.server.port)
         capacity = 0
         if config.role in ("composer", "worker"):
             from .capacity import device_of, slots_that_fit
@@ -312,7 +321,7 @@ class _Peer:
             capacity=capacity,
             transport_addrs=self.way_in.transport_addresses(port, self.identity.peer_id),
             dht_addrs=dht_addrs,
-            metrics_url=self.http_url,
+            metrics_url=self.server.url,
             signed_manifest=run.signed,
             known=self.known,
         )
@@ -329,7 +338,7 @@ class _Peer:
         self.state.identify(invite=str(invite))
         print_invite(
             str(invite),
-            status_url=f"{self.http_url}/status",
+            status_url=f"{self.server.url}/status",
             only_this_machine=all(address.reach is Reach.THIS_MACHINE for address in mine),
         )
 

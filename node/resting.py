@@ -21,6 +21,7 @@ from .hours import Hours
 from .http import StatusServer
 from .logs import get_logger
 from .presence import announce_here, hold_data_dir
+from .reviving import EXIT_START_OVER, StartOver, may_start_over
 from .state import PeerState, Phase
 
 log = get_logger(__name__)
@@ -49,6 +50,10 @@ class ByHours:
         try:
             while self._rest():
                 code, ended_by_us = self._serve()
+                if code == EXIT_START_OVER and not ended_by_us:
+                    if may_start_over("a helper process of it ended"):
+                        continue
+                    return 1
                 if code or not ended_by_us:
                     return code
             return 0
@@ -111,6 +116,9 @@ def _code_of(peer: Callable[[], int]) -> int:
         signal.signal(number, signal.SIG_DFL)
     try:
         return peer()
+    except StartOver as over:
+        print(f"shoal: {over.error}", file=sys.stderr, flush=True)
+        return EXIT_START_OVER
     except ShoalError as error:
         print(f"shoal: {error}", file=sys.stderr, flush=True)
         return exit_code(error)

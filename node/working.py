@@ -36,6 +36,7 @@ from .links import Links
 from .logs import get_logger
 from .membership import Membership
 from .publishing import ANNOUNCE_EVERY_SECONDS, Publishing
+from .reviving import HELPER_ENDED
 from .serving import Library
 from .sketch_receiving import SketchReceiver
 from .slot_order import HandleOrder
@@ -157,7 +158,12 @@ class WorkerPeer:
         life.add_done_callback(lambda _: self.trainer.stop())
         self.trainer.start_training()
         self.trainer.run()
-        life.result()
+        try:
+            life.result()
+        except HELPER_ENDED:
+            self.writer.finish()
+            self.writer.write(*self._checkpoint_of(worker))
+            raise
         self.state.enter(Phase.STOPPED)
         return 0
 

@@ -25,7 +25,7 @@ from hivemind.dht import DHT
 from torch import Tensor
 
 from .averager_process import AveragerProcess, RoundTimes
-from .errors import RoundFailed
+from .errors import AveragerEnded, RoundFailed
 from .facts import RoundFacts, pack_norms, sign_facts
 from .fragments import Fragment
 from .identity import Identity
@@ -136,10 +136,10 @@ class Averager:
         return int(self._process.pid)
 
     def require_alive(self) -> None:
-        """Raise RoundFailed, with the reason, if the process has ended: no round will ever succeed again."""
+        """Raise AveragerEnded, with the reason, if the process has ended: no round will ever succeed again."""
         with self._lock:
             if self._dead is not None:
-                raise RoundFailed(self._dead, fix="restart this peer")
+                raise AveragerEnded(self._dead, fix="restart this peer")
 
     def _submit(
         self,
@@ -181,7 +181,7 @@ class Averager:
         future.set_running_or_notify_cancel()  # an all-reduce cannot be cancelled: groupmates count on it
         with self._lock:
             if self._dead is not None:
-                future.set_exception(RoundFailed(self._dead, fix="restart this peer"))
+                future.set_exception(AveragerEnded(self._dead, fix="restart this peer"))
                 return future
             if fragment.index in self._busy.values():
                 raise RoundFailed(f"fragment {fragment.index} is still being averaged")
@@ -221,7 +221,7 @@ class Averager:
                 self._order("_abandon", ticket)
 
     def shutdown(self) -> None:
-        """Stop the process, serving groupmates' last parts first. Pending futures fail with RoundFailed. Idempotent."""
+        """Stop the process, serving groupmates' last parts first. Pending futures get AveragerEnded. Idempotent."""
         with self._lock:
             self._dead = self._dead or "the averager was shut down"
             alive = self._process.is_alive()
@@ -265,7 +265,7 @@ class Averager:
             self._pending.clear()
         self._reader.close()
         for pending in orphans:
-            pending.future.set_exception(RoundFailed(self._dead, fix="restart this peer"))
+            pending.future.set_exception(AveragerEnded(self._dead, fix="restart this peer"))
 
     def _resolve(self, report: Report) -> None:
         with self._lock:
@@ -352,8 +352,8 @@ class OuterAverager(Averager):
             avoid: peer ids not to meet, e.g. an earlier attempt's `failed`.
             norms: `radial.split`'s other half, for everybody's facts; others must have as many.
 
-        Returns a future that always resolves: to an Outcome within `timeout_seconds`, or to RoundFailed if the averager
-        process has died. Raises ValueError on bad arguments and RoundFailed if the fragment's last round still runs.
+        Returns a future that always resolves: to an Outcome within `timeout_seconds`, or to AveragerEnded if the
+        process has ended. Raises ValueError on bad arguments and RoundFailed if the fragment's last round still runs.
         """
         return self._submit(
             round_,

@@ -36,7 +36,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from .addresses import Address, farthest_first
 from .bootstrap import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, answering
-from .errors import ClockOff, DirectoryError
+from .errors import ClockOff, DirectoryEnded, DirectoryError
 from .identity import Identity
 from .p2pd import EXIT_DAEMON_DIED, BootstrapFailed, Daemon, DaemonOptions, die_with
 from .validator import RecordValidator
@@ -249,10 +249,10 @@ def _ask(dht: hivemind.DHT, question: Any, timeout_seconds: float) -> Any:
 
 
 def require_alive(dht: hivemind.DHT) -> None:
-    """Raise DirectoryError if the DHT process has ended: requests to it would wait for ever."""
+    """Raise DirectoryEnded if the DHT process has: requests to it would wait for ever."""
     if not dht.is_alive():
         why = " after its p2p daemon died" if dht.exitcode == EXIT_DAEMON_DIED else ""
-        raise DirectoryError(f"the DHT process has ended{why} (exit code {dht.exitcode})", fix="restart the node")
+        raise DirectoryEnded(f"the DHT process has ended{why} (exit code {dht.exitcode})", fix="restart this peer")
 
 
 def _start_once(options: DaemonOptions, run_id: str, deadline: float) -> RunDHT:

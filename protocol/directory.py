@@ -171,7 +171,7 @@ class Directory:
         return self._accept(data) is not None
 
     def require_alive(self) -> None:
-        """Raise DirectoryError if this node's DHT process has ended, which no waiting will mend."""
+        """Raise DirectoryEnded if this node's DHT process has, which no waiting will mend."""
         require_alive(self._dht)
 
     async def meet_again(self) -> list[str]:

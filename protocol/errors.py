@@ -7,9 +7,11 @@ ShoalError
 ├── PeerUnreachable     nobody answered at an address
 ├── FetchFailed         a stream fetch ended without the whole, verified resource
 ├── DirectoryError      the DHT could not be joined, read or written
-│   └── ClockOff        this machine's clock and its peers' are apart
+│   ├── ClockOff        this machine's clock and its peers' are apart
+│   └── DirectoryEnded  this node's DHT process has ended
 ├── TransportError      the py-libp2p host process failed
 └── RoundFailed         an outer round cannot be run at all
+    └── AveragerEnded   and no other ever will
 """
 
 from __future__ import annotations
@@ -74,6 +76,12 @@ class ClockOff(DirectoryError):
     code = "SHOAL-109"
 
 
+class DirectoryEnded(DirectoryError):
+    """The DHT process, or its p2p daemon, has ended; no waiting mends that. The peer starts over."""
+
+    code = "SHOAL-110"
+
+
 class TransportError(ShoalError):
     """The py-libp2p host process could not start, or keeps dying."""
 
@@ -81,9 +89,15 @@ class TransportError(ShoalError):
 
 
 class RoundFailed(ShoalError):
-    """An outer round cannot be run: the averager process has ended, or is busy with that fragment."""
+    """An outer round cannot be run: the averager is still busy with that fragment, or did not start."""
 
     code = "SHOAL-107"
+
+
+class AveragerEnded(RoundFailed):
+    """The averager process has ended, so that this peer can never merge again. The peer starts over."""
+
+    code = "SHOAL-111"
 
 
 class IdentityError(ShoalError):

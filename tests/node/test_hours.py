@@ -55,6 +55,8 @@ SCRIPT = """
     from pathlib import Path
     from shoal.node.config import PeerConfig
     from shoal.node.hours import Hours
+    from shoal.node.reviving import StartOver
+    from shoal.protocol.errors import AveragerEnded
     from shoal.node.resting import ByHours
 
     folder = Path(sys.argv[1])
@@ -72,6 +74,9 @@ SCRIPT = """
             time.sleep(0.05)
             if (folder / "fail").exists():
                 raise RuntimeError("broken")
+            if (folder / "lose").exists():
+                (folder / "lose").unlink()
+                raise StartOver(AveragerEnded("the averager is gone"))
         note("drained")
         return 0
 
@@ -149,6 +154,17 @@ def test_a_peer_that_fails_ends_it(living: Living) -> None:
     (living.folder / "fail").touch()
     assert living.process.wait(20) == 1
     assert "RuntimeError: broken" in (living.folder / "said").read_text()
+
+
+def test_a_peer_that_lost_a_helper_process_is_started_again(living: Living) -> None:
+    living.set("22:00")
+    for times in range(1, 4):
+        living.until(lambda times=times: living.notes() == ["began"] * times)
+        (living.folder / "lose").touch()
+    living.until(lambda: living.notes() == ["began"] * 4)
+    (living.folder / "lose").touch()  # too often
+    assert living.process.wait(20) == 1
+    assert (living.folder / "said").read_text().count("shoal: the averager is gone") == 4
 
 
 def test_the_peer_does_not_outlive_the_parent(living: Living) -> None:

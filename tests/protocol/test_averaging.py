@@ -262,6 +262,6 @@ def test_a_killed_parent_leaves_nothing_and_a_killed_averager_is_noticed(swarm):
 
     second.submit(np.zeros(1000), expected=2)
     os.kill(second.averager_pid, signal.SIGKILL)
-    assert second.next("error", 5)[0] == "RoundFailed"
+    assert second.next("error", 5)[0] == "AveragerEnded"
     second.submit(np.zeros(1000), expected=2)
-    assert second.next("error", 5)[0] == "RoundFailed"
+    assert second.next("error", 5)[0] == "AveragerEnded"

@@ -3,6 +3,7 @@
 One swarm lives through it all, stage after stage: starting peers is what takes the time.
 """
 
+import math
 import signal
 
 import psutil
@@ -53,7 +54,7 @@ def comes_late(swarm: Swarm, a: Peer, b: Peer) -> Peer:
     [late] = c.said("joining.late")
     assert late["step"] >= 60
     assert history["step"][0] == late["step"] + 1
-    assert history["loss"][0] < loss_of(a.status()) + 0.5, "the newcomer's first loss is not the swarm's"
+    assert history["loss"][0] < as_good_as(a), "the newcomer's first loss is not the swarm's"
     swarm.wait_for("c has its share", lambda: len(c.epochs()) >= 4 and owned_once([a, b, c]), 6 * LEASE)
     assert all(epoch > before[slot] for slot, epoch in c.epochs().items())
     assert lost([a, b, c]) == 0
@@ -100,7 +101,7 @@ def comes_back(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> Peer:
     assert restored["slots"]  # which others own by now, at a higher epoch
     history = c.status()["history"]
     assert history["step"][0] > behind  # where the swarm is, not where it died
-    assert history["loss"][0] < loss_of(a.status()) + 0.5
+    assert history["loss"][0] < as_good_as(a)
     swarm.wait_for("c owns slots again", lambda: len(c.epochs()) >= 4 and owned_once([a, b, c]), 6 * LEASE)
     swarm.wait_for("c merges again", lambda: c.commits() > 0, 60)
     assert lost([a, b, c]) == 0
@@ -130,6 +131,11 @@ def leaves(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> None:
         ),
         60,
     )
+
+
+def as_good_as(peer: Peer) -> float:
+    """A loss, in nats, that one batch of a model like `peer`'s stays below, and one that knows nothing does not."""
+    return (loss_of(peer.status()) + math.log(256)) / 2
 
 
 def alive(process: psutil.Process) -> bool:

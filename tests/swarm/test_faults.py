@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from harness import START_SECONDS, Peer, Swarm, lost, owned_once, run_id_of
+from harness import START_SECONDS, Peer, Swarm, backed_up, lost, owned_once, run_id_of
 from shoal.protocol.identity import Identity
 
 LEASE = 4.0
@@ -22,7 +22,7 @@ def founded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
         yield swarm
 
 
-def test_helper_processes_that_die_are_replaced_or_end_their_peer(founded: Swarm) -> None:
+def test_a_peer_outlives_its_helper_processes(founded: Swarm) -> None:
     swarm = founded
     a, b = both = [swarm.join(name, "--data-shard", f"{index}/2") for index, name in enumerate("ab")]
     swarm.wait_for(
@@ -45,10 +45,40 @@ def test_helper_processes_that_die_are_replaced_or_end_their_peer(founded: Swarm
     swarm.wait_for("every slot has one owner", lambda: owned_once(both), 3 * LEASE)
     assert lost(both) == 0
 
-    # Without its averager a peer could train, but never merge: it ends, and says why.
-    b.child("averager").kill()
-    assert b.wait(30) == 1, b.tail()
-    assert "the averager process ended" in b.tail()
+    # Without its averager a peer could train, but never merge; without its directory it is alone. It starts over in
+    # place: same process, same ports, from a checkpoint that it writes first.
+    for peer, helper, reason in (
+        (b, "averager", "the averager process ended"),
+        (a, "dht", "the DHT process has ended"),
+    ):
+        swarm.wait_for("every slot has a copy", lambda: backed_up(both) and owned_once(both), 60)
+        before = peer.status()
+        peer.child(helper).kill()
+        swarm.wait_for("it starts over", lambda peer=peer: bool(peer.said("peer.starts_over")), 30)
+        assert reason in peer.said("peer.starts_over")[-1]["reason"]
+        swarm.wait_for(
+            "it trains and merges",
+            lambda peer=peer, before=before: (
+                bool(peer.said("checkpoint.restored"))
+                and peer.phase == "training"
+                and peer.last["invite"] == before["invite"]
+                and peer.commits() > 0
+                and owned_once(both)
+            ),
+            START_SECONDS,
+        )
+        assert peer.said("checkpoint.restored")[-1]["step"] >= before["step"]
+        assert lost(both) == 0
+    assert b.said("peer.starts_over")[0]["times"] == 1
+
+    # So does the peer that the invite leads to, wherever it stands in the line of its helpers.
+    bootstrap = swarm.peers[0]
+    bootstrap.child("p2pd").kill()
+    swarm.wait_for("the bootstrap starts over", lambda: bool(bootstrap.said("peer.starts_over")), 30)
+    swarm.wait_for("it is back", lambda: bootstrap.phase == "ready", START_SECONDS)
+    assert bootstrap.last["invite"] == swarm.invite
+
+    swarm.stop([b])
     swarm.wait_for("a owns everything", lambda: owned_once([a]), 3 * LEASE)
 
     # Told to stop while it catches up, a peer has nothing to hand over and leaves at once.
@@ -70,13 +100,6 @@ def test_helper_processes_that_die_are_replaced_or_end_their_peer(founded: Swarm
         ),
         START_SECONDS,
     )
-
-    # Nor can it do without the directory, whether its process or the daemon dies.
-    a.child("p2pd").kill()
-    b.child("dht").kill()
-    for peer in (a, b):
-        assert peer.wait(30) == 1, peer.tail()
-        assert "the DHT process has ended" in peer.tail()
 
 
 def test_invites_that_lead_nowhere_say_so(founded: Swarm) -> None:
