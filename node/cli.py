@@ -20,7 +20,7 @@ from cyclopts.config import Env, Toml
 from .. import __version__
 from ..protocol.errors import ShoalError
 from . import logs
-from .config import ENV_PREFIX, PeerConfig, Role, default_data_dir
+from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
 from .plan import plan
@@ -73,7 +73,7 @@ PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]
 @app.command
 def found(
     *,
-    preset: Annotated[Literal["tiny", "small", "bench"], Parameter(group=RUN)] = "tiny",
+    preset: Annotated[PresetName, Parameter(group=RUN)] = "tiny",
     name: Annotated[str | None, Parameter(group=RUN)] = None,
     steps: Annotated[int | None, Parameter(group=RUN)] = None,
     min_composers: Annotated[int, Parameter(group=RUN)] = 1,
@@ -96,7 +96,8 @@ def found(
     Parameters
     ----------
     preset:
-        What to train: `tiny` trains on one CPU core, `small` wants a GPU or patience, `bench` is for comparisons.
+        What to train: `tiny` trains on one CPU core, `small` wants a GPU or patience. The others are for comparisons:
+        `bench`, and `standard` (8 experts, 2 a token) beside `fine-grained` (64 narrow ones, 16 a token).
     name:
         Lower-case name of the run; it begins the run's id. By default the preset's.
     steps:

@@ -31,6 +31,7 @@ from ..protocol.merging import Facts, outer_step
 from ..protocol.parts import COARSE, PartCodec
 from ..protocol.radial import NormedClaims
 from .manifest import Manifest
+from .model.balance import balance_biases
 from .model.build import build_model
 from .model.cut import backbone_fragments
 from .model.start import Start
@@ -98,6 +99,8 @@ class Composer(ExpertOwner):
             manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train), start=start
         )
         self.device = torch.device(device)
+        if self.train.bias_rate and not self.model.selection_biases:
+            raise ValueError("train.bias_rate needs routers with selection biases, and this family's have none")
         self.model.place(self.device)
         self.backbone = self.model.backbone
         self.tokens = 0
@@ -160,10 +163,16 @@ class Composer(ExpertOwner):
         sound = math.isfinite(loss) and math.isfinite(norm.item())
         if sound:  # a bad batch must not poison weights that others merge
             self.optimizer.step()
+            self._balance()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += tokens
         return StepReport(loss, tokens, seconds, time.perf_counter() - middle, skipped=not sound)
+
+    def _balance(self) -> None:
+        if self.train.bias_rate and self.last_counts is not None:
+            biases, rate = self.model.selection_biases, self.train.bias_rate
+            balance_biases(biases, self.last_counts, rate, swarm_counts_LE=self.swarm_counts)
 
     def _observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
         self.publishers[slot][layer].observe(x_ND, gate_N)

@@ -24,6 +24,7 @@ from .logs import LogFormat, LogLevel
 
 Role = Literal["composer", "worker", "bootstrap", "observer"]
 Reach = Literal["auto", "direct", "relay"]
+PresetName = Literal["tiny", "small", "bench", "standard", "fine-grained"]  # of `model/presets.py`, which needs torch
 
 ENV_PREFIX = "SHOAL_"
 DATA = Group("Training", sort_key=1)

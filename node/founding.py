@@ -16,7 +16,7 @@ from .config import PeerConfig
 from .errors import ConfigError
 from .handle_key import found_key
 from .manifest import Manifest, OwnershipSpec, PrivacySpec, with_settings
-from .model.init import built_expert_shape
+from .model.init import built_expert_shape, has_selection_biases
 from .model.presets import preset
 from .sketch_choice import within_budget
 
@@ -86,6 +86,11 @@ def new_manifest(
             built_expert_shape(manifest.model)
         except ValueError as error:
             raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
+    if manifest.train.bias_rate and not has_selection_biases(manifest.model):
+        raise ConfigError(
+            "train.bias_rate is set, and routers of this family have no selection biases",
+            fix="leave it at 0, or take a model of a family like glm4_moe or deepseek_v3",
+        )
     if sketch_budget is not None:
         try:
             manifest = within_budget(manifest, sketch_budget)

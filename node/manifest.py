@@ -90,6 +90,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     grad_clip: Positive = 1.0  # global norm over backbone and owned experts
     balance_coef: NonNegative = 0.01  # load-balance loss over swarm-wide counts
     z_coef: NonNegative = 0.001  # router z-loss
+    bias_rate: NonNegative = 0.0  # how far selection biases move a step towards even load, where a router has them
 
 
 class OuterSpec(Spec, frozen=True, kw_only=True):

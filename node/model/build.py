@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...kernels.experts import DenseExpert
 from ..manifest import ModelSpec, StandInSpec
 from .balance import router_losses
-from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, skeleton
+from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, selection_bias, skeleton
 from .init import built_expert_shape, split_blocks
 from .shard import ExpertShard, OwnedRowsTap, SketchTap
 from .start import Seeded, Start
@@ -69,6 +69,8 @@ class MoEModel(nn.Module):
         self.shards = self._all_shards[spec.private_layers :]  # those of layers that have slots
         self.num_slots = blocks[0].num_experts
         self.expert_shapes = ((2 * blocks[0].width, blocks[0].hidden), (blocks[0].hidden, blocks[0].width))
+        biases = [selection_bias(block) for block in blocks]
+        self.selection_biases = [bias for bias in biases if bias is not None]  # of all MoE layers, or of none
         self._router_logits: list[Tensor] = []  # of the forward that is running, by MoE layer
         for block in blocks:
             block.router.register_forward_hook(self._keep_logits)

@@ -52,7 +52,34 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
         raise ValueError("the model's config has no `model_type`")
     parsed: PreTrainedConfig = AutoConfig.for_model(model_type, **values)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa", dtype=torch.float32)
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(
+            parsed, attn_implementation="sdpa", dtype=torch.float32
+        )
+    return with_weights_only(network)
+
+
+def with_weights_only(network: PreTrainedModel) -> PreTrainedModel:
+    """`network`, whose float buffers that belong into checkpoints have become parameters without gradients.
+
+    Those are the biases by which DeepSeek-V3 and its like select experts. They are weights like others: merged, saved,
+    handed to newcomers and exported.
+    """
+    for module in network.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+    return network
+
+
+def selection_bias(block: MoEBlock) -> nn.Parameter | None:
+    """What a layer adds to its experts' scores (E) to select them, and not to weigh them; None in most families."""
+    found = [
+        parameter
+        for name, parameter in block.block.named_parameters()
+        if not name.startswith("experts.") and not parameter.requires_grad and parameter.shape == (block.num_experts,)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def moe_blocks(network: nn.Module) -> list[MoEBlock]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..manifest import ExpertShape, ModelSpec
-from .families import MoEBlock, initializer_range, moe_blocks, skeleton
+from .families import MoEBlock, initializer_range, moe_blocks, selection_bias, skeleton
 from .shard import parameter_names
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ def _expert_shape(config: bytes, private_layers: int) -> ExpertShape:
         act=first.act,
         std=initializer_range(network.config),
     )
+
+
+def has_selection_biases(spec: ModelSpec) -> bool:
+    """Whether routers select experts by more than their scores. Raises ValueError for a model that cannot be built."""
+    return all(selection_bias(block) is not None for block in moe_blocks(skeleton(spec.config)))
 
 
 def split_blocks(blocks: list[MoEBlock], private_layers: int) -> tuple[list[MoEBlock], list[MoEBlock]]:

@@ -99,7 +99,42 @@ def _bench() -> Preset:
     return Preset(model=ModelSpec(config=config), standin=StandInSpec(refit_steps=24))
 
 
-PRESETS = {"tiny": _tiny, "small": _small, "bench": _bench}
+def _recipe(experts: int, top_k: int, width: int) -> Preset:
+    config = _bytes_config(
+        256,
+        model_type="qwen3_moe",
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=width,
+        intermediate_size=512,  # of dense layers: there are none
+        norm_topk_prob=True,
+        initializer_range=0.04,  # between the usual 0.02 and what `tiny` needs at half the width
+    )
+    return Preset(model=ModelSpec(config=config), standin=StandInSpec(publish_every=2, refit_steps=24))
+
+
+def _standard() -> Preset:
+    """Few wide experts: 8, of which each token takes 2. To be compared with `fine-grained`."""
+    return _recipe(experts=8, top_k=2, width=256)
+
+
+def _fine_grained() -> Preset:
+    """Many narrow experts: 64, of which each token takes 16. As many weights as `standard`, in all and at work."""
+    return _recipe(experts=64, top_k=16, width=32)
+
+
+PRESETS = {
+    "tiny": _tiny,
+    "small": _small,
+    "bench": _bench,
+    "standard": _standard,
+    "fine-grained": _fine_grained,
+}
 
 
 def preset(name: str) -> Preset:

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ...kernels.standin import initial_standin
 from ..errors import ConfigError
 from ..manifest import StandInSpec
-from ..model.families import moe_blocks
+from ..model.families import moe_blocks, with_weights_only
 from .store import write_part
 
 _NOT_THE_MODEL = (
@@ -33,13 +33,10 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder} is no checkpoint", fix="name a folder that upcycle or export wrote")
         try:
-            self.network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            self.network = with_weights_only(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
             self.blocks = moe_blocks(self.network)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{folder} cannot start a run: {error}", fix="take one of a MoE family") from error
-        saved = self.network.state_dict().keys()
-        if any(bool(buffer.any()) for name, buffer in self.network.named_buffers() if name in saved):
-            raise ConfigError(f"{folder} has trained biases of routers", fix="take another: runs do not carry them")
         tokenizer = folder / "tokenizer.json"
         self.tokenizer = tokenizer.read_bytes() if tokenizer.is_file() and self.vocabulary > 256 else b""
 

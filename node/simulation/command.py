@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
+from ..config import PresetName
 from ..errors import ConfigError
 from .scenario import Scenario
 
@@ -24,7 +25,7 @@ def simulate(
     peers: Annotated[int, Parameter(group=SWARM)] = 100,
     hours: Annotated[float, Parameter(group=SWARM)] = 1.0,
     seed: int = 0,
-    preset: Annotated[Literal["tiny", "small", "bench"], Parameter(group=SWARM)] = "small",
+    preset: Annotated[PresetName, Parameter(group=SWARM)] = "small",
     step_seconds: Annotated[float, Parameter(group=SWARM)] = 2.0,
     mean_capacity: Annotated[float, Parameter(group=SWARM)] = 8.0,
     lease_seconds: Annotated[float, Parameter(group=SWARM)] = 20.0,
