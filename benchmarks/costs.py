@@ -39,10 +39,10 @@ def state_bytes(owner: ExpertOwner) -> int:
     total: int = sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
     for publishers in owner.publishers.values():
         total += sum(tensor.nbytes for publisher in publishers for tensor in publisher.state_dict().values())
+    total += sum(expert.nbytes for slot in owner.owned for expert in owner.experts_of(slot))
     if not isinstance(owner, Composer):
-        experts = [expert for slot in owner.owned for expert in owner.experts_of(slot)]
-        return total + sum(expert.gate_up.nbytes + expert.down.nbytes for expert in experts)
-    total += sum(parameter.nbytes for parameter in owner.model.parameters())
+        return total
+    total += sum(parameter.nbytes for parameter in owner.backbone.values())
     total += sum(tensor.nbytes for tensor in (*owner.common, *owner.momentum))
     for slot in range(owner.num_slots):
         if slot not in owner.owned:

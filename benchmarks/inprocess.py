@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels.interface import float_weights
 from ..kernels.narrow import NarrowStandIn
 from ..node.composer import Composer, Entry
+from ..node.expert_mode import ExpertMode
 from ..node.manifest import Manifest
 from ..node.model.cut import cadences
 from ..node.owning import ExpertOwner
@@ -57,6 +58,7 @@ class InProcessSwarm:
         late: steps that sketches and deltas are under way.
         frozen: instead of stand-ins, experts of others are float32 copies, taken from their owners with each merge of
             the first fragment, at two bytes a weight on the wire.
+        mode: how all owners train experts; by default in full.
     """
 
     def __init__(
@@ -70,17 +72,20 @@ class InProcessSwarm:
         flippers: int = 0,
         late: int = 0,
         frozen: bool = False,
+        mode: ExpertMode | None = None,
     ) -> None:
         self.manifest, self.frozen = manifest, frozen
         self.replicas = bool(owned[0]) and all(set(slots) == set(owned[0]) for slots in owned)
         self.composers = [
-            Composer(manifest, owned=slots if seed is None else (), next_batch=batch, fit_seed=i)
+            Composer(manifest, owned=slots if seed is None else (), next_batch=batch, fit_seed=i, mode=mode)
             for i, (slots, batch) in enumerate(zip(owned, batches, strict=True))
         ]
         if seed is not None:
             for slots, composer in zip(owned, self.composers, strict=True):
                 seed.start(composer, slots)
-        self.workers = [Worker(manifest, composers=self._steps, fit_seed=len(owned) + j) for j in range(len(workers))]
+        self.workers = [
+            Worker(manifest, composers=self._steps, fit_seed=len(owned) + j, mode=mode) for j in range(len(workers))
+        ]
         if self.workers:
             start = seed or Seed.of(self.composers[0])
             for slots, worker in zip(workers, self.workers, strict=True):
@@ -269,6 +274,6 @@ class InProcessSwarm:
             for owner in self.owners:
                 for slot in owner.owned:
                     for ours, theirs in zip(whole.model.experts_of(slot), owner.experts_of(slot), strict=True):
-                        ours.gate_up.copy_(theirs.gate_up)
-                        ours.down.copy_(theirs.down)
+                        for into, weights in zip(ours.masters(), theirs.masters(), strict=True):
+                            into.copy_(weights)
         return whole

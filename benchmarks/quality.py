@@ -9,7 +9,8 @@
     extreme-KIND       experts split among workers; composers own none          (the same)
 
 KIND is lowbit, narrow or ternary; ternary trains experts ternary too, whose copies are then exact. `+rows` or
-`+gradient` after it sends sketches to owners, without it there are none. Facts of the manifest that differ for one
+`+gradient` after it sends sketches to owners, without it there are none. `@lora` or `@frozen` after that: owners train
+low-rank factors beside 4-bit weights, or nothing; `@lora4` names a rank. Facts of the manifest that differ for one
 method alone stand behind it: `shoal-narrow+rows:sketch.kappa=0:sketch.codec=float16`.
 
 Writes a Markdown table and JSON. `./dev bench swarm` runs the comparison through real processes and a real network.
@@ -31,8 +32,10 @@ import torch
 
 from ..kernels.standin import KINDS
 from ..node.composer import Composer
+from ..node.config import ExpertModeName
 from ..node.data import Batches, load_corpus
 from ..node.evaluate import HELDOUT_SEED, heldout_loss
+from ..node.expert_mode import ExpertMode
 from ..node.manifest import Manifest, ManifestError, with_settings
 from ..node.model.presets import preset
 from .costs import counting, state_bytes
@@ -44,6 +47,7 @@ PLAIN = ("centralized", "lone", "diloco", "spes")
 METHODS = (*PLAIN, "shoal-lowbit", "shoal-lowbit+rows", "shoal-narrow", "shoal-narrow+rows")
 _METHOD = re.compile(
     rf"(?P<plain>{'|'.join(PLAIN)})|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(KINDS)})(\+(?P<sketch>rows|gradient))?"
+    r"(@(?P<mode>frozen|lora(?P<rank>\d+)?))?"
 )
 NO_TOKENS = torch.empty(0)
 COUNTED_STEPS = 24  # whose FLOPs are counted: every cadence of a run comes in them
@@ -58,6 +62,7 @@ class Method:
     plain: str | None  # centralized, lone, diloco, spes; None for a swarm of owners
     extreme: bool
     manifest: Manifest
+    mode: ExpertMode
 
     @classmethod
     def parse(cls, text: str, manifest: Manifest) -> Method:
@@ -73,7 +78,10 @@ class Method:
             settings = own + settings
         if found["plain"] == "spes":
             settings = ["sketch.kind=none", *settings]
-        return cls(text, found["plain"], found["who"] == "extreme", with_settings(manifest, settings))
+        own_facts = with_settings(manifest, settings)
+        mode: ExpertModeName = "frozen" if found["mode"] == "frozen" else "lora" if found["mode"] else "full"
+        how = ExpertMode(own_facts.train, mode, int(found["rank"] or 16))
+        return cls(text, found["plain"], found["who"] == "extreme", own_facts, how)
 
 
 class Comparison:
@@ -202,9 +210,17 @@ class Comparison:
             owned = [everything[i :: self.num_composers] for i in range(self.num_composers)]
         start = 0 if seed is None else seed.step
         sources = [self.batches(i, start).next for i in range(self.num_composers)]
-        faults = {"flippers": self.flippers, "late": self.late}
-        frozen = method.plain == "spes"
-        return InProcessSwarm(method.manifest, sources, owned, workers=workers, seed=seed, frozen=frozen, **faults)
+        return InProcessSwarm(
+            method.manifest,
+            sources,
+            owned,
+            workers=workers,
+            seed=seed,
+            flippers=self.flippers,
+            late=self.late,
+            frozen=method.plain == "spes",
+            mode=method.mode,
+        )
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.standin import initial_standin
 from ..node.composer import Composer
-from ..node.owning import SlotTensors
+from ..node.slot_state import SlotTensors
 from ..node.worker import Worker
 
 
@@ -31,7 +31,7 @@ class Seed:
             slots[slot] = {
                 f"{layer}.{name}": weights.detach().clone()
                 for layer, expert in enumerate(experts)
-                for name, weights in (("gate_up", expert.gate_up), ("down", expert.down))
+                for name, weights in zip(("gate_up", "down"), expert.masters(), strict=True)
             }
         return cls([composer.local_fragment(i) for i in range(len(composer.fragments))], slots, composer.step)
 

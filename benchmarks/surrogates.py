@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernels.experts import DenseExpert, run_expert
+from ..kernels.experts import OwnedExpert, run_expert
 from ..kernels.interface import float_weights, output_fidelity
 from ..kernels.lowbit import LowbitStandIn
 from ..kernels.lowrank import MAX_RANK
@@ -39,7 +39,7 @@ from ..node.model.presets import preset
 
 KEPT = 4  # one slot in so many stays exact
 Rows = tuple[Tensor, Tensor]
-Make = Callable[[int, DenseExpert, "Rows"], StandIn]  # layer, expert, its routed rows
+Make = Callable[[int, OwnedExpert, "Rows"], StandIn]  # layer, expert, its routed rows
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ class Probe:
         return float((y_ND * gate_N.unsqueeze(1)).square().sum(1).mean()) * self._seen[layer, slot]
 
 
-def nothing(layer: int, expert: DenseExpert, rows: Rows) -> StandIn:
+def nothing(layer: int, expert: OwnedExpert, rows: Rows) -> StandIn:
     """A stand-in whose output is 0."""
-    hidden = expert.down.shape[0]
+    hidden = expert.masters()[1].shape[0]
     return NarrowStandIn({"gate_up": torch.zeros(2, hidden), "down": torch.zeros(hidden, 1)})
 
 
@@ -152,8 +152,8 @@ def copy_of(kind: type[LowbitStandIn] | type[TernaryStandIn]) -> Make:
 def narrow(part: int, fit_steps: int, act: str) -> Make:
     """The 1/`part` neurons of most energy on the rows, then `fit_steps` optimizer steps towards the expert's output."""
 
-    def make(layer: int, expert: DenseExpert, rows: Rows) -> StandIn:
-        hidden, width = expert.down.shape
+    def make(layer: int, expert: OwnedExpert, rows: Rows) -> StandIn:
+        hidden, width = expert.masters()[1].shape
         small = max(1, width // part)
         start = NarrowStandIn.of(*float_weights(expert), small, rows if len(rows[0]) else None, act)
         publisher = NarrowPublisher(
@@ -182,7 +182,7 @@ def shared_base(model: MoEModel, rank: int) -> Make:
         weights = [float_weights(shard.expert(slot)) for slot in range(model.num_slots)]
         bases.append([torch.stack(matrices).mean(0) for matrices in zip(*weights, strict=True)])
 
-    def make(layer: int, expert: DenseExpert, rows: Rows) -> StandIn:
+    def make(layer: int, expert: OwnedExpert, rows: Rows) -> StandIn:
         near = []
         for matrix, base in zip(float_weights(expert), bases[layer], strict=True):
             u, s, v = torch.linalg.svd(matrix - base, full_matrices=False)
@@ -251,7 +251,7 @@ def one_by_one(probe: Probe, fit_steps: int, slots: Sequence[int]) -> list[Singl
     return singles
 
 
-def _weight_error(expert: DenseExpert, standin: StandIn) -> float:
+def _weight_error(expert: OwnedExpert, standin: StandIn) -> float:
     """||W - W'|| / ||W|| over both matrices; neurons that a narrow one lacks count as zeros."""
     exact, near = float_weights(expert), standin.dense()
     norm = math.sqrt(sum(float(m.square().sum()) for m in exact))

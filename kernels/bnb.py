@@ -7,6 +7,7 @@ compute the same without. Everybody who needs bitsandbytes takes it from here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 def _uncompiled(function: Callable[..., Any] | None = None, **_: object) -> Callable[..., Any]:
     return _uncompiled if function is None else function
 
+
+# It warns that an optional package for faster 4-bit products is missing; we multiply in float32.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _compile = torch.compile
 torch.compile = _uncompiled  # type: ignore[assignment]

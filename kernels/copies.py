@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from .experts import DenseExpert
+from .experts import OwnedExpert
 from .interface import Publisher, StandIn, output_fidelity, prefixed, take
 from .replay import ReplayBuffer
 
@@ -29,7 +29,7 @@ class CopyStandIn(StandIn):
         """
 
     @classmethod
-    def weights_of(cls, expert: DenseExpert) -> tuple[Tensor, Tensor]:
+    def weights_of(cls, expert: OwnedExpert) -> tuple[Tensor, Tensor]:
         """What of an expert `payload_to` copies."""
         return expert.dense()
 
@@ -54,23 +54,23 @@ class CopyPublisher(Publisher):
     published: CopyStandIn
 
     def __init__(
-        self, expert: DenseExpert, *, replay_rows: int, published: CopyStandIn | None = None, act: str = "silu"
+        self, expert: OwnedExpert, *, replay_rows: int, published: CopyStandIn | None = None, act: str = "silu"
     ) -> None:
         # Of the masters, as `initial_standin` has it: what an expert computes with may differ from them.
-        self.published = published or self.copy_type.of(expert.gate_up, expert.down)
+        self.published = published or self.copy_type.of(*expert.masters())
         self._replay = ReplayBuffer(min(replay_rows, _JUDGED_ROWS), self.published.hidden)
         self._act = act
 
     def observe(self, x_ND: Tensor, gate_N: Tensor) -> None:
         self._replay.add(x_ND, gate_N)
 
-    def refit(self, expert: DenseExpert) -> None:
+    def refit(self, expert: OwnedExpert) -> None:
         """A copy follows its expert by `delta` alone."""
 
-    def delta(self, expert: DenseExpert) -> bytes:
+    def delta(self, expert: OwnedExpert) -> bytes:
         return self.published.delta(self.published.payload_to(*self.copy_type.weights_of(expert)))
 
-    def fidelity(self, expert: DenseExpert) -> float:
+    def fidelity(self, expert: OwnedExpert) -> float:
         return output_fidelity(expert, self.published, *self._replay.all_rows(), self._act)
 
     def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:

@@ -25,9 +25,10 @@ the same number of rows (wastes work exactly when routing is uneven).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -54,19 +55,114 @@ class ExpertWeights(Protocol):
         ...
 
 
+class OwnedExpert(ABC):
+    """An expert that somebody owns, and how it is trained: what of it has gradients, and which.
+
+    Attributes:
+        names: of the tensors in `trained`, in their order.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def trained(self) -> tuple[Tensor, ...]:
+        """What an optimizer steps."""
+
+    @abstractmethod
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """As `ExpertWeights`."""
+
+    def masters(self) -> tuple[Tensor, Tensor]:
+        """What another peer goes on with, in the shapes of `dense`."""
+        return self.dense()
+
+    @abstractmethod
+    def with_trained(self, trained: Sequence[Tensor]) -> Self:
+        """The same expert with other tensors in place of `trained`; not copied."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same expert with all but `trained` on another device."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.trained)
+
+    @abstractmethod
+    def gradients(self, x_ND: Tensor, dh_NH: Tensor, dy_ND: Tensor, a_NF: Tensor) -> tuple[Tensor, ...]:
+        """Of `trained`, from rows as `RowTap.backward_rows` has them."""
+
+    @abstractmethod
+    def project(self, d_gate_up: Tensor, d_down: Tensor) -> tuple[Tensor, ...]:
+        """Of `trained`, from the gradients of what `dense` returns. Linear; may return its arguments."""
+
+
 @dataclass
-class DenseExpert:
+class DenseExpert(OwnedExpert):
     """Full weights of one expert: gate_up (2F, D), gate rows first, and down (D, F); trained if they require grad."""
+
+    names = ("gate_up", "down")
 
     gate_up: Tensor
     down: Tensor
 
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return self.gate_up, self.down
+
     def dense(self) -> tuple[Tensor, Tensor]:
         return self.effective(self.gate_up, self.down)
+
+    def masters(self) -> tuple[Tensor, Tensor]:
+        return self.gate_up, self.down
+
+    def with_trained(self, trained: Sequence[Tensor]) -> Self:
+        return type(self)(*trained)
+
+    def gradients(self, x_ND: Tensor, dh_NH: Tensor, dy_ND: Tensor, a_NF: Tensor) -> tuple[Tensor, ...]:
+        return dh_NH.t() @ x_ND, dy_ND.t() @ a_NF
+
+    def project(self, d_gate_up: Tensor, d_down: Tensor) -> tuple[Tensor, ...]:
+        return d_gate_up, d_down
 
     def effective(self, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """What the forward computes with, given the masters. Gradients pass straight through to the masters."""
         return gate_up, down
+
+
+@dataclass
+class FrozenExpert(OwnedExpert):
+    """Full weights of one expert, which stay as they are."""
+
+    names = ()
+
+    gate_up: Tensor
+    down: Tensor
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        return self.gate_up, self.down
+
+    def with_trained(self, trained: Sequence[Tensor]) -> Self:
+        return self
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.gate_up.to(device), self.down.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+    def gradients(self, x_ND: Tensor, dh_NH: Tensor, dy_ND: Tensor, a_NF: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def project(self, d_gate_up: Tensor, d_down: Tensor) -> tuple[Tensor, ...]:
+        return ()
 
 
 class RowTap(Protocol):
@@ -101,7 +197,7 @@ def apply_experts(
         x_TD: inputs. Computation is in their dtype (autocast's, if active): weights of another dtype are cast.
         top_k_index_TK: expert of each pair, int64; E means "dropped": the pair adds nothing and gets no gradient.
         top_k_weights_TK: gate weights.
-        experts: E of them. Gradients reach the tensors of a `DenseExpert` that require grad; of no other expert.
+        experts: E of them. Gradients reach those tensors of an `OwnedExpert` that require grad; of no other expert.
         tap: called with the rows of every hit expert.
         act: name of the activation: silu, gelu or gelu_pytorch_tanh.
 
@@ -122,8 +218,8 @@ def apply_experts(
     # Autograd must see as arguments whatever it may have to give a gradient for; the rest travels as objects.
     trained: list[Tensor] = []
     for expert in experts:
-        if isinstance(expert, DenseExpert):
-            trained += (expert.gate_up, expert.down)
+        if isinstance(expert, OwnedExpert):
+            trained += expert.trained
     y_TD: Tensor = _Experts.apply(x_TD, top_k_index_TK, top_k_weights_TK, experts, tap, act, *trained)  # type: ignore[no-untyped-call]
     return y_TD
 
@@ -225,37 +321,29 @@ class _Experts(torch.autograd.Function):
         next_trained = 0
         for expert, count in enumerate(ctx.counts[: len(ctx.experts)]):
             weights = ctx.experts[expert]
-            slot = -1
-            if isinstance(weights, DenseExpert):
-                slot, next_trained = next_trained, next_trained + 2
+            first = next_trained
+            if isinstance(weights, OwnedExpert):
+                next_trained += len(weights.trained)
             if not count:
                 continue
             rows = slice(start, start + count)
             start += count
-            if slot >= 0:
-                effective = weights.effective(trained[slot], trained[slot + 1])
-                gate_up, down = effective[0].to(dtype), effective[1].to(dtype)
-                needs_gate_up, needs_down = needs_trained[slot], needs_trained[slot + 1]
-            else:
-                gate_up, down = _weights(weights, dtype)
-                needs_gate_up = needs_down = False
+            gate_up, down = _weights(weights, dtype)
+            needs_weights = any(needs_trained[first:next_trained])
 
             hg, hu = next(pre_activations).chunk(2, dim=-1)
             gate_N1 = gates[rows].to(dtype).unsqueeze(1)
             g_ND = grad_TD.index_select(0, tokens[rows])
             u_NF = g_ND @ down
             act_NF = activate(hg)
-            if dgates is not None or needs_down or tap is not None:
+            if dgates is not None or needs_weights or tap is not None:
                 a_NF = act_NF * hu
                 if dgates is not None:
                     dgates[rows] = torch.linalg.vecdot(u_NF, a_NF).to(dgates.dtype)
-            if tap is not None or needs_down:
+            if tap is not None or needs_weights:
                 dy_ND = g_ND * gate_N1
-                if needs_down:
-                    dtrained[slot + 1] = (dy_ND.t() @ a_NF).to(trained[slot + 1].dtype)
-            if tap is not None or needs_gate_up:
                 x_ND = x_TD.index_select(0, tokens[rows])
-            if dx_PD is None and not needs_gate_up and tap is None:
+            elif dx_PD is None:
                 continue
             da_NF = u_NF.mul_(gate_N1)
             dh = torch.cat((activate_backward(da_NF * hu, hg), da_NF * act_NF), dim=-1)
@@ -263,8 +351,11 @@ class _Experts(torch.autograd.Function):
                 tap.backward_rows(expert, x_ND, dy_ND, a_NF, dh)
             if dx_PD is not None:
                 torch.mm(dh, gate_up, out=dx_PD[rows])
-            if needs_gate_up:
-                dtrained[slot] = (dh.t() @ x_ND.to(dtype)).to(trained[slot].dtype)
+            if needs_weights:
+                assert isinstance(weights, OwnedExpert)
+                gradients = weights.gradients(x_ND.to(dtype), dh, dy_ND, a_NF)
+                for place, gradient in zip(range(first, next_trained), gradients, strict=True):
+                    dtrained[place] = gradient.to(trained[place].dtype)
 
         dx_TD = None
         if dx_PD is not None:
@@ -274,9 +365,9 @@ class _Experts(torch.autograd.Function):
         if dgates is not None:
             dweights_TK = torch.empty_like(dgates).index_copy_(0, order, dgates).view(ctx.shape)
         # A trained expert without rows has a zero gradient, as it would as a slice of a fused tensor.
-        for slot, needed in enumerate(needs_trained):
-            if needed and dtrained[slot] is None:
-                dtrained[slot] = torch.zeros_like(trained[slot])
+        for place, needed in enumerate(needs_trained):
+            if needed and dtrained[place] is None:
+                dtrained[place] = torch.zeros_like(trained[place])
         return dx_TD, None, dweights_TK, None, None, None, *dtrained
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .codecs import tensor_bytes
-from .experts import DenseExpert, run_expert
+from .experts import OwnedExpert, run_expert
 
 MARK_BYTES = 16
 MAX_STANDIN_BYTES = 1 << 30  # no expert that one peer could train comes near it
@@ -152,11 +152,11 @@ class Publisher(ABC):
         """Remembers rows that were routed to the expert."""
 
     @abstractmethod
-    def refit(self, expert: DenseExpert) -> None:
+    def refit(self, expert: OwnedExpert) -> None:
         """Fits the next stand-in to the expert as it is now, where the kind has anything to fit."""
 
     @abstractmethod
-    def delta(self, expert: DenseExpert) -> bytes:
+    def delta(self, expert: OwnedExpert) -> bytes:
         """The change of `published` towards the expert, already applied to `published`.
 
         Raises:
@@ -164,7 +164,7 @@ class Publisher(ABC):
         """
 
     @abstractmethod
-    def fidelity(self, expert: DenseExpert) -> float:
+    def fidelity(self, expert: OwnedExpert) -> float:
         """How well `published` does the expert's work, in [0, 1]; see `output_fidelity`."""
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Publisher(ABC):
         """
 
 
-def output_fidelity(expert: DenseExpert, standin: StandIn, x_ND: Tensor, gate_N: Tensor, act: str) -> float:
+def output_fidelity(expert: OwnedExpert, standin: StandIn, x_ND: Tensor, gate_N: Tensor, act: str) -> float:
     """1 - ||E(x) - S(x)|| / ||E(x)||, rows weighted by their gates; 0 if S is no better than nothing.
 
     Without rows, standard normal inputs stand for them: the number is then about weights, not about the data.
@@ -200,7 +200,7 @@ def output_fidelity(expert: DenseExpert, standin: StandIn, x_ND: Tensor, gate_N:
     return max(0.0, 1.0 - error / norm)
 
 
-def float_weights(expert: DenseExpert) -> tuple[Tensor, Tensor]:
+def float_weights(expert: OwnedExpert) -> tuple[Tensor, Tensor]:
     """The expert's weights as detached float32 on the CPU, where stand-ins are made."""
     gate_up, down = expert.dense()
     return gate_up.detach().to("cpu", torch.float32), down.detach().to("cpu", torch.float32)

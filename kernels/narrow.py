@@ -21,7 +21,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from .experts import DenseExpert, run_expert
+from .experts import DenseExpert, OwnedExpert, run_expert
 from .interface import Publisher, StandIn, check_tensor, float_weights, output_fidelity, prefixed, take
 from .lowrank import MAX_RANK, Factors, factor, factors_nbytes
 from .replay import ReplayBuffer
@@ -130,7 +130,7 @@ class NarrowPublisher(Publisher):
 
     def __init__(
         self,
-        expert: DenseExpert,
+        expert: OwnedExpert,
         *,
         width: int,
         rank: int,
@@ -143,7 +143,7 @@ class NarrowPublisher(Publisher):
     ) -> None:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"rank {rank} is not within 1 and {MAX_RANK}")
-        self.published: NarrowStandIn = published or NarrowStandIn.of(expert.gate_up, expert.down, width)
+        self.published: NarrowStandIn = published or NarrowStandIn.of(*expert.masters(), width)
         self._fitted = [matrix.cpu().clone().requires_grad_() for matrix in self.published.dense()]
         # Weight decay would pull towards a smaller expert than the one to be imitated.
         self._optimizer = torch.optim.AdamW(self._fitted, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -153,7 +153,7 @@ class NarrowPublisher(Publisher):
     def observe(self, x_ND: Tensor, gate_N: Tensor) -> None:
         self._replay.add(x_ND, gate_N)
 
-    def refit(self, expert: DenseExpert) -> None:
+    def refit(self, expert: OwnedExpert) -> None:
         x_ND, gate_N = self._replay.fitting_rows()
         gate_up, down = float_weights(expert)
         wanted_ND = run_expert(x_ND, gate_up, down, self._act) * gate_N.unsqueeze(1)
@@ -171,11 +171,11 @@ class NarrowPublisher(Publisher):
             self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def delta(self, expert: DenseExpert) -> bytes:
+    def delta(self, expert: OwnedExpert) -> bytes:
         gate_up, down = (matrix.detach() for matrix in self._fitted)
         return self.published.delta(self.published.payload_to(gate_up, down, self._rank))
 
-    def fidelity(self, expert: DenseExpert) -> float:
+    def fidelity(self, expert: OwnedExpert) -> float:
         return output_fidelity(expert, self.published, *self._replay.held_out_rows(), self._act)
 
     def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .copies import CopyPublisher, CopyStandIn
-from .experts import DenseExpert
+from .experts import OwnedExpert
 from .interface import Publisher, StandIn, read_tensors
 from .lowbit import LowbitPublisher, LowbitStandIn
 from .narrow import NarrowPublisher, NarrowStandIn
@@ -69,7 +69,7 @@ def standin_from_bytes(data: bytes, *, like: StandIn | None = None) -> StandIn:
 
 def make_publisher(
     kind: str,
-    expert: DenseExpert,
+    expert: OwnedExpert,
     *,
     width: int,
     rank: int = 8,
@@ -99,12 +99,13 @@ def make_publisher(
         ValueError: unknown kind, impossible sizes, or `published` is not of this kind and size.
     """
     _check_kind(kind)
-    if published is not None and (published.kind != kind or published.hidden != expert.down.shape[0]):
+    down = expert.masters()[1]
+    if published is not None and (published.kind != kind or published.hidden != down.shape[0]):
         raise ValueError(f"a {published.kind} stand-in of {published.hidden} is not one of kind {kind} for this expert")
     copy = None if published is None else standin_from_bytes(published.to_bytes())
     if kind in _COPIES:
-        if copy is not None and copy.width != expert.down.shape[1]:
-            raise ValueError(f"a copy of width {copy.width} for an expert of width {expert.down.shape[1]}")
+        if copy is not None and copy.width != down.shape[1]:
+            raise ValueError(f"a copy of width {copy.width} for an expert of width {down.shape[1]}")
         assert copy is None or isinstance(copy, CopyStandIn)
         return _COPIES[kind][1](expert, replay_rows=replay_rows, published=copy, act=act)
     if copy is not None and copy.width != width:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .codecs import tensor_bytes
 from .copies import CopyPublisher, CopyStandIn, deflated, inflated
-from .experts import DenseExpert
+from .experts import OwnedExpert
 from .interface import check_tensor
 from .ternary import (
     Ternary,
@@ -53,9 +53,9 @@ class TernaryStandIn(CopyStandIn):
         return cls(_state(gate_up, down))
 
     @classmethod
-    def weights_of(cls, expert: DenseExpert) -> tuple[Tensor, Tensor]:
+    def weights_of(cls, expert: OwnedExpert) -> tuple[Tensor, Tensor]:
         """The masters, whether the expert is trained ternary or not."""
-        return expert.gate_up, expert.down
+        return expert.masters()
 
     @property
     def hidden(self) -> int:

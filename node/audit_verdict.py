@@ -17,19 +17,21 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..kernels.experts import run_expert
+from ..kernels.experts import OwnedExpert, run_expert
 from ..kernels.interface import check_tensor
+from ..kernels.lora import LoraExpert
 from ..kernels.sketch import RowSketch
 from ..kernels.standin import StandIn, standin_from_bytes
 from ..protocol.auditing import Finding
-from ..protocol.errors import Refused
+from ..protocol.errors import Refused, ShoalError
 from ..protocol.messages import AuditRecord, SlotState
 from .blobs import from_bytes
+from .expert_mode import SAVED, ExpertMode
 from .manifest import Manifest
 from .model.init import expert_shape
 from .optimizer import checked_state, put_state
-from .owning import SlotTensors, expert_type, under
 from .sketch_receiving import MAX_ROWS
+from .slot_state import SlotTensors, under
 from .worker import CLIP_EPSILON, Worker
 
 ROUNDING = 1e-6  # of a float32 weight
@@ -65,7 +67,8 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) 
             ]
             for expert in record.experts
         ]
-        before = [(e.gate_up.detach().clone(), e.down.detach().clone()) for e in replay.experts_of(0)]
+        owned = replay.experts_of(0)
+        before = [[tensor.detach().clone() for tensor in (*expert.trained, *expert.dense())] for expert in owned]
         if record.seq in known.published:
             published = known.published[record.seq]
             if any(published.get(expert.handle, expert.standin) != expert.standin for expert in record.experts):
@@ -76,8 +79,10 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) 
             found = replay.take(sketches)
             if found is not Finding.PASSED:
                 return found
-            for old, mine, their in zip(before, replay.experts_of(0), after, strict=True):
-                pairs = zip(old, (mine.gate_up, mine.down), (their.gate_up, their.down), strict=True)
+            for old, mine, their in zip(before, owned, after, strict=True):
+                pairs = zip(old[:-2], mine.trained, their.trained, strict=True)
+                if not _same_base(mine, their):
+                    return Finding.WRONG_UPDATE
                 if not all(_same_update(*each, manifest.trust.tolerance) for each in pairs):
                     return Finding.WRONG_UPDATE
         newest = known.published[max(known.published)] if known.published else {}
@@ -85,13 +90,12 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) 
             standins = [standin_from_bytes(newest.get(expert.handle, expert.standin), like=like)]
             standins += replay.versions[position][1:]
             x_ND = torch.cat([torch.empty(0, replay.shape.hidden), *(s.x.dense() for s in sketches[position])])
-            states = (before[position], (after[position].gate_up, after[position].down))
-            computed = [expert_type(manifest.train)(*state).dense() for state in states]
+            computed = [(before[position][-2], before[position][-1]), after[position].dense()]
             for standin in standins:
                 fidelities = [_fidelity(x_ND, weights, standin, manifest, replay.shape.act) for weights in computed]
                 if max(fidelities) < manifest.trust.min_fidelity:
                     return Finding.POOR_STANDIN
-    except (Refused, ValueError):
+    except (ShoalError, ValueError):
         return Finding.MALFORMED
     return Finding.PASSED
 
@@ -122,6 +126,16 @@ def judge_weights(state: SlotState, manifest: Manifest, published: Sequence[byte
     return Finding.PASSED
 
 
+def _same_base(mine: OwnedExpert, their: OwnedExpert) -> bool:
+    """Whether all that is not trained stayed what it was, and what is trained kept its shapes."""
+    if any(a.shape != b.shape for a, b in zip(mine.trained, their.trained, strict=True)):
+        return False
+    if not isinstance(mine, LoraExpert) or not isinstance(their, LoraExpert):
+        return True
+    ours, theirs = mine.base.tensors, their.base.tensors
+    return mine.scale == their.scale and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 class Replay(Worker):
     """A worker of the record's experts alone, as slot 0, in the record's order.
 
@@ -130,17 +144,21 @@ class Replay(Worker):
     """
 
     def __init__(self, manifest: Manifest, record: AuditRecord, like: StandIn) -> None:
-        super().__init__(manifest, composers=dict)
+        states_before = [from_bytes(expert.before, what="state") for expert in record.experts]
+        low_rank = any(name.startswith(SAVED) for state in states_before for name in state)
+        super().__init__(manifest, composers=dict, mode=ExpertMode(manifest.train, "lora" if low_rank else "full"))
         self.record = record
         self.shape = msgspec.structs.replace(self.shape, num_layers=len(record.experts))
         self.step = record.step
         experts, states = [], []
-        for position, expert in enumerate(record.experts):
-            tensors = _named(position, from_bytes(expert.before, what="state"))
-            experts.append(self._checked_expert(position, tensors))
+        for position, told in enumerate(states_before):
+            tensors = _named(position, told)
+            expert = self._checked_expert(position, tensors)
+            prefix = f"{position}." + (SAVED if low_rank else "")
+            experts.append(expert)
             states.append([
-                checked_state(self.optimizer, weights.shape, under(f"{position}.{name}.", tensors))
-                for name, weights in (("gate_up", experts[-1].gate_up), ("down", experts[-1].down))
+                checked_state(self.optimizer, weights.shape, under(f"{prefix}{name}.", tensors))
+                for name, weights in zip(expert.names, expert.trained, strict=True)
             ])  # fmt: skip
         # By position: what was published when the step was taken, then earlier ones.
         self.versions = [
@@ -150,9 +168,9 @@ class Replay(Worker):
         publishers = self._make_publishers(0, experts, [versions[0] for versions in self.versions])
         held = self._hold(0, experts)
         self._begin_owning(0, held, publishers)
-        for taken, (gate_up, down) in zip(held, states, strict=True):
-            put_state(self.optimizer, taken.gate_up, gate_up)
-            put_state(self.optimizer, taken.down, down)
+        for taken, of_expert in zip(held, states, strict=True):
+            for parameter, state in zip(taken.trained, of_expert, strict=True):
+                put_state(self.optimizer, parameter, state)
 
     def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
         return self.versions[position][age]
@@ -165,7 +183,7 @@ class Replay(Worker):
                     return Finding.MALFORMED
                 self.absorb(0, position, sketch, used.tokens, used.past)
         self._set_gradients(0, [0])
-        trained = [w for expert in self.experts_of(0) for w in (expert.gate_up, expert.down) if w.grad is not None]
+        trained = [w for expert in self.experts_of(0) for w in expert.trained if w.grad is not None]
         norm = torch.nn.utils.get_total_norm([w.grad for w in trained if w.grad is not None])
         # Other slots were stepped with these, so the norm was this large at least.
         most = min(1.0, self.train.grad_clip / (float(norm) + CLIP_EPSILON))

@@ -3,7 +3,8 @@
 A slot's experts cost, for each weight, the master, two moments of AdamW and a gradient in float32, and what its
 stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
 Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
-memory.
+memory. Low-rank factors cost that too, and are few; the 4-bit weights beside them, and weights that are frozen, have
+neither moments nor gradients.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..kernels.lora import lora_bytes
 from .errors import ConfigError
+from .expert_mode import ExpertMode
 from .manifest import ExpertShape, StandInSpec
 
 TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
@@ -21,6 +24,7 @@ COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint
 COPY_BYTES = 1  # a weight: a stand-in that is a copy
 NARROW_BYTES = 4 * 4  # a weight of a narrow stand-in: published, fitted, two moments
 COPY_REPLAY_ROWS = 256  # inputs kept by an expert whose stand-in is a copy
+DENSE_COPIES = 24  # of one expert at once, with what the allocator does not give back: measured, 10 to 22
 SLACK = 1.15  # dense copies of one expert while it is stepped or published, the allocator, snapshots being packed
 FREE_SHARE = 0.8  # of what is free now
 CGROUP = Path("/sys/fs/cgroup")
@@ -46,16 +50,29 @@ def device_to_use(name: str) -> torch.device:
     return device
 
 
-def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device) -> int:
-    """Memory that one owned slot takes."""
-    weights = 3 * shape.hidden * shape.width * shape.num_layers
+def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, mode: ExpertMode | None = None) -> int:
+    """Memory that one owned slot takes, trained in full or in the way of `mode`."""
+    weights = 3 * shape.hidden * shape.width
     narrow = standin.kind == "narrow"
-    beside = NARROW_BYTES * standin.width_fraction if narrow else COPY_BYTES
+    beside = weights * (NARROW_BYTES * standin.width_fraction if narrow else COPY_BYTES)
     rows = standin.replay_rows if narrow else min(standin.replay_rows, COPY_REPLAY_ROWS)
-    each = TRAINED_BYTES + beside
+    trained, kept = weights, 0
+    if mode is not None and mode.mode == "lora":
+        kept, trained = lora_bytes(shape.hidden, shape.width, mode.rank)
+    elif mode is not None and mode.mode == "frozen":
+        kept, trained = 4 * weights, 0
+    each = kept + TRAINED_BYTES * trained + beside
     if device.type == "cpu":
-        each += COPIED_BYTES + beside
-    return int(SLACK * (each * weights + rows * (2 * shape.hidden + 4) * shape.num_layers))
+        each += kept + COPIED_BYTES * trained + beside
+    return int(SLACK * shape.num_layers * (each + rows * (2 * shape.hidden + 4)))
+
+
+def working_bytes(shape: ExpertShape, mode: ExpertMode | None) -> int:
+    """Memory that is taken once, whatever number of slots is owned: one expert's weights and gradients, dense, while it
+    is stepped, published or handed on. Beside slots that are trained in full that is little, and `SLACK` has it."""
+    if mode is None or mode.mode == "full":
+        return 0
+    return DENSE_COPIES * 4 * 3 * shape.hidden * shape.width
 
 
 def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
@@ -71,9 +88,16 @@ def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def slots_that_fit(shape: ExpertShape, standin: StandInSpec, device: torch.device, max_memory_gib: float | None) -> int:
+def slots_that_fit(
+    shape: ExpertShape,
+    standin: StandInSpec,
+    device: torch.device,
+    max_memory_gib: float | None,
+    mode: ExpertMode | None = None,
+) -> int:
     """Slots that a worker can own with what memory is free, or with `max_memory_gib` if that is less."""
     usable = FREE_SHARE * free_bytes(device)
     if max_memory_gib is not None:
         usable = min(usable, max_memory_gib * (1 << 30))
-    return min(shape.num_experts, int(usable // slot_bytes(shape, standin, device)))
+    usable = max(0.0, usable - working_bytes(shape, mode))
+    return min(shape.num_experts, int(usable // slot_bytes(shape, standin, device, mode)))

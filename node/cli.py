@@ -82,6 +82,7 @@ def found(
     sketch_budget: Annotated[int | None, Parameter(group=RUN, metavar="BYTES_PER_STEP")] = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", group=RUN, metavar="PART.FIELD=VALUE")] = (),
     role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
+    model: Annotated[Path | None, Parameter(group=RUN, metavar="CONFIG")] = None,
     seed: Annotated[Path | None, Parameter(group=RUN, metavar="FOLDER")] = None,
     peer: PeerOptions = None,
 ) -> int:
@@ -118,6 +119,9 @@ def found(
         `--set standin.kind=narrow`. May be given several times; docs/sketches.md lists those of sketches.
     role:
         Whether the first peer trains too.
+    model:
+        A transformers config.json of a Mixture-of-Experts family, or a folder with one: train that model, from scratch
+        and over bytes. The preset then only gives the schedule.
     seed:
         A Mixture-of-Experts checkpoint to start from, as `upcycle` and `export` write them; the preset then only gives
         the schedule. Peers fetch from each other what they need of it.
@@ -135,6 +139,7 @@ def found(
         private_layers=private_layers,
         sketch_budget=sketch_budget,
         settings=set_,
+        model=model,
         seed=seed,
     )
     return _start(config, manifest)

@@ -23,20 +23,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.experts import DenseExpert
+from ..kernels.experts import DenseExpert, OwnedExpert
 from ..kernels.standin import StandIn
 from ..protocol import radial
 from ..protocol.fragments import Fragment, flatten, unflatten
 from ..protocol.merging import Facts, outer_step
 from ..protocol.parts import COARSE, PartCodec
 from ..protocol.radial import NormedClaims
+from .expert_mode import ExpertMode, expert_type
 from .manifest import Manifest
 from .model.balance import balance_biases
 from .model.build import build_model
 from .model.cut import backbone_fragments
 from .model.start import Start
 from .optimizer import make_optimizer
-from .owning import ExpertOwner, expert_type
+from .owning import ExpertOwner
 from .sketching import Collector
 from .slot_formats import experts_like
 
@@ -92,12 +93,11 @@ class Composer(ExpertOwner):
         fit_seed: int = 0,
         start: Start | None = None,
         device: torch.device | str = "cpu",
+        mode: ExpertMode | None = None,
     ) -> None:
-        super().__init__(manifest, fit_seed=fit_seed)
+        super().__init__(manifest, fit_seed=fit_seed, mode=mode)
         self.next_batch = next_batch
-        self.model = build_model(
-            manifest.model, owned=owned, standin=manifest.standin, expert=expert_type(self.train), start=start
-        )
+        self.model = build_model(manifest.model, owned=owned, standin=manifest.standin, expert=self.mode, start=start)
         self.device = torch.device(device)
         if self.train.bias_rate and not self.model.selection_biases:
             raise ValueError("train.bias_rate needs routers with selection biases, and this family's have none")
@@ -179,14 +179,11 @@ class Composer(ExpertOwner):
 
     # -- experts: see ExpertOwner ----------------------------------------------------------------------------------
 
-    def experts_of(self, slot: int) -> list[DenseExpert]:
+    def experts_of(self, slot: int) -> list[OwnedExpert]:
         return self.model.experts_of(slot)
 
-    def _hold(self, slot: int, experts: Sequence[DenseExpert]) -> list[DenseExpert]:
-        return [
-            shard.adopt(slot, expert.gate_up, expert.down)
-            for shard, expert in zip(self.model.shards, experts, strict=True)
-        ]
+    def _hold(self, slot: int, experts: Sequence[OwnedExpert]) -> list[OwnedExpert]:
+        return [shard.hold(slot, expert) for shard, expert in zip(self.model.shards, experts, strict=True)]
 
     def _let_go(self, slot: int, published: Sequence[StandIn]) -> None:
         for shard, standin in zip(self.model.shards, published, strict=True):

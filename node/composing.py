@@ -28,6 +28,7 @@ from .copies import Snapshot
 from .data import Batches, Encode, load_corpus, seed_of_peer, tokens_of
 from .deposing import Deposing
 from .exchange import Exchange
+from .expert_mode import ExpertMode
 from .gradient_collecting import GradientCollector
 from .gradient_receiving import GradientReceiver
 from .gradient_rounds import GradientRounds, form_of, sketch_averager
@@ -121,6 +122,7 @@ class ComposerPeer:
                 fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
                 start=start,
                 device=device_to_use(self.config.device),
+                mode=ExpertMode.of(self.config, self.facts.manifest.train),
             )
         except ValueError as error:
             raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error

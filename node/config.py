@@ -24,6 +24,7 @@ from .logs import LogFormat, LogLevel
 
 Role = Literal["composer", "worker", "bootstrap", "observer"]
 Reach = Literal["auto", "direct", "relay"]
+ExpertModeName = Literal["full", "lora", "frozen"]  # see `expert_mode.py`, which needs torch
 PresetName = Literal["tiny", "small", "bench", "standard", "fine-grained"]  # of `model/presets.py`, which needs torch
 
 ENV_PREFIX = "SHOAL_"
@@ -35,6 +36,14 @@ LOCAL = Group("This machine", sort_key=3)
 def default_data_dir() -> Path:
     """$SHOAL_HOME, else ~/.shoal."""
     return Path(os.environ.get("SHOAL_HOME") or "~/.shoal")
+
+
+def parse_gib(text: str) -> float:
+    """`24GB` (powers of ten), `24GiB` or `24`, in GiB. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|)", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"{text!r} is no amount of memory", fix="write it like 24GB, 24GiB or 24")
+    return float(found[1]) * (1e9 / (1 << 30) if found[2].lower() == "gb" else 1)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -97,6 +106,16 @@ class PeerConfig:
 
     own: Annotated[Literal["share", "none"], Parameter(group=DATA)] = "share"
     """Experts to own: this peer's `share`, or `none`, to leave all of them to workers and other composers."""
+
+    expert_mode: Annotated[ExpertModeName, Parameter(group=DATA)] = "full"
+    """How to train owned experts: all their weights; by `lora`, low-rank factors beside 4-bit weights, in an eighth of
+    the memory; or not at all (`frozen`)."""
+
+    lora_rank: Annotated[int, Parameter(group=DATA)] = 16
+    """Rank of these factors."""
+
+    lora_alpha: Annotated[float | None, Parameter(group=DATA)] = None
+    """Their product counts alpha / rank times. By default twice."""
 
     max_memory: Annotated[float | None, Parameter(group=LOCAL, metavar="GIB")] = None
     """Memory for experts in a worker, in GiB. By default four fifths of what is free on its device."""
@@ -162,7 +181,7 @@ class PeerConfig:
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         for name, choices in (
             ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel), ("own", Literal["share", "none"]),
-            ("reach", Reach),
+            ("reach", Reach), ("expert_mode", ExpertModeName),
         ):  # fmt: skip
             _require(
                 getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
@@ -188,6 +207,9 @@ class PeerConfig:
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None, "device", self, "give cpu, cuda or auto"
         )
+        _require(1 <= self.lora_rank <= 1024, "lora_rank", self, "give a number from 1 to 1024")
+        alpha = self.lora_alpha
+        _require(alpha is None or 0 < alpha <= 1e4, "lora_alpha", self, "give a number above 0, or leave it out")
         _require(0 <= self.drain_seconds <= 3600, "drain_seconds", self, "give seconds from 0 to 3600")
         _require(0 < self.join_seconds <= 86400, "join_seconds", self, "give seconds, at most a day of them")
         if self.data_shard is not None:

@@ -13,7 +13,7 @@ from ..protocol.messages import StandInSnapshot
 from ..protocol.ownership import Copy
 from .blobs import from_bytes, to_bytes
 from .logs import get_logger
-from .owning import SlotTensors
+from .slot_state import SlotTensors
 
 log = get_logger(__name__)
 

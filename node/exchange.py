@@ -23,9 +23,9 @@ from .composer import Composer
 from .following import Following
 from .links import COUNTS_TOPIC, Links
 from .logs import get_logger
-from .owning import SlotTensors
 from .publishing import ANNOUNCE_EVERY_SECONDS, Published, Publishing
 from .slot_order import LayerOrder
+from .slot_state import SlotTensors
 from .trainer import Trainer
 
 log = get_logger(__name__)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,7 +16,8 @@ from ..protocol.identity import Identity
 from .config import PeerConfig
 from .errors import ConfigError
 from .handle_key import found_key
-from .manifest import Manifest, OwnershipSpec, PrivacySpec, with_settings
+from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, with_settings
+from .model.families import about_the_model
 from .model.init import built_expert_shape, has_selection_biases
 from .model.presets import preset
 from .sketch_choice import within_budget
@@ -35,6 +37,7 @@ def new_manifest(
     private_layers: int = 0,
     sketch_budget: int | None = None,
     settings: Sequence[str] = (),
+    model: Path | None = None,
     seed: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
@@ -43,6 +46,7 @@ def new_manifest(
     Args:
         sketch_budget: bytes that a composer may send for sketches in one step; None leaves that to `settings`.
         settings: see `with_settings`; they win over everything else.
+        model: config.json of what to train instead of the preset's model, or a folder with one.
         seed: folder of the MoE checkpoint that the run starts from; its parts are written into the data directory.
         progress: told slots of it that are done, and how many there are.
 
@@ -65,7 +69,11 @@ def new_manifest(
         name=name,
         founder=Identity.load_or_create(config.identity_path).peer_id,
         created_at=int(time.time()),
-        model=msgspec.structs.replace(parts.model, private_layers=private_layers),
+        model=msgspec.structs.replace(
+            parts.model,
+            config=parts.model.config if model is None else _config_in(model, parts.data.context_length),
+            private_layers=private_layers,
+        ),
         data=parts.data,
         train=train,
         outer=parts.outer,
@@ -73,6 +81,8 @@ def new_manifest(
         ownership=OwnershipSpec(lease_seconds=lease_seconds),
         privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
     )
+    if model is not None and seed is not None:
+        raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
     if settings:
         manifest = with_settings(manifest, settings)
     lease_seconds = manifest.ownership.lease_seconds
@@ -101,6 +111,28 @@ def new_manifest(
         manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
     stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
     return msgspec.structs.replace(manifest, model=stated)
+
+
+def _config_in(path: Path, context_length: int) -> dict[str, Any]:
+    """A model's config as a manifest has it."""
+    from .data import VOCAB_SIZE
+
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = about_the_model(json.loads(file.read_text(encoding="utf-8")))
+        built_expert_shape(ModelSpec(config=config))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is no model to train: {error}", fix="take the config.json of a MoE family of transformers"
+        ) from error
+    if config.get("vocab_size", 0) < VOCAB_SIZE:
+        raise ConfigError(f"{file} has a vocabulary below {VOCAB_SIZE}, and text is bytes", fix="set vocab_size to 256")
+    if config.get("max_position_embeddings", context_length) < context_length:
+        raise ConfigError(
+            f"{file} has fewer positions than the {context_length} of the preset",
+            fix="raise max_position_embeddings, or take another --preset",
+        )
+    return config
 
 
 def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:

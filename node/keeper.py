@@ -43,9 +43,10 @@ from .blobs import from_bytes
 from .copies import RETRY_SECONDS, CopyStore, Snapshot
 from .links import Links
 from .logs import get_logger
-from .owning import ExpertOwner, SlotTensors
+from .owning import ExpertOwner
 from .publishing import Published, Publishing
 from .slot_serving import SlotServing
+from .slot_state import SlotTensors
 from .state import Count
 from .state import Lease as LeaseSeen
 from .trainer import Trainer

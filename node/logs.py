@@ -102,8 +102,6 @@ def adopt_third_parties() -> None:
             logger.removeHandler(handler)
         logger.propagate = True
         logger.setLevel(level)
-    # bitsandbytes warns that an optional package for faster 4-bit products is missing; we multiply in float32.
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
 def _wants_colour(stream: TextIO) -> bool:

@@ -1,7 +1,8 @@
-"""The inner optimizer: AdamW, and moving one parameter's state between optimizers when its slot changes hands."""
+"""The inner optimizer, AdamW, and its schedule; moving one parameter's state to another optimizer with its slot."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,6 +27,15 @@ def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.opt
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=spec.learning_rate, betas=betas)
         return optimizer
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas, fused=True)
+
+
+def learning_rate(spec: TrainSpec, step: int) -> float:
+    """Linear warm-up, then a cosine from `learning_rate` down to `final_lr_fraction` of it at `steps`."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    progress = min(1.0, (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps))
+    scale = spec.final_lr_fraction + (1 - spec.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    return spec.learning_rate * scale
 
 
 def take_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

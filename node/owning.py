@@ -21,24 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.experts import DenseExpert
+from ..kernels.experts import DenseExpert, OwnedExpert
 from ..kernels.interface import check_tensor
+from ..kernels.lora import LoraExpert
 from ..kernels.sketch import RowSketch
 from ..kernels.standin import Publisher, StandIn, make_publisher
-from ..kernels.ternary import TernaryExpert
+from .expert_mode import SAVED, ExpertMode
 from .manifest import ExpertShape, Manifest, TrainSpec
 from .model.init import expert_shape
-from .optimizer import checked_state, put_state, take_state
+from .optimizer import checked_state, learning_rate, put_state
 from .past_standins import PastStandIns
 from .sketch_sums import SketchSum
+from .slot_state import SlotTensors, optimizer_state, under, weights_as_trained
 from .step_record import StepRecorder, Used
-
-SlotTensors = dict[str, Tensor]
-
-
-def expert_type(train: TrainSpec) -> type[DenseExpert]:
-    """What an owned expert computes with: its masters, or their ternary form."""
-    return TernaryExpert if train.expert_weights == "ternary" else DenseExpert
 
 
 class ExpertOwner(ABC):
@@ -46,8 +41,9 @@ class ExpertOwner(ABC):
 
     optimizer: torch.optim.Optimizer  # group 0 takes the experts
 
-    def __init__(self, manifest: Manifest, *, fit_seed: int) -> None:
+    def __init__(self, manifest: Manifest, *, fit_seed: int, mode: ExpertMode | None = None) -> None:
         self.manifest = manifest
+        self.mode = mode or ExpertMode(manifest.train)
         self.train: TrainSpec = manifest.train
         self.shape: ExpertShape = expert_shape(manifest.model)
         self.num_slots = self.shape.num_experts
@@ -67,12 +63,12 @@ class ExpertOwner(ABC):
         return set(self.publishers)
 
     @abstractmethod
-    def experts_of(self, slot: int) -> list[DenseExpert]:
+    def experts_of(self, slot: int) -> list[OwnedExpert]:
         """The owned experts of a slot by position. Raises ValueError if the slot is not owned."""
 
     @abstractmethod
-    def _hold(self, slot: int, experts: Sequence[DenseExpert]) -> list[DenseExpert]:
-        """Make trainable parameters of these weights."""
+    def _hold(self, slot: int, experts: Sequence[OwnedExpert]) -> list[OwnedExpert]:
+        """Make parameters of what of them is trained."""
 
     @abstractmethod
     def _let_go(self, slot: int, published: Sequence[StandIn]) -> None:
@@ -95,13 +91,8 @@ class ExpertOwner(ABC):
         """Take it; returns what there is to report."""
 
     def learning_rate(self) -> float:
-        """Linear warm-up, then a cosine from `learning_rate` down to `final_lr_fraction` of it at `steps`."""
-        t = self.train
-        if self.step < t.warmup_steps:
-            return t.learning_rate * (self.step + 1) / t.warmup_steps
-        progress = min(1.0, (self.step - t.warmup_steps) / max(1, t.steps - t.warmup_steps))
-        scale = t.final_lr_fraction + (1 - t.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-        return t.learning_rate * scale
+        """Of the next step."""
+        return learning_rate(self.train, self.step)
 
     # -- sketches --------------------------------------------------------------------------------------------------
 
@@ -134,7 +125,6 @@ class ExpertOwner(ABC):
         Raises:
             ValueError: the slot is not owned, or see `absorb_gradient`; other positions may have taken theirs in.
         """
-        self.experts_of(slot)
         for position, (d_gate_up, d_down) in gradients.items():
             routed = bool(d_gate_up.any() or d_down.any())
             self.absorb_gradient(slot, position, d_gate_up * tokens, d_down * tokens, tokens=tokens, rows=int(routed))
@@ -163,11 +153,12 @@ class ExpertOwner(ABC):
         """Like `absorb`, with the gradient itself, summed over tokens.
 
         Raises:
-            ValueError: not finite, absurdly large, or of tokens that come to nothing; nothing has changed then.
+            ValueError: the slot is not owned, or the gradient is not finite, absurdly large, or of tokens that come to
+                nothing; nothing has changed then.
         """
-        held = self._sums.get((slot, position)) or SketchSum()
+        expert, held = self.experts_of(slot)[position], self._sums.get((slot, position)) or SketchSum()
         try:
-            held.add_gradient(d_gate_up, d_down, tokens=tokens, rows=rows)
+            held.add_gradient(expert, d_gate_up, d_down, tokens=tokens, rows=rows)
         except ValueError as error:
             raise ValueError(f"slot {slot}: {error}") from error
         self._sums[slot, position] = held
@@ -193,14 +184,15 @@ class ExpertOwner(ABC):
             for position, expert in enumerate(self.experts_of(slot)):
                 if slot in self._frozen:
                     self._sums.pop((slot, position), None)
-                    expert.gate_up.grad = expert.down.grad = None
+                    for weights in expert.trained:
+                        weights.grad = None
                     continue
                 held = self._settle(slot, position)
                 self._sums.pop((slot, position), None)
-                if held is not None and (held.rows or expert.down.grad is not None):
+                own = any(weights.grad is not None for weights in expert.trained)
+                if held is not None and held.gradients is not None and (held.rows or own):
                     total = own_tokens + held.tokens
-                    for weights, theirs in ((expert.gate_up, held.gate_up), (expert.down, held.down)):
-                        assert theirs is not None
+                    for weights, theirs in zip(expert.trained, held.gradients, strict=True):
                         theirs = theirs.to(weights.device)
                         if weights.grad is not None:
                             theirs.add_(weights.grad, alpha=own_tokens)
@@ -244,7 +236,7 @@ class ExpertOwner(ABC):
         return known if len(known) == len(values) else ()
 
     def _make_publishers(
-        self, slot: int, experts: Sequence[DenseExpert], published: Sequence[StandIn] | None
+        self, slot: int, experts: Sequence[OwnedExpert], published: Sequence[StandIn] | None
     ) -> list[Publisher]:
         spec = self.manifest.standin
         if published is not None and len(published) != len(experts):
@@ -267,23 +259,37 @@ class ExpertOwner(ABC):
 
     # -- ownership -------------------------------------------------------------------------------------------------
 
-    def _begin_owning(self, slot: int, experts: Sequence[DenseExpert], publishers: list[Publisher]) -> None:
+    def _begin_owning(self, slot: int, experts: Sequence[OwnedExpert], publishers: list[Publisher]) -> None:
         self.publishers[slot] = publishers
         self._past.note(slot, publishers)
         group = self.optimizer.param_groups[0]  # matrices, with weight decay
-        group["params"].extend(t for expert in experts for t in (expert.gate_up, expert.down))
+        group["params"].extend(t for expert in experts for t in expert.trained)
 
     def snapshot(self, slot: int) -> SlotTensors:
-        """Everything that makes up an owned slot: weights, optimizer state, publisher state. Copies, by name."""
+        """What another peer needs to own the slot: weights, publisher state, and optimizer state where all weights are
+        trained. Copies, by name."""
         tensors: SlotTensors = {}
         for position, expert in enumerate(self.experts_of(slot)):
-            for name, parameter in (("gate_up", expert.gate_up), ("down", expert.down)):
-                tensors[f"{position}.{name}"] = parameter.detach().to("cpu", copy=True)
-                for key, value in take_state(self.optimizer, parameter).items():
-                    tensors[f"{position}.{name}.{key}"] = value
-            for key, value in self.publishers[slot][position].state_dict(replay=False).items():
-                tensors[f"{position}.publisher.{key}"] = value.clone()
+            for name, weights in zip(("gate_up", "down"), expert.masters(), strict=True):
+                tensors[f"{position}.{name}"] = weights.detach().to("cpu", copy=True)
+            if isinstance(expert, DenseExpert):
+                state = optimizer_state(self, slot, position)
+                tensors |= {f"{position}.{name}": value for name, value in state.items()}
+            tensors |= self._publisher_state(slot, position)
         return tensors
+
+    def saved(self, slot: int) -> SlotTensors:
+        """What this peer needs to go on with an owned slot where it was, for its own checkpoint. Copies, by name."""
+        tensors: SlotTensors = {}
+        for position in range(self.shape.num_layers):
+            state = weights_as_trained(self, slot, position) | optimizer_state(self, slot, position)
+            tensors |= {f"{position}.{name}": value for name, value in state.items()}
+            tensors |= self._publisher_state(slot, position)
+        return tensors
+
+    def _publisher_state(self, slot: int, position: int) -> SlotTensors:
+        state = self.publishers[slot][position].state_dict(replay=False)
+        return {f"{position}.publisher.{key}": value.clone() for key, value in state.items()}
 
     def weights(self, slot: int) -> SlotTensors:
         """What an owned slot's experts compute with: `<position>.gate_up` and `<position>.down`. Copies."""
@@ -299,7 +305,7 @@ class ExpertOwner(ABC):
 
         It begins anew where only weights came: from a standby's copy, or with `ownership.handover = "snapshot"`.
         """
-        states = (self.optimizer.state.get(expert.gate_up, {}) for expert in self.experts_of(slot))
+        states = (self.optimizer.state.get(t, {}) for expert in self.experts_of(slot) for t in expert.trained[:1])
         return sum(int(state.get("step", 0)) for state in states)
 
     def freeze(self, slot: int) -> None:
@@ -316,28 +322,30 @@ class ExpertOwner(ABC):
         """Become the owner of `slot`.
 
         Args:
-            tensors: a snapshot; None restarts the slot from `first_experts`.
+            tensors: from `snapshot` or `saved`; None restarts the slot from `first_experts`.
             published: what the others hold, by position; by default what this peer ran for the slot so far.
 
         Raises:
             ValueError: the snapshot or `published` does not fit this model or is not finite; nothing has changed then.
+            ConfigError: see `ExpertMode`.
         """
         if slot in self.publishers:
             raise ValueError(f"slot {slot} is owned already")
         published = self.standins(slot) if published is None else published
         # Everything that can fail comes before the first change: half a slot would end the training.
         if tensors is None:
-            experts = self.first_experts(slot)
+            experts: list[OwnedExpert] = [self.mode(*expert.masters()) for expert in self.first_experts(slot)]
         else:
             experts = [self._checked_expert(position, tensors) for position in range(self.shape.num_layers)]
         publishers = self._make_publishers(slot, experts, published)
-        states: list[list[dict[str, Tensor | int]]] = [[{}, {}] for _ in experts]
+        states: list[list[dict[str, Tensor | int]]] = [[{} for _ in expert.trained] for expert in experts]
         if tensors is not None:
             full = any(name.count(".") > 1 for name in tensors)  # else in a wire format, which has weights only
             for position, (expert, publisher) in enumerate(zip(experts, publishers, strict=True)):
+                place = f"{position}." + (SAVED if isinstance(expert, LoraExpert) else "")
                 states[position] = [
-                    checked_state(self.optimizer, weights.shape, under(f"{position}.{name}.", tensors))
-                    for name, weights in (("gate_up", expert.gate_up), ("down", expert.down))
+                    checked_state(self.optimizer, weights.shape, under(f"{place}{name}.", tensors))
+                    for name, weights in zip(expert.names, expert.trained, strict=True)
                 ]
                 if full:
                     newest = publisher.published  # since the snapshot more may have been sent
@@ -345,12 +353,15 @@ class ExpertOwner(ABC):
                     publisher.published = newest
         held = self._hold(slot, experts)
         self._begin_owning(slot, held, publishers)
-        for expert, (gate_up, down) in zip(held, states, strict=True):
-            put_state(self.optimizer, expert.gate_up, gate_up)
-            put_state(self.optimizer, expert.down, down)
+        for expert, of_expert in zip(held, states, strict=True):
+            for parameter, state in zip(expert.trained, of_expert, strict=True):
+                put_state(self.optimizer, parameter, state)
 
-    def _checked_expert(self, position: int, tensors: SlotTensors) -> DenseExpert:
+    def _checked_expert(self, position: int, tensors: SlotTensors) -> OwnedExpert:
         width, hidden = self.shape.width, self.shape.hidden
+        saved = under(f"{position}.{SAVED}", tensors)
+        if saved:
+            return self.mode.read(saved, hidden, width)
         weights = []
         for name, shape in (("gate_up", (2 * width, hidden)), ("down", (hidden, width))):
             value = tensors.get(f"{position}.{name}")
@@ -358,26 +369,21 @@ class ExpertOwner(ABC):
                 raise ValueError(f"the snapshot lacks layer {position}'s {name}")
             check_tensor(f"layer {position}'s {name}", value, torch.float32, shape)
             weights.append(value)
-        return expert_type(self.train)(*weights)
+        return self.mode(*weights)
 
     def release(self, slot: int) -> None:
         """Stop owning `slot`: from now on the published copy stands in for it."""
         published = self.standins(slot)
         experts = self.experts_of(slot)
-        gone = {id(t) for expert in experts for t in (expert.gate_up, expert.down)}
+        gone = {id(t) for expert in experts for t in expert.trained}
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
         for position, expert in enumerate(experts):
-            self.optimizer.state.pop(expert.gate_up, None)
-            self.optimizer.state.pop(expert.down, None)
+            for parameter in expert.trained:
+                self.optimizer.state.pop(parameter, None)
             self._sums.pop((slot, position), None)
             self._fidelity.pop((slot, position), None)
         del self.publishers[slot]
         self._past.forget(slot)
         self._frozen.discard(slot)
         self._let_go(slot, published)
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> SlotTensors:
-    """The tensors whose name starts with `prefix`, without it."""
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

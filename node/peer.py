@@ -298,14 +298,17 @@ class _Peer:
         capacity = 0
         if config.role in ("composer", "worker"):
             from .capacity import device_of, slots_that_fit
+            from .expert_mode import ExpertMode
             from .model.init import expert_shape
+
+            mode = ExpertMode.of(config, run.manifest.train)
 
             shape = expert_shape(run.manifest.model)
             num_slots = capacity = shape.num_experts
             self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
             if config.role == "worker":
                 device = device_of(config.device)
-                capacity = slots_that_fit(shape, run.manifest.standin, device, config.max_memory)
+                capacity = slots_that_fit(shape, run.manifest.standin, device, config.max_memory, mode)
                 if not capacity:
                     raise ConfigError(
                         "not one slot of this run's experts fits the memory",

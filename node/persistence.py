@@ -3,7 +3,7 @@
     backbone.<name>            local weights of the backbone
     optimizer.<name>.<moment>  their optimizer state
     common.<f>, momentum.<f>   last common state of fragment f
-    slot.<s>.<...>             an owned slot, as in `Composer.snapshot`
+    slot.<s>.<...>             an owned slot, as in `Composer.saved`
 
 Stand-ins of slots that others own are not kept: they are stale by the time a peer comes back, and the swarm has them.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .composer import Composer
 from .optimizer import checked_state, put_state, take_state
-from .owning import SlotTensors
+from .slot_state import SlotTensors
 
 
 def composer_tensors(composer: Composer) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def composer_tensors(composer: Composer) -> dict[str, Tensor]:
         tensors[f"common.{index}"] = common.clone()
         tensors[f"momentum.{index}"] = momentum.clone()
     for slot in composer.owned:
-        for key, value in composer.snapshot(slot).items():
+        for key, value in composer.saved(slot).items():
             tensors[f"slot.{slot}.{key}"] = value
     return tensors
 

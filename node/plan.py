@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from .config import ExpertModeName, parse_gib
+
 if TYPE_CHECKING:
+    from .expert_mode import ExpertMode
     from .manifest import Manifest
 
 GIB = 1 << 30
@@ -37,7 +41,9 @@ class Plan:
     rounds_per_token: float  # up and down together
 
 
-def plan_of(manifest: Manifest, memory_gib: float, composers: int) -> Plan:
+def plan_of(
+    manifest: Manifest, memory_gib: float, composers: int, *, mode: ExpertMode | None = None, device: str = "cpu"
+) -> Plan:
     """The plan for a peer with so much memory, in a run of so many composers that share the experts evenly.
 
     Raises ValueError for a model that cannot be built.
@@ -46,7 +52,7 @@ def plan_of(manifest: Manifest, memory_gib: float, composers: int) -> Plan:
 
     from ..kernels.sketch import bytes_per_token
     from ..protocol.parts import PartCodec
-    from .capacity import slot_bytes
+    from .capacity import slot_bytes, working_bytes
     from .model.init import backbone_shapes, expert_shape
 
     shape = expert_shape(manifest.model)
@@ -56,8 +62,9 @@ def plan_of(manifest: Manifest, memory_gib: float, composers: int) -> Plan:
     slot_weights = 3 * shape.hidden * shape.width * shape.num_layers
     copied = 4 * spec.width_fraction if spec.kind == "narrow" else COPY_BYTES[spec.kind]
     standin = int(copied * slot_weights)
-    slot = slot_bytes(shape, spec, torch.device("cpu"))
-    room = memory_gib * GIB - PROCESSES - BACKBONE_BYTES * backbone - standin * shape.num_experts
+    slot = slot_bytes(shape, spec, torch.device(device), mode)
+    memory = memory_gib * GIB - working_bytes(shape, mode) - (PROCESSES if device == "cpu" else 0)
+    room = memory - BACKBONE_BYTES * backbone - standin * shape.num_experts
     owned_share = 1 / composers
     tokens_per_step = manifest.train.batch_size * manifest.data.context_length
     rounds = 2 * PartCodec(outer.codec).encoded_bytes(backbone) / (outer.every_steps * tokens_per_step)
@@ -71,7 +78,7 @@ def plan_of(manifest: Manifest, memory_gib: float, composers: int) -> Plan:
         standins=standin * shape.num_experts,
         slot=slot,
         composer_slots=-1 if room < 0 else min(shape.num_experts, int(room // max(1, slot - standin))),
-        worker_slots=min(shape.num_experts, max(0, int((memory_gib * GIB - PROCESSES) // slot))),
+        worker_slots=min(shape.num_experts, max(0, int(memory // slot))),
         join=8 * backbone + standin * shape.num_experts,
         sketches_per_token=bytes_per_token(
             shape.hidden, manifest.sketch.codec, top_k=top_k, num_moe_layers=shape.num_layers, owned_share=owned_share
@@ -87,10 +94,17 @@ def _numel(size: tuple[int, ...]) -> int:
     return total
 
 
+def _gib_from_tokens(_: object, tokens: Sequence[Any]) -> float:
+    return parse_gib(tokens[0].value)
+
+
 def plan(
     model: str,
     *,
-    memory: float = 24.0,
+    memory: Annotated[float, Parameter(metavar="24GB", converter=_gib_from_tokens)] = 24.0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    expert_mode: ExpertModeName = "full",
+    lora_rank: int = 16,
     composers: int = 8,
     tokens_per_second: float | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", metavar="PART.FIELD=VALUE")] = (),
@@ -98,18 +112,22 @@ def plan(
 ) -> int:
     """Say what a run of a model asks of a peer: memory, slots that fit, traffic.
 
-    It computes from the model's config alone. Memory is for training on a CPU; a GPU holds the same without the
-    libraries, and activations come on top, by batch and length.
+    It computes from the model's config alone. Activations come on top, by batch and length.
 
         shoal plan small --memory 8
-        shoal plan ./moe --memory 24 --composers 16 --tokens-per-second 2000
+        shoal plan ./moe --memory 24GB --device cuda --expert-mode lora
+        shoal plan ./moe --memory 24GB --composers 16 --tokens-per-second 2000
 
     Parameters
     ----------
     model:
         A preset, or the folder of a Mixture-of-Experts checkpoint.
     memory:
-        GiB that the peer may use.
+        What the peer may use: 24GB, 24GiB; a bare number is GiB.
+    device:
+        Where it trains. On a GPU no libraries and no checkpoint being written take room.
+    expert_mode, lora_rank:
+        How it trains the experts that it owns, as for `join`.
     composers:
         That share the experts evenly.
     tokens_per_second:
@@ -120,7 +138,10 @@ def plan(
         Print the numbers as JSON.
     """
     manifest = _manifest(model, set_)
-    found = plan_of(manifest, memory, composers)
+    from .expert_mode import ExpertMode
+
+    mode = ExpertMode(manifest.train, expert_mode, lora_rank)
+    found = plan_of(manifest, memory, composers, mode=mode, device=device)
     if json:
         print(jsonlib.dumps(asdict(found), indent=2))
         return 0

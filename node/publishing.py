@@ -21,9 +21,10 @@ from ..protocol import messages
 from ..protocol.messages import StandInSnapshot, SurrogateDelta
 from ..protocol.surrogates import SEED, Point, SlotPublisher, SurrogateBook, state_digest
 from .links import DELTA_TOPIC, Links
-from .owning import ExpertOwner, SlotTensors
+from .owning import ExpertOwner
 from .slot_formats import unpacked
 from .slot_order import SlotOrder, inverse, moved, renamed
+from .slot_state import SlotTensors
 from .trainer import Trainer
 
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.experts import DenseExpert
+from ..kernels.experts import OwnedExpert
 from ..kernels.interface import Publisher, StandIn
 from ..kernels.sketch import Curvature, RowSketch
 from ..kernels.sketch_gradient import Taught, norm, sum_gradients
@@ -36,14 +36,13 @@ class SketchSum:
     """Gradient of one expert over the sketches since its last step.
 
     Attributes:
-        gate_up, down: summed over tokens; None before anything came.
+        gradients: of what the expert trains, summed over tokens; None before anything came.
         tokens: effective ones that the sum is over.
         rows: without any, an expert is left alone: it neither decays nor moves by old momentum.
         dropped: sketches left out because what they teach is not finite or absurdly large.
     """
 
-    gate_up: Tensor | None = None
-    down: Tensor | None = None
+    gradients: list[Tensor] | None = None
     tokens: float = 0.0
     rows: int = 0
     dropped: int = 0
@@ -64,8 +63,8 @@ class SketchSum:
         self._waiting.append(_Heard(sketch, tokens, standin))
         self._waiting_rows += sketch.num_rows
 
-    def add_gradient(self, d_gate_up: Tensor, d_down: Tensor, *, tokens: float, rows: int) -> None:
-        """A gradient summed over `tokens` tokens.
+    def add_gradient(self, expert: OwnedExpert, d_gate_up: Tensor, d_down: Tensor, *, tokens: float, rows: int) -> None:
+        """A gradient of the expert's weights, summed over `tokens` tokens.
 
         Raises:
             ValueError: not finite, absurdly large, or of tokens that come to nothing; nothing has changed then.
@@ -74,29 +73,29 @@ class SketchSum:
         if not size <= LARGEST_GRADIENT:  # also true for NaN
             raise ValueError(f"a gradient's norm is {size:.3g}")
         _check_tokens(tokens, 1.0)
-        if self.gate_up is None or self.down is None:
-            self.gate_up, self.down = d_gate_up.clone(), d_down.clone()
+        projected = expert.project(d_gate_up, d_down)
+        if self.gradients is None:
+            self.gradients = [gradient.clone() for gradient in projected]
         else:
-            self.gate_up.add_(d_gate_up)
-            self.down.add_(d_down)
+            for sum_, gradient in zip(self.gradients, projected, strict=True):
+                sum_.add_(gradient)
         self.tokens += tokens
         self.rows += rows
 
-    def settle(self, expert: DenseExpert, publisher: Publisher, act: str, kappa: float, curvature: Curvature) -> None:
+    def settle(self, expert: OwnedExpert, publisher: Publisher, act: str, kappa: float, curvature: Curvature) -> None:
         """Add up what waits, and show its rows to the publisher. A sketch that would spoil the sum is dropped."""
         heard, self._waiting, self._waiting_rows = self._waiting, [], 0
         if not heard:
             return
-        gate_up, down = (weights.detach() for weights in expert.dense())
         heard.sort(key=lambda each: id(each.standin))
         try:
             kept = heard
-            self._take(kept, gate_up, down, act, kappa, curvature)
+            self._take(kept, expert, act, kappa, curvature)
         except ValueError:
             kept = []
             for each in heard:  # to find the one
                 try:
-                    self._take([each], gate_up, down, act, kappa, curvature)
+                    self._take([each], expert, act, kappa, curvature)
                     kept.append(each)
                 except ValueError:
                     self.dropped += 1
@@ -104,24 +103,17 @@ class SketchSum:
         if x_ND is not None and len(x_ND):
             publisher.observe(x_ND, torch.ones(len(x_ND)))
 
-    def _take(
-        self,
-        heard: list[_Heard],
-        gate_up: Tensor,
-        down: Tensor,
-        act: str,
-        kappa: float,
-        curvature: Curvature,
-    ) -> None:
+    def _take(self, heard: list[_Heard], expert: OwnedExpert, act: str, kappa: float, curvature: Curvature) -> None:
+        gate_up, down = (weights.detach() for weights in expert.dense())
         dense = {id(each.standin): each.standin.dense() for each in heard} if kappa else {}
         taught = [Taught(each.sketch, kappa, each.sketch.effective, dense.get(id(each.standin))) for each in heard]
         rows = sum(each.sketch.num_rows for each in heard)
         tokens = sum(each.sketch.effective * each.tokens for each in heard)
         if rows:
             gradients = sum_gradients(gate_up, down, taught, act, curvature=curvature)
-            self.add_gradient(*gradients, tokens=tokens, rows=rows)
-        elif self.gate_up is None:
-            self.gate_up, self.down, self.tokens = torch.zeros_like(gate_up), torch.zeros_like(down), tokens
+            self.add_gradient(expert, *gradients, tokens=tokens, rows=rows)
+        elif self.gradients is None:
+            self.gradients, self.tokens = [torch.zeros_like(tensor) for tensor in expert.trained], tokens
         else:
             self.tokens += tokens
 

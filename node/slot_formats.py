@@ -20,8 +20,10 @@ from ..kernels.formats import decode_expert, encode_expert
 from ..kernels.standin import StandIn
 from ..kernels.ternary import TernaryExpert
 from ..kernels.ternary_standin import TernaryStandIn
+from .expert_mode import expert_type
 from .manifest import Manifest, TrainSpec
-from .owning import ExpertOwner, SlotTensors, expert_type
+from .owning import ExpertOwner
+from .slot_state import SlotTensors
 
 
 def packed(tensors: SlotTensors, manifest: Manifest) -> SlotTensors:

@@ -34,7 +34,7 @@ def slots_to_save(
         published = publishing.published(worker, slot)
         if published is None:
             continue  # given away meanwhile
-        for name, value in publishing.snapshot(worker, slot, epoch).items():
+        for name, value in publishing.to_wire(slot, epoch, worker.saved(slot)).items():
             tensors[f"slot.{slot}.{name}"] = value
         data = bytearray(messages.encode(published.snapshot()))
         tensors[f"published.{slot}"] = torch.frombuffer(data, dtype=torch.uint8)

@@ -14,9 +14,10 @@ from ..protocol.transport.downloads import Resource
 from .blobs import to_bytes
 from .copies import CopyStore
 from .links import Links
-from .owning import ExpertOwner, SlotTensors
+from .owning import ExpertOwner
 from .publishing import Published, Publishing
 from .slot_formats import packed
+from .slot_state import SlotTensors
 from .trainer import Trainer
 
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.sketch import RowSketch
 from ..kernels.standin import StandIn
-from .optimizer import take_state
+from .slot_state import optimizer_state, weights_as_trained
 
 if TYPE_CHECKING:
     from .owning import ExpertOwner
@@ -79,7 +79,10 @@ class StepRecorder:
         """The slot is about to be stepped."""
         recording = self._open.get(slot)
         if recording is not None and recording.used is not None:
-            recording.before = {position: _state(owner, slot, position) for position in recording.positions}
+            recording.before = {
+                position: weights_as_trained(owner, slot, position) | optimizer_state(owner, slot, position)
+                for position in recording.positions
+            }
 
     def after_step(self, owner: ExpertOwner, slot: int, *, learning_rate: float, clip: float, sound: bool) -> None:
         """The slot was stepped, or was not, the gradients not being sound."""
@@ -90,11 +93,7 @@ class StepRecorder:
             recording.used = defaultdict(list)
             return
         del self._open[slot]
-        experts = owner.experts_of(slot)
-        after = {
-            position: {name: _copy(getattr(experts[position], name)) for name in ("gate_up", "down")}
-            for position in recording.positions
-        }
+        after = {position: weights_as_trained(owner, slot, position) for position in recording.positions}
         recording.finish(StepRecord(owner.step, learning_rate, clip, recording.before, recording.used, after))
 
     def forget(self, slot: int) -> None:
@@ -102,16 +101,3 @@ class StepRecorder:
         recording = self._open.pop(slot, None)
         if recording is not None:
             recording.finish(None)
-
-
-def _copy(weights: Tensor) -> Tensor:
-    return weights.detach().to("cpu", copy=True)
-
-
-def _state(owner: ExpertOwner, slot: int, position: int) -> dict[str, Tensor]:
-    expert = owner.experts_of(slot)[position]
-    state = {}
-    for name, weights in (("gate_up", expert.gate_up), ("down", expert.down)):
-        state[name] = _copy(weights)
-        state |= {f"{name}.{key}": value for key, value in take_state(owner.optimizer, weights).items()}
-    return state

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.experts import DenseExpert
+from ..kernels.experts import DenseExpert, OwnedExpert
 from ..kernels.sketch import RowSketch
 from ..kernels.standin import StandIn
+from .expert_mode import ExpertMode
 from .manifest import Manifest
 from .optimizer import make_optimizer
-from .owning import ExpertOwner, expert_type
+from .owning import ExpertOwner
 from .step_record import StepRecord
 
 CLIP_EPSILON = 1e-6  # of torch's clip_grad_norm_
@@ -65,12 +66,13 @@ class Worker(ExpertOwner):
         device: torch.device | str = "cpu",
         fit_seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        mode: ExpertMode | None = None,
     ) -> None:
-        super().__init__(manifest, fit_seed=fit_seed)
+        super().__init__(manifest, fit_seed=fit_seed, mode=mode)
         self._composers, self._clock = composers, clock
         self.device = torch.device(device)
         self.optimizer = make_optimizer(self.train, {})
-        self._experts: dict[int, list[DenseExpert]] = {}
+        self._experts: dict[int, list[OwnedExpert]] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._told: dict[str, int] = {}  # by sender, the step of its last sketch
         self.slot_steps: dict[int, int] = {}  # by slot, the composers' step that it was last stepped for
@@ -134,7 +136,7 @@ class Worker(ExpertOwner):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._set_gradients(0, slots)
-        stepped = [t for slot in slots for expert in self.experts_of(slot) for t in (expert.gate_up, expert.down)]
+        stepped = [t for slot in slots for expert in self.experts_of(slot) for t in expert.trained]
         norm = torch.nn.utils.clip_grad_norm_(stepped, self.train.grad_clip)
         sound = math.isfinite(norm.item())
         for slot in slots:
@@ -156,17 +158,16 @@ class Worker(ExpertOwner):
 
     # -- experts: see ExpertOwner ----------------------------------------------------------------------------------
 
-    def experts_of(self, slot: int) -> list[DenseExpert]:
+    def experts_of(self, slot: int) -> list[OwnedExpert]:
         if slot not in self._experts:
             raise ValueError(f"slot {slot} is not owned")
         return self._experts[slot]
 
-    def _hold(self, slot: int, experts: Sequence[DenseExpert]) -> list[DenseExpert]:
+    def _hold(self, slot: int, experts: Sequence[OwnedExpert]) -> list[OwnedExpert]:
         held = []
         for expert in experts:
-            masters = (expert.gate_up, expert.down)
-            weights = [w.detach().to(self.device, torch.float32, copy=True).requires_grad_() for w in masters]
-            held.append(expert_type(self.train)(*weights))
+            trained = [t.detach().to(self.device, torch.float32, copy=True).requires_grad_() for t in expert.trained]
+            held.append(expert.to(self.device).with_trained(trained))
         self._experts[slot] = held
         return held
 

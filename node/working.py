@@ -29,6 +29,7 @@ from .config import PeerConfig
 from .copies import Snapshot
 from .data import seed_of_peer
 from .deposing import Deposing
+from .expert_mode import ExpertMode
 from .gradient_receiving import GradientReceiver
 from .gradient_rounds import GradientRounds, form_of, sketch_averager
 from .keeper import SlotKeeper
@@ -122,6 +123,7 @@ class WorkerPeer:
             composers=lambda: links.active_steps,
             device=device_to_use(self.config.device),
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
+            mode=ExpertMode.of(self.config, manifest.train),
         )
         self.worker = worker
         self.trainer = Trainer(worker, self._after_step)
@@ -152,7 +154,7 @@ class WorkerPeer:
         member.on_accusation = self.deposing.on_accusation
         if manifest.sketch.kind == "rows":
             links.transport.answer_calls(self.receiver.answer)
-        size = slot_bytes(shape, manifest.standin, worker.device)
+        size = slot_bytes(shape, manifest.standin, worker.device, worker.mode)
         log.info("worker.capacity", slots=member.capacity, slot_bytes=size, device=str(worker.device))
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
         life.add_done_callback(lambda _: self.trainer.stop())

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...kernels.experts import DenseExpert
+from ...kernels.experts import DenseExpert, OwnedExpert
 from ..manifest import ModelSpec, StandInSpec
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, selection_bias, skeleton
 from .init import built_expert_shape, split_blocks
-from .shard import ExpertShard, OwnedRowsTap, SketchTap
+from .shard import ExpertShard, Form, OwnedRowsTap, SketchTap
 from .start import Seeded, Start
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class MoEModel(nn.Module):
         self._router_logits.clear()
         return Losses(lm, balance, z, lm + balance_coef * balance + z_coef * z, counts_LE)
 
-    def experts_of(self, slot: int) -> list[DenseExpert]:
+    def experts_of(self, slot: int) -> list[OwnedExpert]:
         """The owned experts of a slot, one per layer that has slots. Raises ValueError if the slot is not owned."""
         return [shard.expert(slot) for shard in self.shards]
 
@@ -168,7 +168,7 @@ def build_model(
     *,
     owned: Collection[int],
     standin: StandInSpec,
-    expert: type[DenseExpert] = DenseExpert,
+    expert: Form = DenseExpert,
     start: Start | None = None,
 ) -> MoEModel:
     """The model of a run as one composer holds it, with its initial weights.
@@ -176,7 +176,7 @@ def build_model(
     Args:
         owned: slots held in full, in every MoE layer that has slots; may be empty or all.
         standin: what runs in place of the others.
-        expert: what an owned one computes with. Private ones compute with their masters, like all of the backbone.
+        expert: what becomes of the weights of an owned one. Private ones are trained in full, like all of the backbone.
         start: where the initial weights come from; by default from the seed in `spec`.
 
     Raises:

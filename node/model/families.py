@@ -26,6 +26,12 @@ Scoring = Literal["softmax", "sigmoid"]
 _ROUTER_NAMES = ("gate", "router")
 
 
+_BESIDE_THE_MODEL = (
+    "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label",
+    "label2id",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEBlock:
     """One MoE layer of a network: where it is and how its experts look."""
@@ -44,17 +50,22 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
 
     `config` is a transformers config by value, with its `model_type`. Raises ValueError for one that cannot be built.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # not above: 4 s that only who builds a model need spend
+    # Not above: 4 s that only who builds a model need spend.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config)
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ValueError("the model's config has no `model_type`")
-    parsed: PreTrainedConfig = AutoConfig.for_model(model_type, **values)
-    with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(
-            parsed, attn_implementation="sdpa", dtype=torch.float32
-        )
+    try:
+        parsed: PreTrainedConfig = AutoConfig.for_model(model_type, **values)
+        with torch.device("meta"):
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(
+                parsed, attn_implementation="sdpa", dtype=torch.float32
+            )
+    except (StrictDataclassError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"transformers makes no {model_type} of this config: {error}") from error
     return with_weights_only(network)
 
 
@@ -80,6 +91,11 @@ def selection_bias(block: MoEBlock) -> nn.Parameter | None:
         if not name.startswith("experts.") and not parameter.requires_grad and parameter.shape == (block.num_experts,)
     ]
     return found[0] if len(found) == 1 else None
+
+
+def about_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a config.json says, what makes the model: a config by value."""
+    return {name: value for name, value in config.items() if name not in _BESIDE_THE_MODEL and value is not None}
 
 
 def moe_blocks(network: nn.Module) -> list[MoEBlock]:

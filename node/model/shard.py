@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...kernels.experts import DenseExpert, ExpertWeights, apply_experts, drop_over_capacity
+from ...kernels.experts import DenseExpert, ExpertWeights, OwnedExpert, apply_experts, drop_over_capacity
 from ...kernels.standin import StandIn
 
 # Called as tap(layer, slot, x_ND, gate_N) with the rows routed to an owned expert, detached.
@@ -22,8 +22,12 @@ OwnedRowsTap = Callable[[int, int, Tensor, Tensor], None]
 SketchTap = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], None]
 
 
+# Makes an owned expert of its weights gate_up (2F, D) and down (D, F).
+Form = Callable[[Tensor, Tensor], OwnedExpert]
+
+
 def parameter_names(slot: int) -> tuple[str, str]:
-    """What an owned expert's gate_up and down are called in its shard."""
+    """What the gate_up and down of an expert that is trained in full are called in its shard."""
     return f"gate_up_{slot}", f"down_{slot}"
 
 
@@ -42,7 +46,7 @@ class ExpertShard(nn.Module):
         width: int,
         act: str,
         capacity_factor: float,
-        expert: type[DenseExpert] = DenseExpert,
+        expert: Form = DenseExpert,
     ) -> None:
         """
         Args:
@@ -50,7 +54,7 @@ class ExpertShard(nn.Module):
             act: transformers' name of the gate's activation.
             capacity_factor: pairs an expert takes, over the even share T * K / E; pairs beyond are dropped, those with
                 the lowest gate first. 0 never drops.
-            expert: what an owned one computes with.
+            expert: what becomes of the weights of one that is owned.
         """
         super().__init__()
         self.layer = layer
@@ -63,7 +67,7 @@ class ExpertShard(nn.Module):
         self._act = act
         self._capacity_factor = capacity_factor
         self._expert = expert
-        self._owned: dict[int, DenseExpert] = {}
+        self._owned: dict[int, OwnedExpert] = {}
         self._device = torch.device("cpu")
         self._standins: dict[int, StandIn] = {}  # as they were given: what travels is on the CPU
         self._running: dict[int, StandIn] = {}  # the same on the device
@@ -88,7 +92,7 @@ class ExpertShard(nn.Module):
             elif count:
                 weights.append(expert)
             else:
-                weights.append(self._expert(expert.gate_up.detach(), expert.down.detach()))
+                weights.append(expert.with_trained([tensor.detach() for tensor in expert.trained]))
         return weights
 
     @property
@@ -96,8 +100,8 @@ class ExpertShard(nn.Module):
         """Slots held in full, ascending."""
         return sorted(self._owned)
 
-    def expert(self, slot: int) -> DenseExpert:
-        """The owned expert, whose tensors are this module's parameters. Raises ValueError if it is not owned."""
+    def expert(self, slot: int) -> OwnedExpert:
+        """The owned expert; what it trains are this module's parameters. Raises ValueError if it is not owned."""
         if slot not in self._owned:
             raise ValueError(f"slot {slot} is not owned")
         return self._owned[slot]
@@ -115,35 +119,43 @@ class ExpertShard(nn.Module):
             raise ValueError(f"slot {slot} is owned: release it to run a stand-in")
         self._run(slot, standin)
 
-    def adopt(self, slot: int, gate_up: Tensor, down: Tensor) -> DenseExpert:
-        """Hold a slot in full from now on. Copies the weights gate_up (2F, D) and down (D, F) into new parameters.
+    def adopt(self, slot: int, gate_up: Tensor, down: Tensor) -> OwnedExpert:
+        """Hold a slot in full from now on. Copies the weights gate_up (2F, D) and down (D, F).
 
         Raises ValueError if the slot is owned already or the shapes are wrong; nothing has changed then.
         """
         self._check(slot)
-        if slot in self._owned:
-            raise ValueError(f"slot {slot} is owned already")
         if gate_up.shape != (2 * self.width, self.hidden) or down.shape != (self.hidden, self.width):
             raise ValueError(f"expert of shapes {tuple(gate_up.shape)}, {tuple(down.shape)} does not fit slot {slot}")
-        parameters = _parameter(gate_up, self._device), _parameter(down, self._device)
-        for name, parameter in zip(parameter_names(slot), parameters, strict=True):
-            self.register_parameter(name, parameter)
-        expert = self._owned[slot] = self._expert(*parameters)
+        return self.hold(slot, self._expert(gate_up, down))
+
+    def hold(self, slot: int, expert: OwnedExpert) -> OwnedExpert:
+        """The same with an expert, of which what is trained is copied into new parameters.
+
+        Raises ValueError if the slot is owned already; nothing has changed then.
+        """
+        self._check(slot)
+        if slot in self._owned:
+            raise ValueError(f"slot {slot} is owned already")
+        parameters = [_parameter(tensor, self._device) for tensor in expert.trained]
+        for name, parameter in zip(expert.names, parameters, strict=True):
+            self.register_parameter(f"{name}_{slot}", parameter)
+        expert = self._owned[slot] = expert.to(self._device).with_trained(parameters)
         self._standins.pop(slot, None)
         self._running.pop(slot, None)
         return expert
 
     def release(self, slot: int, standin: StandIn) -> None:
         """Give up a slot: `standin` runs in its place. Raises ValueError if it is not owned."""
-        self.expert(slot)
+        for name in self.expert(slot).names:
+            delattr(self, f"{name}_{slot}")
         del self._owned[slot]
-        for name in parameter_names(slot):
-            delattr(self, name)
         self._run(slot, standin)
 
     def place(self, device: torch.device) -> None:
-        """Compute on `device` from now on. Owned experts are moved by whoever moves the network."""
+        """Compute on `device` from now on. What is trained is moved by whoever moves the network."""
         self._device = device
+        self._owned = {slot: expert.to(device) for slot, expert in self._owned.items()}
         for slot, standin in self._standins.items():
             self._run(slot, standin)
 
@@ -160,7 +172,7 @@ class _Rows:
     """Inputs of owned experts, to fit their stand-ins to; gradients at experts of others, to tell them."""
 
     def __init__(
-        self, layer: int, owned: dict[int, DenseExpert], tap: OwnedRowsTap | None, sketch_tap: SketchTap | None
+        self, layer: int, owned: dict[int, OwnedExpert], tap: OwnedRowsTap | None, sketch_tap: SketchTap | None
     ) -> None:
         self._layer = layer
         self._owned = owned

@@ -14,13 +14,8 @@ from transformers import AutoModelForCausalLM
 from ...kernels.standin import initial_standin
 from ..errors import ConfigError
 from ..manifest import StandInSpec
-from ..model.families import moe_blocks, with_weights_only
+from ..model.families import about_the_model, moe_blocks, with_weights_only
 from .store import write_part
-
-_NOT_THE_MODEL = (
-    "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label",
-    "label2id",
-)  # fmt: skip
 
 
 class Checkpoint:
@@ -46,8 +41,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """For the manifest."""
-        told = self.network.config.to_dict()
-        return {key: value for key, value in told.items() if key not in _NOT_THE_MODEL and value is not None}
+        return about_the_model(self.network.config.to_dict())
 
     def split(self, folder: Path, standin: StandInSpec, progress: Callable[[int, int], None]) -> str:
         """Write all parts into `folder`. Returns the digest for `ModelSpec.start`.

@@ -107,7 +107,9 @@ class Upcycled(Mapping[str, Tensor]):
             if module is block.router
         }
         experts = {id(p) for block in blocks for p in block.block.get_submodule("experts").parameters()}
-        self._shapes = {name: p.shape for name, p in network.named_parameters() if id(p) not in experts}
+        parameters = {name: p for name, p in network.named_parameters() if id(p) not in experts}
+        self._shapes = {name: p.shape for name, p in parameters.items()}
+        self._selection_biases = {name for name, p in parameters.items() if not p.requires_grad}
         self._layer = lru_cache(maxsize=1)(dense.feed_forward)
 
     def __iter__(self) -> Iterator[str]:
@@ -119,6 +121,8 @@ class Upcycled(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._routers:
             return self._router(self._routers[name])
+        if name in self._selection_biases:
+            return torch.zeros(self._shapes[name])
         if ".shared_expert_gate." in name:
             return torch.zeros(self._shapes[name])  # its sigmoid is 1/2
         if ".shared_expert" in name:

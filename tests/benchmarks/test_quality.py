@@ -35,6 +35,9 @@ def test_a_method_says_what_differs_from_the_manifest() -> None:
     assert (sketch.kind, sketch.kappa, sketch.codec) == ("rows", 5.0, "float16")
     ternary = Method.parse("shoal-ternary+gradient", manifest()).manifest
     assert (ternary.train.expert_weights, ternary.sketch.kind) == ("ternary", "gradient")
+    low_rank = Method.parse("shoal-lowbit+rows@lora4:sketch.kappa=5", manifest())
+    assert (low_rank.mode.mode, low_rank.mode.rank, low_rank.manifest.sketch.kind) == ("lora", 4, "rows")
+    assert Method.parse("extreme-lowbit@frozen", manifest()).mode.mode == "frozen"
     assert Method.parse("lone", manifest()).manifest == manifest()
 
 

@@ -17,9 +17,9 @@ from shoal.node.known_peers import KnownPeers
 from shoal.node.links import Links
 from shoal.node.manifest import Manifest, OwnershipSpec, SketchSpec
 from shoal.node.membership import Membership
-from shoal.node.owning import SlotTensors
 from shoal.node.peer import Run, StopRequest
 from shoal.node.serving import Library
+from shoal.node.slot_state import SlotTensors
 from shoal.node.state import Phase
 from shoal.node.worker import Worker
 from shoal.node.working import WorkerPeer

@@ -15,6 +15,7 @@ from shoal.kernels.standin import StandIn, initial_standin
 from shoal.node.audit_record import message_of
 from shoal.node.audit_verdict import Known, judge, judge_weights
 from shoal.node.blobs import from_bytes, to_bytes
+from shoal.node.expert_mode import ExpertMode
 from shoal.node.manifest import Manifest, SketchSpec
 from shoal.node.step_record import StepRecord
 from shoal.node.worker import Worker
@@ -62,10 +63,12 @@ def hear(worker: Worker, seed: int, *, keep: int | None = None) -> None:
         worker.hear(sender, SLOT, sketches, tokens=TOKENS, step=STEP, age=number % 2)
 
 
-def case_of(spec: Manifest, *, seed: int = 0, steps: int = 3, keep: int | None = None) -> Case:
+def case_of(
+    spec: Manifest, *, seed: int = 0, steps: int = 3, keep: int | None = None, mode: ExpertMode | None = None
+) -> Case:
     """A worker that has taken some steps, and one more that is on file."""
     composer = composer_of(spec, seed=seed)
-    worker = Worker(spec, composers=lambda: dict.fromkeys(SENDERS, STEP))
+    worker = Worker(spec, composers=lambda: dict.fromkeys(SENDERS, STEP), mode=mode)
     like = composer.standins(SLOT)[0]
     state = {name: value for name, value in composer.snapshot(SLOT).items() if name.count(".") == 1}
     worker.adopt(SLOT, state, composer.standins(SLOT))
@@ -135,6 +138,31 @@ def test_an_honest_step_passes(options: dict[str, Any], seed: int) -> None:
     case = case_of(manifest(**options), seed=seed, steps=seed, keep=5 if seed else None)
     assert len(case.record.experts[0].sketches) == len(SENDERS)
     assert case.judge() is Finding.PASSED
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_low_rank_training_can_be_audited(rank: int) -> None:
+    spec = manifest()
+    case = case_of(spec, mode=ExpertMode(spec.train, "lora", rank=rank))
+    assert case.judge() is Finding.PASSED
+
+    def doubled(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lora.down_b"] *= 2
+
+    def other_base(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lora.codes"][0] ^= 0x11
+
+    def other_rank(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("gate_up_a", "down_a"):
+            tensors[f"lora.{name}"] = torch.cat([tensors[f"lora.{name}"]] * 2)
+        for name in ("gate_up_b", "down_b"):
+            tensors[f"lora.{name}"] = torch.cat([tensors[f"lora.{name}"]] * 2, dim=1)
+
+    for lie in (doubled, other_base, other_rank):
+        assert case.judge(changed(case.record, "after", lie)) is Finding.WRONG_UPDATE
+    assert case.judge(changed(case.record, "before", lambda tensors: tensors.pop("lora.codes"))) is Finding.MALFORMED
+    ternary = msgspec.structs.replace(spec, train=msgspec.structs.replace(spec.train, expert_weights="ternary"))
+    assert judge(case.record, ternary, case.known, case.like) is Finding.MALFORMED
 
 
 def test_sketches_travel_as_they_came(case: Case) -> None:

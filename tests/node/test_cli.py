@@ -15,6 +15,7 @@ from shoal import __version__
 from shoal.node import cli, logs
 from shoal.node.errors import IdentityInUse
 from shoal.node.http import StatusServer
+from shoal.node.model.presets import preset
 from shoal.node.presence import announce_here, find_peer, hold_data_dir
 from shoal.node.state import PeerState, Phase
 
@@ -173,6 +174,33 @@ def test_found_makes_a_manifest_of_the_preset(monkeypatch: pytest.MonkeyPatch, t
     assert (again.name, again.founder, seen[1][0].role) == ("tiny", manifest.founder, "bootstrap")
     assert cli.main(["found", "--private-layers", "2"]) == 0
     assert [each.model.private_layers for _, each in seen] == [0, 0, 2]
+
+
+def test_found_takes_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    config = preset("fine-grained").model.config | {"num_experts": 24, "use_cache": True, "architectures": ["X"]}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert cli.main(["found", "--model", str(tmp_path), "--preset", "tiny", "--name", "mine"]) == 0
+    assert cli.main(["found", "--model", str(file)]) == 0
+    for manifest in seen:
+        assert manifest.model.experts.num_experts == 24
+        assert not {"use_cache", "architectures"} & manifest.model.config.keys()
+        assert manifest.standin == preset("tiny").standin
+    for bad in ({"vocab_size": 100}, {"max_position_embeddings": 8}, {"model_type": "llama"}, {"num_experts": "many"}):
+        file.write_text(json.dumps(config | bad))
+        assert cli.main(["found", "--model", str(file)]) == 2, bad
+        assert "fix: " in capsys.readouterr().err
+    for bad_text in ("[]", "{", "{}"):
+        file.write_text(bad_text)
+        assert cli.main(["found", "--model", str(file)]) == 2
+    assert cli.main(["found", "--model", str(tmp_path / "nothing")]) == 2
+    file.write_text(json.dumps(config))
+    assert cli.main(["found", "--model", str(file), "--seed", str(tmp_path)]) == 2
+    assert len(seen) == 2
 
 
 def test_found_chooses_sketches_by_what_may_be_sent(

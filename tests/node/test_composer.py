@@ -12,8 +12,8 @@ import torch
 from shoal.kernels.standin import initial_standin
 from shoal.node.composer import Composer
 from shoal.node.manifest import Manifest
-from shoal.node.owning import SlotTensors
 from shoal.node.persistence import composer_tensors, restore_backbone
+from shoal.node.slot_state import SlotTensors
 from shoal.protocol.fragments import kind_of, unflatten
 from shoal.protocol.merging import Facts, digest
 from tiny import (

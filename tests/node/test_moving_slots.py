@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from shoal.node.manifest import Manifest
-from shoal.node.owning import ExpertOwner, SlotTensors
+from shoal.node.owning import ExpertOwner
+from shoal.node.slot_state import SlotTensors
 from sketches import KINDS, OTHER, owner_of, rows, sketch_of, state_of, worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of, train
 

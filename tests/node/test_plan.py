@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from shoal.benchmarks.costs import state_bytes
-from shoal.node.capacity import COPIED_BYTES
+from shoal.node.capacity import COPIED_BYTES, slot_bytes, working_bytes
 from shoal.node.cli import main
 from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest
+from shoal.node.config import parse_gib
+from shoal.node.errors import ConfigError
+from shoal.node.expert_mode import ExpertMode
+from shoal.node.manifest import Manifest, ModelSpec, StandInSpec
+from shoal.node.model.init import expert_shape
 from shoal.node.model.presets import preset
 from shoal.node.plan import BACKBONE_BYTES, GIB, PROCESSES, plan_of
 from transformers import MixtralConfig
@@ -67,3 +71,34 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["slots"] == 4
     assert main(["plan", str(tmp_path / "nothing")]) == 2
     assert "no preset and no checkpoint" in capsys.readouterr().err
+
+
+def test_low_rank_training_fits_ten_times_the_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with experts of a size that people train, on a card of 24 GB."""
+    config = MixtralConfig(
+        hidden_size=2048, intermediate_size=1024, num_local_experts=64, num_hidden_layers=16, num_key_value_heads=4
+    )
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    slots = {}
+    for mode in ("full", "lora"):
+        command = ["plan", str(tmp_path), "--memory", "24GB", "--device", "cuda", "--expert-mode", mode, "--json"]
+        assert main([*command, "--lora-rank", "8"]) == 0
+        slots[mode] = json.loads(capsys.readouterr().out)["worker_slots"]
+    how = ExpertMode(manifest().train, "lora", 8)
+    shape = expert_shape(ModelSpec(config=config.to_dict()))
+    room = 24e9 - working_bytes(shape, how)
+    assert slots["lora"] == min(64, room // slot_bytes(shape, StandInSpec(), torch.device("cuda"), how))
+    assert slots["lora"] >= 5 * slots["full"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"), [("24", 24.0), ("24GiB", 24.0), ("16 gib", 16.0), ("24GB", 22.3517), ("1.5", 1.5)]
+)
+def test_amounts_of_memory(text: str, gib: float) -> None:
+    assert parse_gib(text) == pytest.approx(gib, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "0", "24MB", "many", "-3"])
+def test_no_amounts_of_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="24GB"):
+        parse_gib(text)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from shoal.node.blobs import from_bytes, to_bytes
 from shoal.node.manifest import Manifest, OwnershipSpec
-from shoal.node.owning import SlotTensors
 from shoal.node.slot_formats import packed, unpacked
+from shoal.node.slot_state import SlotTensors
 from shoal.protocol.errors import Refused
 from sketches import worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, manifest_of

@@ -208,8 +208,8 @@ def test_a_step_that_is_not_finite_changes_no_weight(value: float) -> None:
     tell(worker, OTHER, step=2)
     fault = worker._settle(0, 1)
     assert fault is not None
-    assert fault.down is not None
-    fault.down[3, 4] = value
+    assert fault.gradients is not None
+    fault.gradients[1][3, 4] = value
     assert worker.train_step().skipped
     assert all(map(torch.equal, before, weights_of(worker, 0)))
     assert all(torch.equal(value, state[name]) for name, value in worker.snapshot(0).items())

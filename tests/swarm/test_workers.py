@@ -36,13 +36,22 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
         "audits of it pass", lambda: all(p.status()["audits"].get("passed", 0) >= 3 for p in composers), START_SECONDS
     )
 
-    # A second worker is handed its share, and each keeps copies for the other.
-    second = swarm.join("w2", "--role", "worker")
+    # A second worker is handed its share, and each keeps copies for the other. It trains low-rank factors only.
+    second = swarm.join("w2", "--role", "worker", "--expert-mode", "lora", "--lora-rank", "8")
     both = [first, second]
     swarm.wait_for(
         "the second worker has its share, and every slot a copy",
         lambda: len(second.epochs()) >= 6 and owned_once(both) and backed_up(both) and second.phase == "training",
         START_SECONDS,
+    )
+    step, passed = second.status()["step"], [p.status()["audits"].get("passed", 0) for p in composers]
+    swarm.wait_for(
+        "it trains them, and audits pass",
+        lambda: (
+            second.status()["step"] > step + 20
+            and all(p.status()["audits"].get("passed", 0) > n + 2 for p, n in zip(composers, passed, strict=True))
+        ),
+        60,
     )
     second.signal(signal.SIGKILL)
     swarm.wait_for("the first takes over", lambda: owned_once([first]), 2 * LEASE + 2)
