@@ -197,6 +197,8 @@ class LoraExpert(OwnedExpert):
             "down_a": (rank, width),
             "down_b": (hidden, rank),
         }
+        if not 1 <= rank <= min(hidden, width):
+            raise ValueError(f"gate_up_a, of rank {rank}, is not that of an expert of {hidden} x {width}")
         found = _checked(tensors, {name: (torch.float32, shape) for name, shape in shapes.items()})
         scale = _checked(tensors, {"scale": (torch.float64, ())})["scale"].item()
         return cls(Nf4Base.read(tensors, hidden, width), scale, **found)

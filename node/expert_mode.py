@@ -54,16 +54,20 @@ class ExpertMode:
                 fix="leave --expert-mode at full",
             )
 
+    def require_rank(self, hidden: int, width: int) -> None:
+        """Raises ConfigError for a rank that experts of this size have not."""
+        if self.mode == "lora" and self.rank > min(hidden, width):
+            raise ConfigError(
+                f"lora_rank = {self.rank} is more than experts of {hidden} x {width} have",
+                fix=f"give --lora-rank {min(hidden, width)} at most",
+            )
+
     def __call__(self, gate_up: Tensor, down: Tensor) -> OwnedExpert:
-        """Raises ConfigError for a rank that these weights have not."""
         if self.mode == "full":
             return expert_type(self.train)(gate_up, down)
         if self.mode == "frozen":
             return FrozenExpert(gate_up, down)
-        try:
-            return LoraExpert.of(gate_up, down, rank=self.rank, alpha=self.alpha or 2.0 * self.rank)
-        except ValueError as error:
-            raise ConfigError(str(error), fix="give another --lora-rank") from error
+        return LoraExpert.of(gate_up, down, rank=self.rank, alpha=self.alpha or 2.0 * self.rank)
 
     def read(self, saved: Mapping[str, Tensor], hidden: int, width: int) -> OwnedExpert:
         """An expert that was low-rank when it was saved. Raises ValueError: it is damaged."""

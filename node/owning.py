@@ -327,7 +327,6 @@ class ExpertOwner(ABC):
 
         Raises:
             ValueError: the snapshot or `published` does not fit this model or is not finite; nothing has changed then.
-            ConfigError: see `ExpertMode`.
         """
         if slot in self.publishers:
             raise ValueError(f"slot {slot} is owned already")
@@ -361,7 +360,10 @@ class ExpertOwner(ABC):
         width, hidden = self.shape.width, self.shape.hidden
         saved = under(f"{position}.{SAVED}", tensors)
         if saved:
-            return self.mode.read(saved, hidden, width)
+            expert = self.mode.read(saved, hidden, width)
+            for weights in expert.dense():
+                check_tensor(f"layer {position}'s weights", weights, torch.float32, tuple(weights.shape))
+            return expert
         weights = []
         for name, shape in (("gate_up", (2 * width, hidden)), ("down", (hidden, width))):
             value = tensors.get(f"{position}.{name}")

@@ -304,6 +304,7 @@ class _Peer:
             mode = ExpertMode.of(config, run.manifest.train)
 
             shape = expert_shape(run.manifest.model)
+            mode.require_rank(shape.hidden, shape.width)
             num_slots = capacity = shape.num_experts
             self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
             if config.role == "worker":

@@ -147,6 +147,30 @@ def test_sketches_teach_factors_what_they_teach_weights() -> None:
     assert workers["lora"].train_step().skipped is False
 
 
+@pytest.mark.parametrize("mode", ["full", "lora", "frozen"])
+@pytest.mark.parametrize(
+    ("damage", "complaint"), [("huge", "above"), ("rank", "of rank"), ("nan", "gate_up_b"), ("gone", "lacks absmax")]
+)
+def test_damaged_factors_are_refused(mode: str, damage: str, complaint: str) -> None:
+    """They may come from a peer: a worker that comes back hands on what it had written down."""
+    manifest = manifest_of()
+    giver, taker = composer(manifest, "lora"), composer(manifest, mode, owned=())
+    saved = giver.saved(1)
+    if damage == "huge":
+        saved["1.lora.down_b"].fill_(1e4)
+        saved["1.lora.down_a"].fill_(1e4)
+    elif damage == "rank":
+        saved["1.lora.gate_up_a"] = saved["1.lora.gate_up_a"].repeat(99, 1)
+    elif damage == "nan":
+        saved["1.lora.gate_up_b"][0, 0] = torch.nan
+    else:
+        del saved["1.lora.absmax"]
+    with pytest.raises(ValueError, match=complaint):
+        taker.adopt(1, saved, giver.standins(1))
+    assert not taker.owned
+    taker.adopt(1, giver.saved(1), giver.standins(1))
+
+
 def test_a_worker_that_trains_nothing_takes_steps() -> None:
     manifest = manifest_of()
     worker = Worker(manifest, composers=lambda: {OTHER: 0}, mode=ExpertMode(manifest.train, "frozen"))
@@ -161,9 +185,9 @@ def test_what_cannot_be_is_refused() -> None:
     ternary = manifest_of(train={"expert_weights": "ternary"}, standin={"kind": "ternary"})
     with pytest.raises(ConfigError, match="ternary"):
         ExpertMode(ternary.train, "lora")
-    too_large = ExpertMode(manifest_of().train, "lora", rank=1000)
-    with pytest.raises(ConfigError, match="rank"):
-        too_large(torch.zeros(8, 4), torch.zeros(4, 4))
+    ExpertMode(manifest_of().train, "lora", rank=24).require_rank(32, 24)
+    with pytest.raises(ConfigError, match="lora-rank 24 at most"):
+        ExpertMode(manifest_of().train, "lora", rank=25).require_rank(32, 24)
     for bad in ({"lora_rank": 0}, {"lora_alpha": 0.0}, {"expert_mode": "half"}):
         with pytest.raises(ConfigError):
             PeerConfig(**bad)  # type: ignore[arg-type]
