@@ -361,8 +361,8 @@ class ExpertOwner(ABC):
         saved = under(f"{position}.{SAVED}", tensors)
         if saved:
             expert = self.mode.read(saved, hidden, width)
-            for weights in expert.dense():
-                check_tensor(f"layer {position}'s weights", weights, torch.float32, tuple(weights.shape))
+            for matrix in expert.dense():
+                check_tensor(f"layer {position}'s weights", matrix, torch.float32, tuple(matrix.shape))
             return expert
         weights = []
         for name, shape in (("gate_up", (2 * width, hidden)), ("down", (hidden, width))):

@@ -64,7 +64,7 @@ def check_dev(words: list[str]) -> None:
         module = ROOT / MODULES[name].format(which)
         if not module.exists():
             module = module.with_suffix("") / "__main__.py"
-        assert name == "demo" or re.search(rf"case .*\b{which}\b", script), f"./dev bench has no {which}"
+        assert name == "demo" or re.search(rf'benchmarks=".*\b{which}\b', script), f"./dev bench has no {which}"
         flags = {word.split("=")[0] for word in rest if word.startswith("--")}
         assert flags <= flags_of(module), flags - flags_of(module)
     else:
