@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
-from ..protocol.messages import SlotState
+from ..protocol.messages import SlotState, SurrogateDelta
 from ..protocol.ownership import (
     COPY_RAISE,
     MAX_EPOCH,
@@ -97,6 +97,9 @@ class SlotKeeper(Generic[O]):
         self._granted: dict[int, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = asyncio.Lock()
+        self._announcing = asyncio.Lock()
+        self._asked = self._announced = 0  # calls of `announce`, and up to which of them it has been done
+        self._unsent: list[SurrogateDelta] = []  # announcements of slots that are in no published lease yet
         self._out_of_epochs: set[int] = set()
         self._leaving = False
         self.step = 0  # the trainer's, as last reported
@@ -205,8 +208,8 @@ class SlotKeeper(Generic[O]):
         self._versions[slot] = self.step
         self._copies.drop(slot)
         log.info("slot.owned", slot=slot, epoch=epoch)
+        self._unsent.append(announcement)
         await self.announce()
-        await self._exchange.send([announcement])
         self._links.news.changed()
 
     async def _claim(self, slot: int, epoch: int) -> None:
@@ -322,7 +325,23 @@ class SlotKeeper(Generic[O]):
     # -- announcing ------------------------------------------------------------------------------------------------
 
     async def announce(self) -> None:
-        """Publish the leases of all held slots."""
+        """Publish the leases of all held slots, then where the stand-ins of new ones stand.
+
+        Whoever asks while that is under way waits for the next time, together: a peer that gains hundreds of slots at
+        once publishes a few records, not one for each.
+        """
+        self._asked = wanted = self._asked + 1
+        async with self._announcing:
+            if self._announced >= wanted:
+                return
+            told = self._asked
+            await self._announce()
+            unsent, self._unsent = self._unsent, []
+            if unsent:
+                await self._exchange.send(unsent)
+            self._announced = told
+
+    async def _announce(self) -> None:
         every = self._links.manifest.ownership.snapshot_every
         for slot, version in self._versions.items():
             if self.step - version >= every:

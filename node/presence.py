@@ -56,7 +56,7 @@ def find_peer(data_dir: Path) -> str:
     try:
         said = json.loads(path.read_text())
         url, pid = str(said["url"]), int(said["pid"])
-    except FileNotFoundError:
+    except OSError:  # there is none, or `data_dir` is no folder, or is not ours to read
         raise NoPeerHere(f"no peer runs on {data_dir}", fix="start one, or name its --data-dir or its URL") from None
     except (ValueError, KeyError, TypeError) as error:
         raise NoPeerHere(f"{path} is damaged: {error}", fix="delete it and start the peer again") from None

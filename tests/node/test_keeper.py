@@ -160,6 +160,33 @@ def test_an_owner_that_dies_while_its_slot_is_copied_is_succeeded_in_time(kept: 
     kept.swarm.until(lambda: set(stayer.keeper.held) == set(range(SLOTS)), "the other took over")
 
 
+def test_many_slots_at_once_are_announced_together(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = kept.swarm.peers[0]
+    published: list[set[int]] = []
+    publish = first.links.announce
+
+    async def slowly(record: PeerRecord | LeaseRecord) -> None:
+        if isinstance(record, LeaseRecord):
+            await asyncio.sleep(0.1)
+            published.append({lease.slot for lease in record.leases})
+        await publish(record)
+
+    async def gained(slot: int) -> set[int]:
+        first.keeper.held[slot], first.keeper._versions[slot] = 1, 0
+        await first.keeper.announce()
+        return published[-1]
+
+    async def all_at_once() -> list[set[int]]:
+        return await asyncio.gather(*(gained(slot) for slot in range(SLOTS, SLOTS + 50)))
+
+    held = set(first.keeper.held)
+    monkeypatch.setattr(first.links, "announce", slowly)
+    told = kept.swarm.call(all_at_once())
+    assert len(published) <= 3  # the keeper may renew meanwhile
+    assert all(slot in leases for slot, leases in enumerate(told, start=SLOTS))
+    assert published[-1] >= held | set(range(SLOTS, SLOTS + 50))
+
+
 def test_a_claim_of_the_last_epoch_ends_nobody(kept: Kept) -> None:
     """Whoever sees it lets go, and nobody dies of trying to claim beyond it."""
     victim, other = kept.swarm.peers
