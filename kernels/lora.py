@@ -9,7 +9,8 @@ QLoRA again quantises it once; that moves W by NF4's error, about a tenth of its
 The base is bitsandbytes' NF4 in blocks of 64 with double quantisation: the blocks' maxima are 8 bits in blocks of 256.
 gate_up and down are one flat array, as in `lowbit.py`.
 
-Gradients never take the shape of W: from rows, dA = α/r (dy B)ᵀ x and dB = α/r dyᵀ (x Aᵀ).
+From rows of its own an expert's gradients never take the shape of W: dA = α/r (dy B)ᵀ x and dB = α/r dyᵀ (x Aᵀ). What
+sketches teach comes as a gradient of W, of one expert at a time, and `project` brings it down at once.
 
 Shapes: D hidden, F width, r rank, N rows.
 """

@@ -66,7 +66,7 @@ class ExpertMode:
         if self.mode == "full":
             return expert_type(self.train)(gate_up, down)
         if self.mode == "frozen":
-            return FrozenExpert(gate_up, down)
+            return FrozenExpert(gate_up.detach().clone(), down.detach().clone())
         return LoraExpert.of(gate_up, down, rank=self.rank, alpha=self.alpha or 2.0 * self.rank)
 
     def read(self, saved: Mapping[str, Tensor], hidden: int, width: int) -> OwnedExpert:

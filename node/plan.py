@@ -56,6 +56,8 @@ def plan_of(
     from .model.init import backbone_shapes, expert_shape
 
     shape = expert_shape(manifest.model)
+    if mode is not None:
+        mode.require_rank(shape.hidden, shape.width)
     config, spec, outer = manifest.model.config, manifest.standin, manifest.outer
     top_k = int(config.get("num_experts_per_tok") or 1)
     backbone = sum(_numel(size) for size in backbone_shapes(manifest.model).values())

@@ -163,8 +163,9 @@ class WorkerPeer:
         try:
             life.result()
         except HELPER_ENDED:
-            self.writer.finish()
-            self.writer.write(*self._checkpoint_of(worker))
+            if self.keeper.held:  # else the checkpoint that it came with has more
+                self.writer.finish()
+                self.writer.write(*self._checkpoint_of(worker))
             raise
         self.state.enter(Phase.STOPPED)
         return 0
