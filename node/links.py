@@ -19,6 +19,7 @@ from ..protocol.envelope import ENVELOPE_OVERHEAD, Envelope, open_sealed, seal
 from ..protocol.errors import BadSignature, DirectoryError, PeerUnreachable, Refused, TransportError
 from ..protocol.identity import Identity
 from ..protocol.records import LeaseRecord, PeerRecord, VoteRecord, seal_record
+from ..protocol.relay.shortcuts import Shortcuts
 from ..protocol.rounds import quorum
 from ..protocol.transport.client import Transport
 from ..protocol.transport.downloads import Download, Resource
@@ -78,6 +79,7 @@ class Links:
     news: News = field(default_factory=News)
     num_active: int = 0  # composers that take part in rounds, as of the last view; read by the training thread
     active_steps: Mapping[str, int] = field(default_factory=dict)  # the steps they say they are at; never changed
+    shortcuts: Shortcuts | None = None  # past the relay that the invite names
     _view: View | None = None
     _view_number: int = -1
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -195,7 +197,12 @@ class Links:
         record = self.view().peers.get(peer_id)
         if record is None or not record.transport_addrs:
             raise PeerUnreachable(f"peer {peer_id} is not in the directory")
-        return list(record.transport_addrs)
+        return self.dialled(record)
+
+    def dialled(self, record: PeerRecord) -> list[str]:
+        """Where the transport dials a peer: what it says, or shortcuts to there."""
+        addresses = list(record.transport_addrs)
+        return addresses if self.shortcuts is None else self.shortcuts.addresses(addresses)
 
     async def fetch(
         self,

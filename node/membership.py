@@ -184,7 +184,7 @@ class Membership:
                 continue
             if record.transport_addrs:
                 self._dialling.add(peer)
-                self._links.spawn(self._dial(peer, list(record.transport_addrs)))
+                self._links.spawn(self._dial(peer, self._links.dialled(record)))
 
     async def _dial(self, peer: str, addrs: list[str]) -> None:
         try:

@@ -253,6 +253,13 @@ METRICS: tuple[MetricSpec, ...] = (
         read=_value("transport_restarts"),
     ),
     MetricSpec(
+        name="shoal_meetings",
+        kind="counter",
+        labels=("outcome",),
+        help="Peers behind routers that were dialled: direct, past the relay, or relayed.",
+        read=_each("meetings"),
+    ),
+    MetricSpec(
         name="shoal_gossip_dropped",
         kind="counter",
         labels=("reason",),

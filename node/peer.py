@@ -28,7 +28,6 @@ from ..protocol.addresses import Address, Reach
 from ..protocol.dht import start_dht
 from ..protocol.directory import Directory
 from ..protocol.identity import Identity
-from ..protocol.relay.lender import Lender
 from ..protocol.transport.client import Transport
 from . import logs
 from .background import NetworkThread
@@ -46,9 +45,10 @@ from .membership import Membership
 from .presence import announce_here, hold_data_dir
 from .reviving import HELPER_ENDED, StartOver
 from .serving import Library
-from .state import Count, PeerState, Phase
+from .state import PeerState, Phase
 from .status import print_invite
 from .way_in import find_way_in
+from .way_out import open_ways
 
 if TYPE_CHECKING:
     import hivemind
@@ -146,7 +146,7 @@ class _Peer:
             raise RunNotFound("neither an invite nor a run to found", fix="join with an invite, or found a run")
         self.known = KnownPeers(config.data_dir, run_id)
         self.way_in = find_way_in(config, self.identity, None if invite is None else invite.relay)
-        self.relay = self._own_relay() or (None if invite is None else invite.relay)
+        self.relay = self.way_in.lends(config) or (None if invite is None else invite.relay)
         invited = [] if invite is None else invite.multiaddrs()
         dht = start_dht(
             config.identity_path,
@@ -234,31 +234,6 @@ class _Peer:
         signed = asyncio.run(ask())
         return Run(run_id, verify(signed, run_id), signed)
 
-    def _own_relay(self) -> Address | None:
-        """Where peers that nobody can dial borrow ports, if this peer lends any."""
-        ports = self.config.relay_ports
-        return None if ports is None else Address.of_host(self.way_in.hosts[0], ports[0])
-
-    async def _open_ways(self, links: Links) -> None:
-        """Lend ports, and borrow some, where that is so."""
-        ports = self.config.relay_ports
-        if ports is not None:
-            lender = Lender(
-                self.config.host,
-                ports,
-                count=lambda size: self.state.count(Count.BYTES, "relayed", "out", by=size),
-                pace=self.config.pace,
-            )
-            try:
-                await lender.start()
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot lend ports: {error.strerror}", fix="give --relay ports that nobody else uses"
-                ) from error
-        borrower = self.way_in.borrower(self.identity, self.config.host)
-        if borrower is not None:
-            links.spawn(borrower.run(), vital=True)
-
     async def _connect(self, dht: hivemind.DHT, run: Run) -> tuple[Links, Membership, Library]:
         from ..protocol.dht import visible_addresses
 
@@ -284,7 +259,7 @@ class _Peer:
             record_seconds=lease,
         )
         links.directory.remembered = self.known.peers
-        await self._open_ways(links)
+        await open_ways(config, links, self.way_in, self.relay)
         library = Library(links, run.signed)
         if config.role == "bootstrap" and run.manifest.model.start:
             from .seed.joining import SeedAtHome

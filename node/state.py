@@ -50,6 +50,7 @@ class Count(StrEnum):
     GOSSIP_DROPPED = "gossip_dropped"  # (reason,)
     TRANSPORT_RESTARTS = "transport_restarts"  # ()
     CUT_OFF = "cut_off"  # (): times that this peer lost sight of most others
+    MEETINGS = "meetings"  # (outcome,): peers behind routers that were dialled, "direct" or "relayed"
     LOST_SLOTS = "lost_slots"  # (): slots that no peer had a copy of and that restarted from the run's seed
     BLOCKED_SECONDS = "blocked_seconds"  # (): training stood still for the network, see StepPart.WAITING
     SKETCH_ROWS = "sketch_rows"  # (direction,): rows sent to owners, or learned from
@@ -370,6 +371,7 @@ class PeerState:
                 "sketch_rows": self._labelled(Count.SKETCH_ROWS),
                 "sketch_rounds": self._labelled(Count.SKETCH_ROUNDS),
                 "audits": self._labelled(Count.AUDITS),
+                "meetings": self._labelled(Count.MEETINGS),
                 "sketches_lost": self._labelled(Count.SKETCHES_LOST),
                 "blocked_seconds": self._total(Count.BLOCKED_SECONDS),
                 "checkpoint": self._checkpoint,

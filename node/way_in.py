@@ -38,12 +38,17 @@ class WayIn:
         """Where to dial the transport, which listens at `port`."""
         return [str(Address.of_host(host, self.announced_transport_port or port, peer_id)) for host in self.hosts]
 
-    def borrower(self, identity: Identity, host: str) -> Borrower | None:
-        """What carries connections from the relay to the listeners at `host`; None without a relay."""
+    def borrower(self, identity: Identity, host: str, *, meets: bool = True) -> Borrower | None:
+        """What carries connections to the listeners at `host`, and `meets` diallers outside; None without a relay."""
         if self.relay is None:
             return None
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return Borrower(self.relay, identity, self.lent, [(local, self.dht_port), (local, self.transport_port)])
+        listeners = [(local, self.dht_port), (local, self.transport_port)]
+        return Borrower(self.relay, identity, self.lent, listeners, meets=meets)
+
+    def lends(self, config: PeerConfig) -> Address | None:
+        """Where peers that nobody can dial borrow ports, if this peer lends any."""
+        return None if config.relay_ports is None else Address.of_host(self.hosts[0], config.relay_ports[0])
 
 
 def find_way_in(config: PeerConfig, identity: Identity, relay: Address | None) -> WayIn:

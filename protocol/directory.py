@@ -39,6 +39,7 @@ from .records import (
     seal_record,
     verify_record,
 )
+from .routes import read_routes, reroute
 from .view import LeaseClaim, View, claims_of, remember, resolve, wins
 
 logger = logging.getLogger(__name__)
@@ -190,6 +191,21 @@ class Directory:
         look = partial(meet_again, peers={peer: others[peer] for peer in some})
         found: list[str] = await self._ask(lambda: self._dht.run_coroutine(look, return_future=True))
         return found
+
+    async def routes(self) -> dict[str, list[str]]:
+        """By peer id the far ends of this node's connections, multiaddrs without /p2p/. Empty for a foreign DHT."""
+        if not isinstance(self._dht, RunDHT):
+            return {}
+        found: dict[str, list[str]] = await self._ask(lambda: self._dht.run_coroutine(read_routes, return_future=True))
+        return found
+
+    async def reroute(self, peer: str, address: str) -> bool:
+        """Replace the connection to a peer by one to `address`, which ends in its /p2p/; whether that went well."""
+        if not isinstance(self._dht, RunDHT):
+            return False
+        ask = partial(reroute, peer=peer, address=address)
+        done: bool = await self._ask(lambda: self._dht.run_coroutine(ask, return_future=True))
+        return done
 
     async def stored_refusals(self) -> Counter[str]:
         """Records that this node's DHT process has refused to store or believe, by reason. Empty for a foreign DHT."""

@@ -84,8 +84,13 @@ class Network:
         run("ip", "-n", namespace, "link", "set", "eth0", "up")
         return self.address(host)
 
-    def add_behind_nat(self, host: str) -> str:
-        """A router with an address like any other host's, and `host` behind it: it can dial, and nobody can dial it."""
+    def add_behind_nat(self, host: str, *, silent: bool = False, symmetric: bool = False) -> str:
+        """A router with an address like any other host's, and `host` behind it: it can dial, and nobody can dial it.
+
+        Args:
+            silent: who knocks at the router hears nothing; else it refuses.
+            symmetric: the router takes another port for each connection, whatever port it comes from.
+        """
         if shutil.which("nft") is None:
             raise NetworkMissing("nft is not there, which routers need; on Debian: apt-get install nftables")
         self.add(f"{host}-router")
@@ -106,7 +111,11 @@ class Network:
         run(*enter, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         run(*enter, "nft", "add table ip nat")
         run(*enter, "nft", "add chain ip nat leaving { type nat hook postrouting priority srcnat ; }")
-        run(*enter, "nft", "add rule ip nat leaving oifname eth0 masquerade")
+        masquerade = "masquerade fully-random" if symmetric else "masquerade"
+        run(*enter, "nft", f"add rule ip nat leaving oifname eth0 {masquerade}")
+        if silent:
+            run(*enter, "nft", "add chain ip nat knocking { type filter hook input priority filter ; }")
+            run(*enter, "nft", "add rule ip nat knocking iifname eth0 ct state != established,related drop")
         run(*enter, "nft", "add chain ip nat passing { type filter hook forward priority filter ; }")
         run(*enter, "nft", "add rule ip nat passing iifname eth0 ct state new drop")
         return inside

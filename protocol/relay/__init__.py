@@ -10,4 +10,7 @@ relay protocol of its own. What passes is encrypted and authenticated end to end
 sees who talks to whom, when, and how much.
 
 The same port also tells a peer which address it is seen from, and whether its listeners can be dialled there.
+
+And it introduces a dialler and a borrower to each other: routers let them through if both dial at the same time
+(`punching.py`), and then nothing passes the relay (`shortcuts.py`).
 """

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from ..addresses import Address
-from ..errors import PeerUnreachable, Refused
+from ..errors import Refused
 from ..identity import Identity
+from .asking import expect, reach, reach_to_meet, unreachable
+from .punching import meet
 from .splice import Ends, splice
 from .wire import (
     ANSWER_SECONDS,
-    MAX_LINE,
     PING_SECONDS,
     SILENCE_SECONDS,
     Borrow,
-    Hello,
     Incoming,
     Lent,
-    Message,
+    Met,
     Ping,
     Probe,
     Probed,
-    Sorry,
     Take,
     read,
     send,
     to_sign,
-    watch,
 )
 
 logger = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=Message)
-
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
+MEETINGS, MEET_WINDOW_SECONDS = 60, 60.0
 HEAR_SECONDS = 2.0  # from the relay's answer until what it said to the listeners is here
 
 
@@ -61,24 +59,24 @@ async def probe(relay: Address, host: str, ports: Sequence[int]) -> Seen:
         OSError: a port is taken.
     """
     heard: dict[int, asyncio.Event] = {port: asyncio.Event() for port in ports}
-    (reader, writer), nonce = await _reach(relay)
+    (reader, writer), hello = await reach(relay)
 
     async def listen(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if (await reader.readline()).strip() == nonce.encode():  # else the port there is another machine's
+        if (await reader.readline()).strip() == hello.nonce.encode():  # else the port there is another machine's
             heard[port].set()
         writer.close()
 
     listeners = [await asyncio.start_server(partial(listen, port), host, port) for port in ports]
     try:
         send(writer, Probe(list(ports)))
-        seen = _expect(Probed, await read(reader, ANSWER_SECONDS))
+        seen = expect(Probed, await read(reader, ANSWER_SECONDS))
         async with asyncio.timeout(HEAR_SECONDS if all(seen.answered) else 0):
             for event in heard.values():
                 await event.wait()
     except TimeoutError:
         pass
     except (Refused, OSError) as error:
-        raise _unreachable(relay, error) from error
+        raise unreachable(relay, error) from error
     finally:
         writer.close()
         for listener in listeners:
@@ -95,7 +93,7 @@ async def reserve(relay: Address, identity: Identity) -> list[int]:
         (_, writer), lent = await _borrow(relay, identity, ())
         writer.close()
     except (Refused, OSError, TimeoutError) as error:
-        raise _unreachable(relay, error) from error
+        raise unreachable(relay, error) from error
     return lent.ports
 
 
@@ -105,12 +103,21 @@ class Borrower:
     Args:
         ports: as reserved.
         listeners: where this peer listens, (host, port), one for each of `ports`.
+        meets: whether diallers may be told this machine's address and be met without the relay.
     """
 
     def __init__(
-        self, relay: Address, identity: Identity, ports: Sequence[int], listeners: Sequence[tuple[str, int]]
+        self,
+        relay: Address,
+        identity: Identity,
+        ports: Sequence[int],
+        listeners: Sequence[tuple[str, int]],
+        *,
+        meets: bool = True,
     ) -> None:
+        self._meets = meets
         self._relay, self._identity, self._ports, self._listeners = relay, identity, list(ports), list(listeners)
+        self._meetings: deque[float] = deque()
         self.connected = asyncio.Event()
 
     async def run(self) -> None:
@@ -141,7 +148,10 @@ class Borrower:
             while True:
                 message = await read(reader, SILENCE_SECONDS)
                 if isinstance(message, Incoming):
-                    task = asyncio.create_task(self._carry(Take(key, message.id), message.listener))
+                    answer = self._meet if message.meet else self._carry
+                    if message.meet and not self._may_meet():
+                        continue
+                    task = asyncio.create_task(answer(Take(key, message.id), message.listener))
                     carrying.add(task)
                     task.add_done_callback(carrying.discard)
                 elif not isinstance(message, Ping):
@@ -153,16 +163,47 @@ class Borrower:
 
     async def _carry(self, take: Take, listener: int) -> None:
         try:
-            (reader, writer), _ = await _reach(self._relay)
+            (reader, writer), _ = await reach(self._relay)
             try:
                 send(writer, take)
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    own = await asyncio.open_connection(*self._listeners[listener])
-                await splice((reader, writer), own)
+                await splice((reader, writer), await self._listener(listener))
             finally:
                 writer.close()
         except (Refused, OSError, TimeoutError) as error:
             logger.debug("a connection by the relay was not carried: %s", error)
+
+    async def _meet(self, take: Take, listener: int) -> None:
+        """Dial somebody who dials us at the same time; from then on the relay has no part in it."""
+        try:
+            (reader, writer), own_port = await reach_to_meet(self._relay)
+            try:
+                send(writer, take)
+                there = expect(Met, await read(reader, ANSWER_SECONDS))
+                ends = await meet(own_port, there)
+            finally:
+                writer.close()
+            try:
+                await splice(ends, await self._listener(listener))
+            finally:
+                ends[1].close()
+        except (Refused, OSError, TimeoutError, ValueError) as error:
+            logger.debug("nobody was met: %s", error)
+
+    async def _listener(self, index: int) -> Ends:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await asyncio.open_connection(*self._listeners[index])
+
+    def _may_meet(self) -> bool:
+        """Not too often: a relay that lies could have us dial strangers."""
+        if not self._meets:
+            return False
+        now = time.monotonic()
+        while self._meetings and self._meetings[0] < now - MEET_WINDOW_SECONDS:
+            self._meetings.popleft()
+        if len(self._meetings) >= MEETINGS:
+            return False
+        self._meetings.append(now)
+        return True
 
 
 async def _ping(writer: asyncio.StreamWriter) -> None:
@@ -171,38 +212,11 @@ async def _ping(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(PING_SECONDS)
 
 
-async def _reach(relay: Address) -> tuple[Ends, str]:
-    """A connection to a relay, and its nonce. PeerUnreachable if there is none."""
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            reader, writer = await asyncio.open_connection(relay.host, relay.port, limit=MAX_LINE)
-        watch(writer)
-        return (reader, writer), _expect(Hello, await read(reader, ANSWER_SECONDS)).nonce
-    except (Refused, OSError, TimeoutError) as error:
-        raise _unreachable(relay, error) from error
-
-
 async def _borrow(relay: Address, identity: Identity, ports: Sequence[int]) -> tuple[Ends, Lent]:
-    (reader, writer), nonce = await _reach(relay)
-    send(writer, Borrow(identity.peer_id, list(ports), identity.sign(to_sign(nonce)).hex()))
+    (reader, writer), hello = await reach(relay)
+    send(writer, Borrow(identity.peer_id, list(ports), identity.sign(to_sign(hello.nonce)).hex()))
     try:
-        return (reader, writer), _expect(Lent, await read(reader, ANSWER_SECONDS))
+        return (reader, writer), expect(Lent, await read(reader, ANSWER_SECONDS))
     except BaseException:
         writer.close()
         raise
-
-
-def _expect(kind: type[M], message: Message) -> M:
-    if isinstance(message, Sorry):
-        raise Refused("refused", message.reason)
-    if not isinstance(message, kind):
-        raise Refused("malformed", f"{type(message).__name__} in place of {kind.__name__}")
-    return message
-
-
-def _unreachable(relay: Address, error: Exception) -> PeerUnreachable:
-    told = error.cause if isinstance(error, Refused) else str(error) or type(error).__name__
-    return PeerUnreachable(
-        f"the relay at {relay.host} port {relay.port} is of no use: {told}",
-        fix="open a port and name it by --announce, or ask for an invite of a run whose relay has room",
-    )

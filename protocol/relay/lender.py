@@ -20,17 +20,21 @@ from .splice import Ends, splice
 from .wire import (
     ANSWER_SECONDS,
     MAX_LINE,
+    MEET_SECONDS,
     PORTS_EACH,
     SILENCE_SECONDS,
     Borrow,
     Hello,
     Incoming,
     Lent,
+    Met,
     Ping,
     Probe,
     Probed,
+    Punch,
     Sorry,
     Take,
+    Through,
     read,
     send,
     to_sign,
@@ -41,8 +45,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 256  # connections that are carried for one borrower at a time
 MAX_CLIENTS = 1024  # connections to the relay's own port
-PROBES, PROBE_WINDOW_SECONDS = 8, 60.0  # from one address
+PROBES, PUNCHES, QUOTA_SECONDS = 8, 60, 60.0  # from one address
 DIAL_SECONDS = 3.0
+APART_SECONDS = 3.0  # so long a connection waits between two who have just met: the one outside shall be first
 KEEP_SECONDS = 600.0  # a port stays its borrower's so long after the connection has broken
 
 
@@ -85,7 +90,8 @@ class Lender:
         self._loans: dict[str, _Loan] = {}  # by peer id
         self._kept: dict[int, tuple[str, float]] = {}  # by port: whose it is, and until when (monotonic; inf: lent)
         self._ids = itertools.count()
-        self._probes: dict[str, deque[float]] = defaultdict(deque)
+        self._probes, self._punches = _Quota("probes", PROBES), _Quota("introductions", PUNCHES)
+        self._apart: dict[frozenset[str], float] = {}  # addresses that have met, and until when (monotonic)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -126,13 +132,15 @@ class Lender:
         nonce, taken = secrets.token_hex(16), False
         try:
             watch(writer)
-            send(writer, Hello(nonce))
+            send(writer, Hello(nonce, (min(self._ports), max(self._ports))))
             message = await read(reader, ANSWER_SECONDS)
             match message:
                 case Probe():
                     await self._probe(message, nonce, writer)
                 case Borrow():
                     await self._lend(message, nonce, reader, writer)
+                case Punch():
+                    await self._introduce(message, (reader, writer))
                 case Take():
                     taken = self._take(message, (reader, writer))
                 case _:
@@ -149,13 +157,7 @@ class Lender:
     async def _probe(self, message: Probe, nonce: str, writer: asyncio.StreamWriter) -> None:
         """Only back to where the question came from: nobody can have others dialled."""
         observed = writer.get_extra_info("peername")[0]
-        now, recent = time.monotonic(), self._probes[observed]
-        while recent and recent[0] < now - PROBE_WINDOW_SECONDS:
-            recent.popleft()
-        if len(recent) >= PROBES:
-            raise Refused("quota", f"{PROBES} probes a minute, not more")
-        recent.append(now)
-        self._probes = defaultdict(deque, {host: times for host, times in self._probes.items() if times})
+        self._probes.take(observed)
         answered = await asyncio.gather(*(_dial(observed, port, nonce) for port in message.ports))
         send(writer, Probed(observed, list(answered)))
 
@@ -226,21 +228,69 @@ class Lender:
         if loan.ended or loan.streams >= MAX_STREAMS:
             writer.close()
             return
-        number = next(self._ids)
-        waiting = loan.waiting[number] = asyncio.get_running_loop().create_future()
         loan.streams += 1
         try:
             watch(writer)
-            send(loan.control, Incoming(number, index))
-            async with asyncio.timeout(ANSWER_SECONDS):
-                ends = await waiting
+            hosts = frozenset(each.get_extra_info("peername")[0] for each in (writer, loan.control))
+            await asyncio.sleep(max(0.0, self._apart.get(hosts, 0.0) - time.monotonic()))
+            ends = await self._called(loan, index)
             await splice((reader, writer), ends, self._count, self._pace)
         except (OSError, TimeoutError) as error:
             logger.debug("%s did not take a connection: %s", loan.peer_id, error)
         finally:
-            loan.waiting.pop(number, None)
             loan.streams -= 1
             writer.close()
+
+    async def _called(self, loan: _Loan, index: int, *, meet: bool = False) -> Ends:
+        """A connection of the borrower's, made for one of its ports. TimeoutError if it makes none."""
+        number = next(self._ids)
+        waiting: asyncio.Future[Ends] = asyncio.get_running_loop().create_future()
+        loan.waiting[number] = waiting
+        try:
+            send(loan.control, Incoming(number, index, meet))
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await waiting
+        finally:
+            loan.waiting.pop(number, None)
+
+    async def _introduce(self, message: Punch, dialler: Ends) -> None:
+        """Tell a dialler and a borrower where each is seen, and leave them to it."""
+        self._punches.take(dialler[1].get_extra_info("peername")[0])
+        found = [loan for loan in self._loans.values() if message.port in loan.ports]
+        if not found:
+            raise Refused("unknown", f"port {message.port} is not lent")
+        borrower = await self._called(found[0], found[0].ports.index(message.port), meet=True)
+        try:
+            token = secrets.token_hex(16)
+            for (_, one), (_, other) in ((dialler, borrower), (borrower, dialler)):
+                host, port = other.get_extra_info("peername")[:2]
+                send(one, Met(host, port, token))
+            # Routers keep a port's mapping while a connection from it lasts.
+            if isinstance(await read(dialler[0], MEET_SECONDS + ANSWER_SECONDS), Through):
+                hosts = frozenset(ends[1].get_extra_info("peername")[0] for ends in (dialler, borrower))
+                now = time.monotonic()
+                self._apart = {pair: until for pair, until in self._apart.items() if until > now}
+                self._apart[hosts] = now + APART_SECONDS
+        finally:
+            borrower[1].close()
+
+
+class _Quota:
+    """How often each address may ask for something in `QUOTA_SECONDS`."""
+
+    def __init__(self, what: str, most: int) -> None:
+        self._what, self._most = what, most
+        self._times: dict[str, deque[float]] = defaultdict(deque)
+
+    def take(self, address: str) -> None:
+        """Raises Refused(`quota`)."""
+        now, recent = time.monotonic(), self._times[address]
+        while recent and recent[0] < now - QUOTA_SECONDS:
+            recent.popleft()
+        if len(recent) >= self._most:
+            raise Refused("quota", f"{self._most} {self._what} a minute, not more")
+        recent.append(now)
+        self._times = defaultdict(deque, {host: times for host, times in self._times.items() if times})
 
 
 async def _dial(host: str, port: int, nonce: str) -> bool:

@@ -4,6 +4,7 @@ relay     -> Hello                        on every connection, first
 borrower  -> Probe -> Probed              where am I seen from, and who answers there?
 borrower  -> Borrow -> Lent               then Ping and Incoming until either end closes
 borrower  -> Take                         on a connection of its own, for each Incoming
+dialler   -> Punch -> Met -> Through      the borrower takes as above and hears Met too: then both dial each other
 relay     -> Sorry                        instead of an answer; then it closes
 """
 
@@ -22,6 +23,7 @@ MAX_LINE = 2048
 PORTS_EACH = 2  # a peer has two listeners
 PING_SECONDS, SILENCE_SECONDS = 15.0, 45.0
 ANSWER_SECONDS = 10.0
+MEET_SECONDS = 4.0  # for two peers to reach each other outside of the relay
 CHUNK = 64 << 10
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
@@ -34,6 +36,7 @@ class _Message(msgspec.Struct, frozen=True, tag_field="say", tag=str.lower, forb
 
 class Hello(_Message, frozen=True):
     nonce: Hex  # signed by who borrows; said by the relay to listeners that it dials
+    lends: tuple[Port, Port]  # the first and the last of its ports, its own not among them
 
 
 class Probe(_Message, frozen=True):
@@ -59,11 +62,26 @@ class Lent(_Message, frozen=True):
 class Incoming(_Message, frozen=True):
     id: Annotated[int, Meta(ge=0)]
     listener: Annotated[int, Meta(ge=0, lt=PORTS_EACH)]
+    meet: bool = False  # nothing is to be carried: the dialler wants to be met outside of the relay
 
 
 class Take(_Message, frozen=True):
     key: Hex
     id: Annotated[int, Meta(ge=0)]
+
+
+class Punch(_Message, frozen=True):
+    port: Port  # lent by this relay, to whoever is wanted
+
+
+class Met(_Message, frozen=True):
+    host: Annotated[str, Meta(max_length=64)]  # of the other, as this relay sees its connection
+    port: Port
+    token: Hex  # that both say first, to each other: whoever else comes to that port does not know it
+
+
+class Through(_Message, frozen=True):
+    """The two have met."""
 
 
 class Ping(_Message, frozen=True):
@@ -74,7 +92,7 @@ class Sorry(_Message, frozen=True):
     reason: Annotated[str, Meta(max_length=200)]
 
 
-Message = Hello | Probe | Probed | Borrow | Lent | Incoming | Take | Ping | Sorry
+Message = Hello | Probe | Probed | Borrow | Lent | Incoming | Take | Punch | Met | Through | Ping | Sorry
 _decoder = msgspec.json.Decoder(Message)
 
 

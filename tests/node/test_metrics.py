@@ -50,6 +50,7 @@ def busy_state() -> PeerState:
     state.count(Count.REFUSALS, "stale_epoch")
     state.count(Count.GOSSIP_DROPPED, "queue_full", by=2)
     state.count(Count.TRANSPORT_RESTARTS)
+    state.count(Count.MEETINGS, "direct", by=2)
     state.count(Count.LOST_SLOTS)
     state.count(Count.STEPS_SKIPPED, "non_finite")
     state.count(Count.SKETCH_ROWS, "out", by=300)
@@ -84,6 +85,7 @@ def test_values_are_the_states() -> None:
         ("shoal_peers_silent",): 3,
         ("shoal_cut_off",): 1,
         ("shoal_cut_offs_total",): 1,
+        ("shoal_meetings_total", "outcome", "direct"): 2,
         ("shoal_slots", "state", "owned"): 1,
         ("shoal_slots", "state", "standby"): 2,
         ("shoal_slots_unowned",): 5,

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from prometheus_server import free_port
 from shoal.protocol.addresses import Address
-from shoal.protocol.errors import PeerUnreachable
+from shoal.protocol.errors import PeerUnreachable, Refused
 from shoal.protocol.identity import Identity
 from shoal.protocol.relay import lender as lending
 from shoal.protocol.relay import wire
+from shoal.protocol.relay.asking import expect, reach_to_meet
 from shoal.protocol.relay.borrower import Borrower, probe, reserve
 from shoal.protocol.relay.lender import Lender
+from shoal.protocol.relay.punching import meet
+from shoal.protocol.relay.shortcuts import Shortcuts
 from transports import until
 
 HOST, SECONDS = "127.0.0.1", 20.0
@@ -215,5 +218,118 @@ def test_a_dialler_whose_connection_nobody_takes_is_let_go(monkeypatch: pytest.M
             async with borrowing(at, identity, lent, own):
                 assert await said_back(lent[0], b"hello") == b""
                 assert not any(loan.waiting or loan.streams for loan in lender._loans.values())
+
+    run(scenario())
+
+
+@asynccontextmanager
+async def shortcuts(at: Address) -> AsyncIterator[tuple[Shortcuts, list[bool]]]:
+    met: list[bool] = []
+    ways = Shortcuts(at, met=met.append)
+    await ways.start()
+    try:
+        yield ways, met
+    finally:
+        await ways.close()
+
+
+def test_who_is_met_outside_is_reached_past_the_relay() -> None:
+    async def scenario() -> None:
+        own, passed = ports(2), []
+        identity = Identity.generate()
+        async with relay(ports(5), count=passed.append) as (lender, at), echo(own[0], b"one:"), echo(own[1], b"two:"):
+            lent = await reserve(at, identity)
+            async with borrowing(at, identity, lent, own), shortcuts(at) as (ways, met):
+                addresses = [str(Address.of_host(HOST, port, identity.peer_id)) for port in lent]
+                here = [Address.parse(address) for address in ways.addresses(addresses)]
+                assert {address.peer_id for address in here} == {identity.peer_id}
+                assert not {address.port for address in here} & set(lent)
+                data = [os.urandom(random.randrange(1, 3_000_000)) for _ in range(6)]
+                heard = await asyncio.gather(*(said_back(here[i % 2].port, each) for i, each in enumerate(data[:2])))
+                for i, each in enumerate(data[2:], 2):
+                    heard.append(await said_back(here[i % 2].port, each))
+                assert heard == [(b"one:", b"two:")[i % 2] + each for i, each in enumerate(data)]
+                assert met == [True] * 6
+                assert await ways.prepare(addresses[0]) == str(here[0])
+                assert await said_back(here[0].port, b"prepared") == b"one:prepared"
+                assert len(met) == 7, "the prepared connection was used"
+            assert passed == []
+            assert not any(loan.waiting for loan in lender._loans.values())
+
+    run(scenario())
+
+
+def test_who_cannot_be_met_is_reached_by_the_relay_and_not_tried_each_time() -> None:
+    async def scenario() -> None:
+        own, passed = ports(2), []
+        identity = Identity.generate()
+        async with relay(ports(5), count=passed.append) as (_, at), echo(own[0], b"one:"):
+            lent = await reserve(at, identity)
+            borrower = Borrower(at, identity, lent, [(HOST, port) for port in own], meets=False)
+            task = asyncio.create_task(borrower.run())
+            await borrower.connected.wait()
+            async with shortcuts(at) as (ways, met):
+                address = str(Address.of_host(HOST, lent[0], identity.peer_id))
+                [here] = ways.addresses([address])
+                for _ in range(3):
+                    assert await said_back(Address.parse(here).port, b"hello") == b"one:hello"
+                assert met == [False]
+                assert await ways.prepare(address) is None
+            assert sum(passed) == 3 * (4 + 2 * 5)
+            task.cancel()
+
+    run(scenario())
+
+
+def test_addresses_that_are_not_on_loan_stay() -> None:
+    async def scenario() -> None:
+        peer = Identity.generate().peer_id
+        async with relay([*sorted(ports(6))]) as (_, at):
+            others = [str(Address.of_host(HOST, at.port, peer)), str(Address.of_host("192.0.2.1", at.port + 1, peer))]
+            async with shortcuts(at) as (ways, _):
+                assert ways.addresses(others) == others
+                assert await ways.prepare(others[0]) is None
+        async with shortcuts(at) as (ways, _):  # it is gone: nobody knows what it lends
+            assert not ways.replaces(str(Address.of_host(HOST, at.port + 1, peer)))
+
+    run(scenario())
+
+
+def test_a_stranger_at_the_meeting_place_is_not_taken_for_who_was_meant() -> None:
+    async def scenario() -> None:
+        own_port, there = ports(2)
+        visits: list[bytes] = []
+
+        async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"0" * 32 + b"\n")
+            visits.append(await reader.read(100))
+            writer.close()
+
+        async with await asyncio.start_server(stranger, HOST, there):
+            with pytest.raises(TimeoutError):
+                await meet(own_port, wire.Met(HOST, there, "1" * 32))
+        assert visits
+        with pytest.raises(ValueError, match="example"):
+            await meet(own_port, wire.Met("example.org", there, "1" * 32))
+
+    run(scenario())
+
+
+def test_introductions_are_rationed() -> None:
+    async def scenario() -> None:
+        async with relay(ports(3)) as (_, at):
+            for _ in range(lending.PUNCHES):
+                with pytest.raises(Refused, match="not lent"):
+                    await _punch(at)
+            with pytest.raises(Refused, match="a minute"):
+                await _punch(at)
+
+    async def _punch(at: Address) -> None:
+        (reader, writer), _ = await reach_to_meet(at)
+        wire.send(writer, wire.Punch(at.port))
+        try:
+            expect(wire.Met, await wire.read(reader, SECONDS))
+        finally:
+            writer.close()
 
     run(scenario())
