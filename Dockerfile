@@ -11,7 +11,9 @@
 # A package index of your own: --secret id=pip_conf,src=pip.conf --build-arg TORCH_INDEX= (then that index decides which
 # build of torch it is). Nothing of it stays in the image. deploy/test_image builds and tries the result.
 
-FROM python:3.11-slim-bookworm AS base
+# To build the very same image again, name the base by its digest: --build-arg BASE=python@sha256:...
+ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE} AS base
 ENV PATH=/opt/shoal/bin:$PATH
 
 FROM base AS builder
@@ -26,6 +28,11 @@ RUN python3 -m venv /opt/shoal
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
     > requirements.txt
+
+# What installs the last part and writes the bill of materials; not in the image.
+FROM builder AS tools
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
+    python3 -m venv /opt/tools && /opt/tools/bin/pip install cyclonedx-bom==7.5.0
 
 FROM builder AS dependencies-cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -88,13 +95,15 @@ LABEL org.opencontainers.image.title="Shoal" \
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=dependencies-cuda /opt/shoal /opt/shoal
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    pip --python /opt/shoal/bin/python3 install --no-deps --no-index --root-user-action ignore /dist/*.whl
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
+    /opt/tools/bin/pip --python /opt/shoal/bin/python3 install --no-deps --no-index --root-user-action ignore /dist/*.whl \
+ && /opt/tools/bin/cyclonedx-py environment --output-reproducible -o /opt/shoal/sbom.cdx.json /opt/shoal/bin/python3
 USER 10001:10001
 
 # Last, so that it is what a build without --target makes.
 FROM runtime AS cpu
 COPY --from=dependencies-cpu /opt/shoal /opt/shoal
-RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
-    pip --python /opt/shoal/bin/python3 install --no-deps --no-index --root-user-action ignore /dist/*.whl
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
+    /opt/tools/bin/pip --python /opt/shoal/bin/python3 install --no-deps --no-index --root-user-action ignore /dist/*.whl \
+ && /opt/tools/bin/cyclonedx-py environment --output-reproducible -o /opt/shoal/sbom.cdx.json /opt/shoal/bin/python3
 USER 10001:10001

@@ -1,27 +1,37 @@
-"""How many slots fit into a worker's memory.
+"""How many slots fit into a peer's memory.
 
 A slot's experts cost, for each weight, the master, two moments of AdamW and a gradient in float32, and what its
 stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
 Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
 memory. Low-rank factors cost that too, and are few; the 4-bit weights beside them, and weights that are frozen, have
-neither moments nor gradients.
+neither moments nor gradients. A composer holds the backbone and all stand-ins beside its slots, and what a batch leaves
+behind for the backward pass, of which the largest tensors, the logits, are counted.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import psutil
 import torch
 
 from ..kernels.lora import lora_bytes
+from .config import PeerConfig
 from .errors import ConfigError
 from .expert_mode import ExpertMode
-from .manifest import ExpertShape, StandInSpec
+from .logs import get_logger
+from .manifest import ExpertShape, Manifest, StandInSpec
+from .model.init import backbone_shapes, expert_shape
+
+log = get_logger(__name__)
 
 TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
 COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint
 COPY_BYTES = 1  # a weight: a stand-in that is a copy
+BACKBONE_BYTES = 6 * 4  # a weight: master, two moments, gradient, and the state last merged with its momentum
+STANDIN_BYTES = {"lowbit": 0.5625, "ternary": 0.25}  # a weight of another's slot: codes, and scales of every block
+LOGITS_BYTES = 3 * 4  # one: itself, its softmax, its gradient
 NARROW_BYTES = 4 * 4  # a weight of a narrow stand-in: published, fitted, two moments
 COPY_REPLAY_ROWS = 256  # inputs kept by an expert whose stand-in is a copy
 DENSE_COPIES = 24  # of one expert at once, with what the allocator does not give back: measured, 10 to 22
@@ -88,16 +98,54 @@ def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def slots_that_fit(
-    shape: ExpertShape,
-    standin: StandInSpec,
-    device: torch.device,
-    max_memory_gib: float | None,
-    mode: ExpertMode | None = None,
-) -> int:
-    """Slots that a worker can own with what memory is free, or with `max_memory_gib` if that is less."""
+def usable_bytes(device: torch.device, max_memory_gib: float | None) -> float:
+    """What a peer takes of the memory that is free, or `max_memory_gib` if that is less."""
     usable = FREE_SHARE * free_bytes(device)
-    if max_memory_gib is not None:
-        usable = min(usable, max_memory_gib * (1 << 30))
+    return usable if max_memory_gib is None else min(usable, max_memory_gib * (1 << 30))
+
+
+def slots_that_fit(
+    shape: ExpertShape, standin: StandInSpec, device: torch.device, usable: float, mode: ExpertMode | None = None
+) -> int:
+    """Slots that a peer can own with so many bytes."""
     usable = max(0.0, usable - working_bytes(shape, mode))
     return min(shape.num_experts, int(usable // slot_bytes(shape, standin, device, mode)))
+
+
+def standin_bytes(shape: ExpertShape, standin: StandInSpec) -> int:
+    """Memory that the stand-in of one slot takes in a composer that does not own it."""
+    each = 4 * standin.width_fraction if standin.kind == "narrow" else STANDIN_BYTES[standin.kind]
+    return int(each * 3 * shape.hidden * shape.width * shape.num_layers)
+
+
+def composer_bytes(manifest: Manifest) -> int:
+    """Memory of a composer that owns nothing, libraries not counted: backbone, stand-ins, logits."""
+    model, train = manifest.model, manifest.train
+    shape = expert_shape(model)
+    backbone = sum(math.prod(size) for size in backbone_shapes(model).values())
+    logits = train.batch_size * manifest.data.context_length * int(model.config.get("vocab_size") or 0)
+    standins = standin_bytes(shape, manifest.standin) * shape.num_experts
+    return BACKBONE_BYTES * backbone + LOGITS_BYTES * logits + standins
+
+
+def capacity_of(config: PeerConfig, manifest: Manifest) -> tuple[int, int]:
+    """The slots of a run, and how many of them this peer can own by its memory and its settings.
+
+    Raises ConfigError if a worker can own none: it would be of no use.
+    """
+    shape, mode = expert_shape(manifest.model), ExpertMode.of(config, manifest.train)
+    mode.require_rank(shape.hidden, shape.width)
+    device = device_of(config.device)
+    usable = usable_bytes(device, config.max_memory)
+    if config.role == "composer":
+        usable -= composer_bytes(manifest)
+    fit = slots_that_fit(shape, manifest.standin, device, usable, mode)
+    if config.role == "worker" and not fit:
+        raise ConfigError(
+            "not one slot of this run's experts fits the memory",
+            fix="give --max-memory more, or use a machine that has more",
+        )
+    wanted = 0 if config.own == "none" else shape.num_experts if config.max_slots is None else config.max_slots
+    if fit < min(wanted, shape.num_experts):
+        log.warning("capacity.limited", slots=fit, of=shape.num_experts, usable_gib=round(usable / (1 << 30), 1))
+    return shape.num_experts, min(wanted, fit)

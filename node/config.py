@@ -118,7 +118,7 @@ class PeerConfig:
     """Their product counts alpha / rank times. By default twice."""
 
     max_memory: Annotated[float | None, Parameter(group=LOCAL, metavar="GIB")] = None
-    """Memory for experts in a worker, in GiB. By default four fifths of what is free on its device."""
+    """Memory for the model, in GiB; slots that do not fit are not claimed. By default four fifths of what is free."""
 
     device: Annotated[str, Parameter(group=LOCAL)] = "auto"
     """Where to train: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""

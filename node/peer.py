@@ -32,7 +32,7 @@ from ..protocol.transport.client import Transport
 from . import logs
 from .background import NetworkThread
 from .config import PeerConfig
-from .errors import ConfigError, RunNotFound
+from .errors import RunNotFound
 from .handle_key import fetch_key, kept_key
 from .http import StatusServer
 from .invite import Invite
@@ -272,28 +272,10 @@ class _Peer:
         keep_ports(config.data_dir, dht_port=listening, transport_port=port, http_port=self.server.port)
         capacity = 0
         if config.role in ("composer", "worker"):
-            from .capacity import device_of, slots_that_fit
-            from .expert_mode import ExpertMode
-            from .model.init import expert_shape
+            from .capacity import capacity_of
 
-            mode = ExpertMode.of(config, run.manifest.train)
-
-            shape = expert_shape(run.manifest.model)
-            mode.require_rank(shape.hidden, shape.width)
-            num_slots = capacity = shape.num_experts
+            num_slots, capacity = capacity_of(config, run.manifest)
             self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
-            if config.role == "worker":
-                device = device_of(config.device)
-                capacity = slots_that_fit(shape, run.manifest.standin, device, config.max_memory, mode)
-                if not capacity:
-                    raise ConfigError(
-                        "not one slot of this run's experts fits the memory",
-                        fix="give --max-memory more, or use a machine that has more",
-                    )
-            if config.max_slots is not None:
-                capacity = min(capacity, config.max_slots)
-            if config.own == "none":
-                capacity = 0
         member = Membership(
             links,
             role=config.role,

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from .manifest import Manifest
 
 GIB = 1 << 30
-BACKBONE_BYTES = 6 * 4  # a weight: master, two moments, gradient, and the state last merged with its momentum
-COPY_BYTES = {"lowbit": 0.5625, "ternary": 0.25}  # a weight of a stand-in: codes, and scales of every block
 PROCESSES = 1.5 * GIB  # libraries of a peer's processes, before any model
 
 
@@ -52,7 +50,7 @@ def plan_of(
 
     from ..kernels.sketch import bytes_per_token
     from ..protocol.parts import PartCodec
-    from .capacity import slot_bytes, working_bytes
+    from .capacity import BACKBONE_BYTES, slot_bytes, standin_bytes, working_bytes
     from .model.init import backbone_shapes, expert_shape
 
     shape = expert_shape(manifest.model)
@@ -62,8 +60,7 @@ def plan_of(
     top_k = int(config.get("num_experts_per_tok") or 1)
     backbone = sum(_numel(size) for size in backbone_shapes(manifest.model).values())
     slot_weights = 3 * shape.hidden * shape.width * shape.num_layers
-    copied = 4 * spec.width_fraction if spec.kind == "narrow" else COPY_BYTES[spec.kind]
-    standin = int(copied * slot_weights)
+    standin = standin_bytes(shape, spec)
     slot = slot_bytes(shape, spec, torch.device(device), mode)
     memory = memory_gib * GIB - working_bytes(shape, mode) - (PROCESSES if device == "cpu" else 0)
     room = memory - BACKBONE_BYTES * backbone - standin * shape.num_experts

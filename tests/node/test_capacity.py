@@ -1,19 +1,33 @@
-"""How many slots a worker takes: no more than its memory holds, measured."""
+"""How many slots a peer takes: no more than its memory holds, measured."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from shoal.node import capacity
-from shoal.node.capacity import device_of, free_bytes, slot_bytes, slots_that_fit, working_bytes
+from shoal.node.capacity import (
+    capacity_of,
+    composer_bytes,
+    device_of,
+    free_bytes,
+    slot_bytes,
+    slots_that_fit,
+    usable_bytes,
+    working_bytes,
+)
+from shoal.node.config import PeerConfig
 from shoal.node.errors import ConfigError
 from shoal.node.expert_mode import ExpertMode
-from shoal.node.manifest import ExpertShape, StandInSpec, TrainSpec
+from shoal.node.manifest import ExpertShape, Manifest, StandInSpec, TrainSpec
+from shoal.node.model.init import backbone_shapes, expert_shape
+from shoal.node.model.presets import preset
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LARGE = ExpertShape(num_layers=48, num_experts=128, hidden=2048, width=768, act="silu", std=0.02)
@@ -21,7 +35,7 @@ GIB = 1 << 30
 
 
 def fit(gib: float | None, shape: ExpertShape = LARGE, device: torch.device = CPU) -> int:
-    return slots_that_fit(shape, StandInSpec(), device, gib)
+    return slots_that_fit(shape, StandInSpec(), device, usable_bytes(device, gib))
 
 
 def test_slots_follow_memory_and_the_number_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +48,32 @@ def test_slots_follow_memory_and_the_number_there_is(monkeypatch: pytest.MonkeyP
     assert fit(None) == 128
     monkeypatch.setattr(capacity, "free_bytes", lambda _: 0)
     assert fit(None) == fit(100.0) == 0
+
+
+@pytest.mark.parametrize("kind", ["lowbit", "narrow"])
+def test_a_composer_claims_what_fits_beside_backbone_and_standins(kind: str, tmp_path: Path) -> None:
+    chosen = preset("small")
+    manifest = Manifest(
+        name="large", founder="none", created_at=0, model=chosen.model, data=chosen.data, train=chosen.train,
+        outer=chosen.outer, standin=msgspec.structs.replace(chosen.standin, kind=kind),
+    )  # fmt: skip
+    shape = expert_shape(manifest.model)
+    base, each = composer_bytes(manifest) / GIB, slot_bytes(shape, manifest.standin, CPU) / GIB
+    weights = sum(math.prod(size) for size in backbone_shapes(manifest.model).values())
+    assert base > 6 * 4 * weights / GIB
+
+    def fits(gib: float, **settings: Any) -> int:
+        config = PeerConfig(data_dir=tmp_path, device="cpu", max_memory=gib, **settings)
+        slots, capacity = capacity_of(config, manifest)
+        assert slots == shape.num_experts
+        return capacity
+
+    assert [fits(base + share * each, role="composer") for share in (-0.5, 0.9, 2.5)] == [0, 0, 2]
+    assert fits(base + 2.5 * each, role="composer", max_slots=1) == 1
+    assert fits(base + 2.5 * each, role="composer", own="none") == 0
+    assert fits(2.5 * each, role="worker") == 2
+    with pytest.raises(ConfigError, match="not one slot"):
+        fits(0.5 * each, role="worker")
 
 
 def test_on_a_gpu_no_checkpoint_takes_room_and_narrow_standins_cost_more() -> None:

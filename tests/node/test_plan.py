@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from shoal.benchmarks.costs import state_bytes
-from shoal.node.capacity import COPIED_BYTES, slot_bytes, working_bytes
+from shoal.node.capacity import BACKBONE_BYTES, COPIED_BYTES, slot_bytes, working_bytes
 from shoal.node.cli import main
 from shoal.node.composer import Composer
 from shoal.node.config import parse_gib
@@ -17,7 +17,7 @@ from shoal.node.expert_mode import ExpertMode
 from shoal.node.manifest import Manifest, ModelSpec, StandInSpec
 from shoal.node.model.init import expert_shape
 from shoal.node.model.presets import preset
-from shoal.node.plan import BACKBONE_BYTES, GIB, PROCESSES, plan_of
+from shoal.node.plan import GIB, PROCESSES, plan_of
 from transformers import MixtralConfig
 
 
