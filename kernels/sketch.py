@@ -223,12 +223,31 @@ class RowBuffer:
             raise ValueError(f"x {tuple(x_ND.shape)} and dy {tuple(dy_ND.shape)} are not rows of {self.hidden}")
         add_rows([self], [len(x_ND)], x_ND, dy_ND)
 
+    def merge(self, other: RowBuffer) -> None:
+        """Takes in all that another buffer holds and has seen. ValueError if its rows are of another kind."""
+        if (other.hidden, other.codec) != (self.hidden, self.codec):
+            raise ValueError(f"{other.codec} rows of {other.hidden} among {self.codec} rows of {self.hidden}")
+        self.refused += other.refused
+        self._count(other._pairs, other._sizes, other._squares)
+        if len(other):
+            self._hold(list(other._columns))
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_generator": None}  # which no process can give to another
+
     def _keep(self, new: list[Tensor]) -> None:
         """Takes in encoded rows."""
         sizes = new[-1]
-        self._pairs += len(sizes)
-        self._sizes += float(sizes.sum())
-        self._squares += float(sizes.square().sum())
+        self._count(len(sizes), float(sizes.sum()), float(sizes.square().sum()))
+        self._hold(new)
+
+    def _count(self, pairs: int, sizes: float, squares: float) -> None:
+        self._pairs += pairs
+        self._sizes += sizes
+        self._squares += squares
+
+    def _hold(self, new: list[Tensor]) -> None:
+        sizes = new[-1]
         room = self.max_rows - len(self)
         if room == self.max_rows:
             self._columns = [column[:room] for column in new]

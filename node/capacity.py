@@ -137,6 +137,8 @@ def capacity_of(config: PeerConfig, manifest: Manifest) -> tuple[int, int]:
     mode.require_rank(shape.hidden, shape.width)
     device = device_of(config.device)
     usable = usable_bytes(device, config.max_memory)
+    if device.type == "cpu":
+        usable /= config.island  # members have weights and gradients too
     if config.role == "composer":
         usable -= composer_bytes(manifest)
     fit = slots_that_fit(shape, manifest.standin, device, usable, mode)

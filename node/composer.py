@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,16 @@ from ..protocol.radial import NormedClaims
 from .expert_mode import ExpertMode, expert_type
 from .manifest import Manifest
 from .model.balance import balance_biases
-from .model.build import build_model
+from .model.build import Losses, SumCounts, build_model
 from .model.cut import backbone_fragments
 from .model.start import Start
 from .optimizer import make_optimizer
 from .owning import ExpertOwner
 from .sketching import Collector
 from .slot_formats import experts_like
+
+if TYPE_CHECKING:
+    from .island.leader import Island
 
 NextBatch = Callable[[], Tensor]
 
@@ -55,7 +58,17 @@ class StepReport:
     tokens: int
     forward_backward_seconds: float
     optimizer_seconds: float
+    processes: int = 1  # that computed it together
     skipped: bool = False  # loss or gradients were not finite: nothing was learned from this batch
+
+
+class Computed(NamedTuple):
+    """What a forward and backward came to, beside gradients."""
+
+    loss: float
+    tokens: int
+    counts: Tensor  # (L, E) int64 on the CPU, pairs routed to each expert
+    processes: int = 1
 
 
 class Entry(NamedTuple):
@@ -108,7 +121,8 @@ class Composer(ExpertOwner):
         self.last_counts: Tensor | None = None  # (L, E) of this composer's last step
         self.collector: Collector | None = None  # hears of rows for experts that others own; None sends no sketches
         self.on_computed: Callable[[Composer], None] | None = None  # called between the halves of each step
-        self._computed: tuple[float, int, float] | None = None  # loss, tokens and seconds of `compute`
+        self._computed: tuple[Computed, float] | None = None  # and the seconds that it took
+        self.island: Island | None = None  # other processes that compute with this one
         self.optimizer = make_optimizer(self.train, self.backbone)
         for slot in sorted(owned):
             experts = self.model.experts_of(slot)
@@ -137,21 +151,34 @@ class Composer(ExpertOwner):
         """The first half of a step: forward and backward. What it learned about others' experts is in `collector`."""
         observing = self.manifest.standin.kind == "narrow" or self.step % LOWBIT_OBSERVE_EVERY == 0
         self.model.set_tap(self._observe if observing else None)
+        began = time.perf_counter()
+        computed = (self.island.compute(self) if self.island is not None else None) or self._compute_alone()
+        self.last_counts = computed.counts
+        self._computed = computed, time.perf_counter() - began
+
+    def _compute_alone(self) -> Computed:
         batch = self.next_batch().to(self.device)
         if self.collector is not None:
             self.collector.begin_step(batch.numel())
         self.model.set_sketch_tap(None if self.collector is None else self.collector.add)
-        began = time.perf_counter()
-        losses = self.model.loss(batch, swarm_counts=self.swarm_counts)
-        total = losses.lm + self.train.balance_coef * losses.balance + self.train.z_coef * losses.z
-        torch.autograd.backward(total)
-        self.last_counts = losses.counts.cpu()
-        self._computed = losses.lm.item(), batch.numel(), time.perf_counter() - began
+        losses = self.losses(batch)
+        torch.autograd.backward(losses.total)
+        return Computed(losses.lm.item(), batch.numel(), losses.counts.cpu())
+
+    def losses(self, batch: Tensor, sum_counts: SumCounts | None = None) -> Losses:
+        """Of one batch on this composer's device, weighed as the run wants it."""
+        return self.model.loss(
+            batch,
+            swarm_counts=self.swarm_counts,
+            balance_coef=self.train.balance_coef,
+            z_coef=self.train.z_coef,
+            sum_counts=sum_counts,
+        )
 
     def apply(self) -> StepReport:
         """The second half: take in the sketches that have come, clip, AdamW."""
         assert self._computed is not None
-        loss, tokens, seconds = self._computed
+        (loss, tokens, _, processes), seconds = self._computed
         self._computed = None
         middle = time.perf_counter()
         lr = self.learning_rate()
@@ -167,7 +194,7 @@ class Composer(ExpertOwner):
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += tokens
-        return StepReport(loss, tokens, seconds, time.perf_counter() - middle, skipped=not sound)
+        return StepReport(loss, tokens, seconds, time.perf_counter() - middle, processes, skipped=not sound)
 
     def _balance(self) -> None:
         if self.train.bias_rate and self.last_counts is not None:

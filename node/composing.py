@@ -57,6 +57,7 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     import hivemind
 
+    from .island.leader import Island
     from .peer import Run, StopRequest
 
 log = get_logger(__name__)
@@ -91,6 +92,7 @@ class ComposerPeer:
         )
         self.sketch_averager = sketch_averager(dht, identity, run, config.pace)
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
+        self.island: Island | None = None
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
@@ -98,6 +100,8 @@ class ComposerPeer:
         try:
             return self._run(network, links, member, library, stop)
         finally:
+            if self.island is not None:
+                self.island.close()
             self.averager.shutdown()
             if self.sketch_averager is not None:
                 self.sketch_averager.shutdown()
@@ -105,8 +109,14 @@ class ComposerPeer:
     def _run(
         self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest
     ) -> int:
+        device = device_to_use(self.config.device)
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
+        if self.config.island > 1:
+            from .island.leader import island_of
+
+            self.island = island_of(self.config, device)
+            torch.set_num_threads(self.island.threads)
         self.state.enter(Phase.SYNCING, "building the model")
         assert library.handle_key is not None
         seed = library.seed = self._seed(links)
@@ -121,12 +131,13 @@ class ComposerPeer:
                 next_batch=self.batches.next,
                 fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
                 start=start,
-                device=device_to_use(self.config.device),
+                device=device,
                 mode=ExpertMode.of(self.config, self.facts.manifest.train),
             )
         except ValueError as error:
             raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
+        composer.island = self.island
         held, saved = self._restore(composer, order)
         self.composer = composer
         self.trainer = Trainer(composer, self._after_step)
@@ -315,6 +326,7 @@ class ComposerPeer:
         if report.skipped:
             self.state.count(Count.STEPS_SKIPPED, "not_finite")
             log.warning("step.skipped", step=composer.step, reason="loss or gradients are not finite")
+        self.state.set_processes(report.processes)
         self.state.record_step(
             step=composer.step,
             tokens=report.tokens,

@@ -123,6 +123,9 @@ class PeerConfig:
     device: Annotated[str, Parameter(group=LOCAL)] = "auto"
     """Where to train: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
 
+    island: Annotated[int, Parameter(group=LOCAL)] = 1
+    """Processes that compute as one composer, each a batch in every step: one for each GPU, or for some cores."""
+
     checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
     """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""
 
@@ -186,6 +189,10 @@ class PeerConfig:
             _require(
                 getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
             )
+        _require(self.island >= 1, "island", self, "give the number of processes, or leave it out")
+        _require(
+            self.island == 1 or self.role == "composer", "island", self, "leave it out: only composers have islands"
+        )
         if self.role == "worker":
             _require(self.own != "none", "own", self, "leave it out: a worker that owns no experts has nothing to do")
             _require(self.max_slots != 0, "max_slots", self, "give at least 1: a worker is there to own experts")

@@ -132,6 +132,12 @@ METRICS: tuple[MetricSpec, ...] = (
         name="shoal_steps_planned", kind="gauge", help="Steps after which it is done.", read=_value("steps_total")
     ),
     MetricSpec(
+        name="shoal_island_processes",
+        kind="gauge",
+        help="Processes that took the last step together; fewer than --island while lost ones are missing.",
+        read=_value("processes"),
+    ),
+    MetricSpec(
         name="shoal_unmerged_steps",
         kind="gauge",
         help="Own inner steps that the common backbone does not have yet.",

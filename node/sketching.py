@@ -99,6 +99,17 @@ class SketchCollector:
             buffer = self._buffers[slot, layer] = RowBuffer(hidden, codec, max_rows=max_rows, generator=self._generator)
         return buffer
 
+    def drain(self) -> dict[tuple[int, int], RowBuffer]:
+        """All buffers by slot and layer; there are none here then. For a collector that collects for another one."""
+        self._encode()
+        buffers, self._buffers = self._buffers, {}
+        return buffers
+
+    def merge(self, drained: Mapping[tuple[int, int], RowBuffer]) -> None:
+        """Take in what another collector has drained, of steps that have begun here."""
+        for (slot, layer), buffer in drained.items():
+            self._buffer(slot, layer).merge(buffer)
+
     def take(self, slots: Mapping[int, float]) -> dict[int, Collected]:
         """What has come together for `slots`, cut to the budget; their buffers are empty then.
 

@@ -117,7 +117,7 @@ class PeerState:
         self._started_at = wall()
         self._facts: dict[str, Any] = {
             "role": role, "run_id": "", "peer_id": "", "invite": "", "steps_total": 0, "slots_total": 0,
-            "unmerged_steps": 0, "sight": None,
+            "unmerged_steps": 0, "processes": 1, "sight": None,
         }  # fmt: skip
         self._phase = Phase.STARTING
         self._detail = ""
@@ -223,6 +223,11 @@ class PeerState:
                 self._parts[part].observe(value)
             self._add(Count.BLOCKED_SECONDS, (), seconds.get(StepPart.WAITING, 0.0))
             self._history.push(float(step), self._loss(), self._rate.per_second(now))
+
+    def set_processes(self, number: int) -> None:
+        """How many processes of an island took the last step together."""
+        with self._lock:
+            self._facts["processes"] = number
 
     def set_unmerged(self, steps: int) -> None:
         """Own inner steps that the common backbone does not have yet."""

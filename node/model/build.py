@@ -15,7 +15,7 @@ layers, private ones included, N rows of one expert.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,9 @@ from .start import Seeded, Start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+SumCounts = Callable[[Tensor], Tensor]  # (L, E) int64 -> the same
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class MoEModel(nn.Module):
         swarm_counts: Tensor | None = None,
         balance_coef: float = 0.01,
         z_coef: float = 0.001,
+        sum_counts: SumCounts | None = None,
     ) -> Losses:
         """Losses of one batch.
 
@@ -119,11 +123,14 @@ class MoEModel(nn.Module):
             tokens: (B, S) int64, S >= 2; every token but the first of a sequence is a target.
             swarm_counts: (L, E) recent routed pairs of the other composers, see `balance.router_losses`.
             balance_coef, z_coef: weights in `total` only.
+            sum_counts: adds the counts of others who compute the same step; the result's are all of theirs.
         """
         self._router_logits.clear()
         logits_BSV: Tensor = self.network(input_ids=tokens, use_cache=False).logits
         lm = nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         counts_LE = torch.stack([shard.counts for shard in self._all_shards])
+        if sum_counts is not None:
+            counts_LE = sum_counts(counts_LE)
         balance, z = router_losses(
             self._router_logits, counts_LE, scoring=self._find_scoring(), swarm_counts_LE=swarm_counts
         )

@@ -33,6 +33,7 @@ def busy_state() -> PeerState:
         }
         state.record_step(step=step, tokens=1024, loss=3.0, seconds=seconds)
     state.set_unmerged(5)
+    state.set_processes(4)
     state.record_round(outcome="committed", round=7, fragment=1, members=4, seconds=1.2)
     state.record_checkpoint(step=2, seconds=0.3, nbytes=1000)
     state.set_slots(leases=[Lease(slot=2, epoch=1, version=2)], standby=[3, 4])
@@ -77,6 +78,7 @@ def test_values_are_the_states() -> None:
         ("shoal_step",): 2,
         ("shoal_steps_planned",): 100,
         ("shoal_unmerged_steps",): 5,
+        ("shoal_island_processes",): 4,
         ("shoal_loss",): 3.0,
         ("shoal_blocked_seconds_total",): 1.0,
         ("shoal_phase", "phase", "training"): 1,

@@ -96,7 +96,7 @@ class Peer:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def child(self, kind: str) -> psutil.Process:
-        """Its `transport` host, `p2pd`, `dht` process (the daemon's parent) or `averager` (the other fork)."""
+        """Its `transport` host, `p2pd`, `dht` (the daemon's parent), `averager` (the other fork) or island `member`."""
         below = {process.pid: process for process in self.children()}
         command = {pid: " ".join(process.cmdline()) for pid, process in below.items()}
         daemon = next(pid for pid, line in command.items() if "/p2pd " in line)
@@ -105,7 +105,10 @@ class Peer:
         # A forked child has its parent's command line.
         mine = " ".join(psutil.Process(self.process.pid).cmdline())
         averagers = [pid for pid, line in command.items() if line == mine and pid != dht]
-        found = {"p2pd": [daemon], "dht": [dht], "transport": [host], "averager": averagers}[kind]
+        members = [pid for pid, line in command.items() if "shoal.node.island.member" in line]
+        found = {
+            "p2pd": [daemon], "dht": [dht], "transport": [host], "averager": averagers, "member": members,
+        }[kind]  # fmt: skip
         if len(found) != 1:
             raise SwarmError(f"{self.name} has {len(found)} {kind} processes: {command}")
         return below[found[0]]

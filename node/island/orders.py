@@ -1,0 +1,95 @@
+"""What a leader tells its members, and what they answer: pickled, between processes of one user on one machine."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.experts import OwnedExpert
+from ...kernels.sketch import RowBuffer
+from ...kernels.standin import StandIn
+from ..expert_mode import ExpertMode
+from ..manifest import Manifest
+from ..model.build import MoEModel
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The first message."""
+
+    manifest: Manifest
+    mode: ExpertMode
+    rank: int
+    size: int
+    port: int  # of the leader's store, on loopback
+    device: str
+    threads: int
+    timeout_seconds: float  # of one exchange of tensors
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a slot is from this step on, by layer, on the CPU: experts if it is owned, else stand-ins."""
+
+    standins: tuple[StandIn, ...]  # of an owned slot too: what it was before
+    experts: tuple[OwnedExpert, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One inner step."""
+
+    batch: Tensor  # (B, S) int64
+    swarm_counts: Tensor | None
+    rows: Literal["no", "raw", "encoded"]  # wanted of experts that others own
+    slots: dict[int, Slot] = field(default_factory=dict)  # those that have changed
+
+
+Encoded = dict[tuple[int, int], RowBuffer]  # by slot and layer
+Rows = list[tuple[int, int, Tensor, Tensor, Tensor, Tensor]]  # layer, slot, x (N, D), dy (N, D), a (N, F), dh (N, 2F)
+
+
+def send(pipe: Connection, message: object) -> None:
+    """OSError if the other end is gone."""
+    pipe.send_bytes(pickle.dumps(message, protocol=5))
+
+
+def receive(pipe: Connection) -> Any:
+    """EOFError or OSError if the other end is gone."""
+    return pickle.loads(pipe.recv_bytes())
+
+
+def weights_of(model: MoEModel, owned: Sequence[int]) -> list[Tensor]:
+    """What the leader's optimizer moves, in an order that both sides know: backbone, experts; then routers' biases."""
+    return [*trained_of(model, owned), *model.selection_biases]
+
+
+def trained_of(model: MoEModel, owned: Sequence[int]) -> list[nn.Parameter]:
+    """Of these, what has gradients."""
+    experts = [t for slot in sorted(owned) for expert in model.experts_of(slot) for t in expert.trained]
+    return [*model.backbone.values(), *experts]  # type: ignore[list-item]  # what a shard holds are parameters
+
+
+def packed_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+    """Flat: gradients, zeros where there are none; then for each whether there is one; then the loss."""
+    device = loss.device
+    pieces = [p.grad.reshape(-1) if p.grad is not None else torch.zeros(p.numel(), device=device) for p in parameters]
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+    return torch.cat((*pieces, there, loss.detach().reshape(1)))
+
+
+def unpack_gradients(parameters: Sequence[nn.Parameter], summed: Tensor) -> Tensor:
+    """Set gradients from a sum of packed ones: none where nobody had one. Returns the sum of losses."""
+    there = summed[-1 - len(parameters) : -1].tolist()
+    start = 0
+    for parameter, count in zip(parameters, there, strict=True):
+        piece = summed[start : start + parameter.numel()]
+        parameter.grad = piece.view_as(parameter).clone() if count else None
+        start += parameter.numel()
+    return summed[-1]

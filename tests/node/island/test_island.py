@@ -1,0 +1,142 @@
+"""Real processes compute one composer's steps: what comes out is what one process makes of all batches together."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import pytest
+import tiny
+import torch
+from shoal.node.composer import Composer
+from shoal.node.expert_mode import ExpertMode
+from shoal.node.island import leader
+from shoal.node.island.leader import Island
+from shoal.node.manifest import Manifest
+from shoal.node.sketching import SketchCollector
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def alone(manifest: Manifest, size: int, seed: int, **more: object) -> Composer:
+    """One process that sees `size` batches a step."""
+    text = tiny.batches(seed)
+    return Composer(manifest, next_batch=lambda: torch.cat([text() for _ in range(size)]), **more)  # type: ignore[arg-type]
+
+
+def together(manifest: Manifest, size: int, seed: int, **more: object) -> Composer:
+    composer = Composer(manifest, next_batch=tiny.batches(seed), **more)  # type: ignore[arg-type]
+    composer.island = Island(size, ["cpu"] * size, 1)
+    return composer
+
+
+@pytest.fixture
+def islands() -> Iterator[list[Island]]:
+    made: list[Island] = []
+    yield made
+    for island in made:
+        island.close()
+
+
+def same(one: Composer, other: Composer, tolerance: float = 2e-5) -> None:
+    for name, parameter in one.backbone.items():
+        torch.testing.assert_close(other.backbone[name], parameter, rtol=tolerance, atol=tolerance, msg=name)
+    assert one.owned == other.owned
+    for slot in one.owned:
+        for mine, theirs in zip(one.experts_of(slot), other.experts_of(slot), strict=True):
+            for a, b in zip(mine.trained, theirs.trained, strict=True):
+                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_island_learns_what_one_process_learns_from_all_its_batches(size: int, islands: list[Island]) -> None:
+    manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)
+    one = alone(manifest, size, seed, owned={0, 2})
+    many = together(manifest, size, seed, owned={0, 2})
+    assert many.island is not None
+    islands.append(many.island)
+    for step in range(6):
+        if step == 2:  # what the network's side does between steps
+            for composer in (one, many):
+                deltas = composer.publish()
+                composer.release(2)
+                composer.adopt(1, None)
+                assert deltas
+        if step == 4:
+            for composer in (one, many):
+                snapshot = composer.snapshot(1)
+                composer.release(1)
+                composer.adopt(1, snapshot)  # other tensors in the same slot
+                composer.reset_fragment(0, composer.common[0], composer.momentum[0])
+        a, b = one.train_step(), many.train_step()
+        assert many.island.together
+        assert b.tokens == a.tokens
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        torch.testing.assert_close(one.last_counts, many.last_counts)
+    same(one, many)
+
+
+def test_low_rank_experts_and_unused_ones(islands: list[Island]) -> None:
+    manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)
+    mode = ExpertMode(manifest.train, "lora", rank=2)
+    torch.manual_seed(seed)
+    one = alone(manifest, 2, seed, owned=set(), mode=mode)
+    many = together(manifest, 2, seed, owned=set(), mode=mode)
+    assert many.island is not None
+    islands.append(many.island)
+    start = copy.deepcopy(one.standins(3))
+    torch.manual_seed(seed)
+    one.adopt(3, None, start)
+    torch.manual_seed(seed)
+    many.adopt(3, None, start)
+    for _ in range(3):
+        one.train_step()
+        many.train_step()
+    same(one, many)
+
+
+def test_rows_for_others_come_from_all_members(islands: list[Island]) -> None:
+    manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)
+    one = alone(manifest, 2, seed, owned={0})
+    many = together(manifest, 2, seed, owned={0})
+    assert many.island is not None
+    islands.append(many.island)
+    for composer in (one, many):
+        composer.collector = SketchCollector(manifest.sketch, composer.shape, seed=0)
+        composer.train_step()
+        composer.train_step()
+    others = dict.fromkeys(range(1, one.num_slots), 1.0)
+    assert isinstance(one.collector, SketchCollector)
+    assert isinstance(many.collector, SketchCollector)
+    mine, theirs = one.collector.take(others), many.collector.take(others)
+    for slot in others:
+        assert (theirs[slot].tokens, theirs[slot].steps) == (mine[slot].tokens, mine[slot].steps)
+        for a, b in zip(mine[slot].layers, theirs[slot].layers, strict=True):
+            assert a.num_rows == b.num_rows
+            left, right = (rows.x.dense().T @ rows.dy.dense() for rows in (a, b))
+            torch.testing.assert_close(right, left, rtol=0.0, atol=0.02 * float(left.abs().max()))
+
+
+def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "FIRST_PAUSE_SECONDS", 0.0)
+    manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)
+    many = together(manifest, 2, seed, owned={0})
+    island = many.island
+    assert island is not None
+    islands.append(island)
+    island._pause = 0.0
+    tokens = many.train_step().tokens
+    os.kill(island._members[0].process.pid, signal.SIGKILL)
+    reports = [many.train_step() for _ in range(3)]
+    assert not any(report.skipped for report in reports)
+    assert {report.tokens for report in reports} == {tokens // 2, tokens}, "alone for a step, then together again"
+    assert island.together
+    assert many.step == 4
+    pids = [member.process.pid for member in island._members]
+    island.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
