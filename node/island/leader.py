@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,9 @@ from ...kernels.experts import OwnedExpert
 from ..capacity import device_of
 from ..config import PeerConfig
 from ..logs import get_logger
-from ..sketching import SketchCollector
 from ..way_in import free_port
 from .member import join, sum_counts
 from .orders import (
-    Encoded,
-    Rows,
     Setup,
     Slot,
     Step,
@@ -37,6 +34,7 @@ from .orders import (
     unpack_gradients,
     weights_of,
 )
+from .rows import StepRows, give, wanted_by
 
 if TYPE_CHECKING:
     from ..composer import Composer, Computed
@@ -88,6 +86,7 @@ class Island:
         self._members: list[_Member] = []
         self._owned: dict[int, list[OwnedExpert]] = {}  # as the members know them
         self._standins: dict[int, list[bytes]] = {}  # digests
+        self._rows: StepRows | None = None
         self._pause, self._not_before = FIRST_PAUSE_SECONDS, 0.0
 
     @property
@@ -152,8 +151,7 @@ class Island:
 
         model, owned = composer.model, sorted(composer.owned)
         changed, collector = self._changed(composer), composer.collector
-        encoded = isinstance(collector, SketchCollector)
-        wanted: Literal["no", "raw", "encoded"] = "no" if collector is None else "encoded" if encoded else "raw"
+        wanted = wanted_by(collector)
         batches = [composer.next_batch() for _ in range(self.size)]
         for member, batch in zip(self._members, batches[1:], strict=True):
             if member.process.poll() is not None:
@@ -161,25 +159,18 @@ class Island:
             send(member.pipe, Step(batch, composer.swarm_counts, wanted, changed))
         with torch.no_grad():
             dist.broadcast(torch.cat([weights.reshape(-1) for weights in weights_of(model, owned)]), 0)
-        rows: Rows = []
-        model.set_sketch_tap((lambda *row: rows.append(row)) if collector is not None else None)
+        tokens = sum(batch.numel() for batch in batches)
+        rows = self._rows = self._rows or StepRows(composer.manifest, 0)
+        model.set_sketch_tap(rows.tap(wanted, tokens))
         losses = composer.losses(batches[0].to(composer.device), sum_counts=sum_counts)
         torch.autograd.backward(losses.total / self.size)
         parameters = trained_of(model, owned)
         summed = packed_gradients(parameters, losses.lm / self.size)
         dist.reduce(summed, 0)
         loss = unpack_gradients(parameters, summed)
-        drained: list[Encoded] = []
         if collector is not None:
-            for member in self._members:
-                drained.append(receive(member.pipe)) if encoded else rows.extend(receive(member.pipe))
-        tokens = sum(batch.numel() for batch in batches)
-        if collector is not None:  # nothing can fail from here on
-            collector.begin_step(tokens)
-            for layer, slot, *tensors in rows:
-                collector.add(layer, slot, *(tensor.to(composer.device) for tensor in tensors))
-            for each in drained:
-                collector.merge(each)  # type: ignore[attr-defined]  # a SketchCollector
+            parts = [rows.take(), *(receive(member.pipe) for member in self._members)]
+            give(collector, parts, tokens, composer.device)  # nothing can fail from here on
         self._pause = FIRST_PAUSE_SECONDS
         return Computed(loss.item(), tokens, losses.counts.cpu(), self.size)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from ...protocol.process_death import end_with_parent
 from ..model.build import MoEModel, build_model
-from ..model.init import expert_shape
-from ..sketching import SketchCollector
-from .orders import Encoded, Rows, Setup, Slot, Step, packed_gradients, receive, send, trained_of, weights_of
+from .orders import Setup, Slot, Step, packed_gradients, receive, send, trained_of, weights_of
+from .rows import Encoded, Raw, StepRows
 
 
 def join(rank: int, size: int, port: int, device: torch.device, timeout_seconds: float) -> None:
@@ -45,10 +44,9 @@ class Member:
         self._model: MoEModel = build_model(manifest.model, owned=(), standin=manifest.standin, expert=setup.mode)
         self._model.place(self._device)
         self._owned: set[int] = set()
-        self._rows: Rows = []
-        self._collector = SketchCollector(manifest.sketch, expert_shape(manifest.model), seed=setup.rank)
+        self._rows = StepRows(manifest, setup.rank)
 
-    def step(self, order: Step) -> Rows | Encoded:
+    def step(self, order: Step) -> Raw | Encoded:
         """Take part in one step of the leader's. Returns the rows that were asked for."""
         for slot, now in order.slots.items():
             self._change(slot, now)
@@ -59,10 +57,7 @@ class Member:
         with torch.no_grad():
             for tensor, piece in zip(weights, torch.split(flat, [w.numel() for w in weights]), strict=True):
                 tensor.copy_(piece.view_as(tensor))
-        self._rows = []
-        self._collector.begin_step(order.batch.numel() * self._setup.size)
-        taps = {"no": None, "raw": self._keep, "encoded": self._collector.add}
-        self._model.set_sketch_tap(taps[order.rows])
+        self._model.set_sketch_tap(self._rows.tap(order.rows, order.batch.numel() * self._setup.size))
         losses = self._model.loss(
             order.batch.to(self._device),
             swarm_counts=order.swarm_counts,
@@ -75,11 +70,7 @@ class Member:
         dist.reduce(packed_gradients(parameters, losses.lm / self._setup.size), 0)
         for parameter in parameters:
             parameter.grad = None
-        return self._collector.drain() if order.rows == "encoded" else self._rows
-
-    def _keep(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
-        x, dy, a, dh = (rows.to("cpu", copy=True) for rows in (x_ND, dy_ND, a_NF, dh_NH))
-        self._rows.append((layer, slot, x, dy, a, dh))
+        return self._rows.take()
 
     def _change(self, slot: int, now: Slot) -> None:
         for shard in self._model.shards:

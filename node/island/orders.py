@@ -6,17 +6,17 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.experts import OwnedExpert
-from ...kernels.sketch import RowBuffer
 from ...kernels.standin import StandIn
 from ..expert_mode import ExpertMode
 from ..manifest import Manifest
 from ..model.build import MoEModel
+from .rows import Wanted
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ class Step:
 
     batch: Tensor  # (B, S) int64
     swarm_counts: Tensor | None
-    rows: Literal["no", "raw", "encoded"]  # wanted of experts that others own
+    rows: Wanted  # of experts that others own
     slots: dict[int, Slot] = field(default_factory=dict)  # those that have changed
-
-
-Encoded = dict[tuple[int, int], RowBuffer]  # by slot and layer
-Rows = list[tuple[int, int, Tensor, Tensor, Tensor, Tensor]]  # layer, slot, x (N, D), dy (N, D), a (N, F), dh (N, 2F)
 
 
 def send(pipe: Connection, message: object) -> None:
