@@ -13,7 +13,8 @@ KIND is lowbit, narrow or ternary; ternary trains experts ternary too, whose cop
 low-rank factors beside 4-bit weights, or nothing; `@lora4` names a rank. Facts of the manifest that differ for one
 method alone stand behind it: `shoal-narrow+rows:sketch.kappa=0:sketch.codec=float16`.
 
-Writes a Markdown table and JSON. `./dev bench swarm` runs the comparison through real processes and a real network.
+Writes a Markdown table, JSON, and loss curves as a PNG. `./dev bench swarm` runs the comparison through real processes
+and a real network.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ..node.expert_mode import ExpertMode
 from ..node.manifest import Manifest, ManifestError, with_settings
 from ..node.model.presets import preset
 from .costs import counting, state_bytes
+from .curves import draw
 from .inprocess import Bytes, InProcessSwarm
 from .results import Result, markdown
 from .seeding import Seed
@@ -244,8 +246,11 @@ def main() -> None:
     parser.add_argument("--refit-steps", type=int, help="narrow stand-ins: optimizer steps before each delta")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=None, help="folder for quality.md and quality.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder for tables, numbers and curves")
+    parser.add_argument("--quick", action="store_true", help="few steps of a tiny model, for a look whether it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.preset, arguments.steps, arguments.windows, arguments.composers = "tiny", 12, 4, 2
     torch.set_num_threads(arguments.threads)
     chosen = preset(arguments.preset)
     outer, standin = chosen.outer, chosen.standin
@@ -286,9 +291,12 @@ def main() -> None:
     ]
     tokens = comparisons[0].tokens
     results: list[Result] = []
+    curves: dict[str, list[list[float]]] = {}  # by method and seed, of every step
     for comparison, method in itertools.product(comparisons, methods):
+        curves.setdefault(method, []).append([])
 
         def report(step: int, loss: float, method: str = method) -> None:
+            curves[method][-1].append(loss)
             if step % 100 == 0:
                 print(f"{method}: step {step}, loss {loss:.4f}", flush=True)
 
@@ -298,6 +306,8 @@ def main() -> None:
             arguments.out.mkdir(parents=True, exist_ok=True)
             (arguments.out / "quality.md").write_text(markdown(results, tokens=tokens) + "\n")
             (arguments.out / "quality.json").write_text(json.dumps([asdict(r) for r in results], indent=1))
+            (arguments.out / "curves.json").write_text(json.dumps(curves))
+            draw(curves, arguments.out / "quality.png")
     print(markdown(results, tokens=tokens))
 
 

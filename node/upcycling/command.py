@@ -147,6 +147,7 @@ def mix(
     top_k: int = 2,
     merge: Literal["mean", "ties"] = "mean",
     domain: Annotated[tuple[str, ...], Parameter(metavar="TEXT...")] = (),
+    generalist: float = 0.0,
     chance: int = 0,
 ) -> int:
     """Make one mixture out of a dense seed and branches of it that were trained apart (Branch-Train-MiX).
@@ -171,6 +172,9 @@ def mix(
         Of what is no expert: the mean, or TIES.
     domain:
         A text for each branch, in their order: the router begins with what it sees of them, instead of at random.
+    generalist:
+        With domains: by how much a token prefers the seed's expert to one whose domain it is not like, as a logit. A
+        token that is just like its domain has 4 for that.
     chance:
         Seed of a random router.
     """
@@ -180,6 +184,6 @@ def mix(
     logs.configure()
     config = mix([seed, *branches], out, top_k=top_k, merge=merge, seed=chance)
     if domain:
-        route_by_domains(out, domain_tokens(seed, domain))
+        route_by_domains(out, domain_tokens(seed, domain), generalist)
     print(f"{out}: {config['model_type']} of {len(branches) + 1} experts, {top_k} to a token")
     return 0

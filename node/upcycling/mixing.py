@@ -5,7 +5,10 @@ averaged: plainly, or by TIES (Yadav et al. 2023), where of each branch's change
 of sign. Weights of the k experts that a token takes add up to 1: a mixture of equal branches computes what each does.
 
 The router starts at random, or knows the domains: its rows are then what the router would see of each domain's text,
-less what it sees of all (after FlexOlmo, Shi et al. 2025), so that a token goes where text like it was learned.
+less what it sees of all (after FlexOlmo, Shi et al. 2025), so that a token goes where text like it was learned. As
+there, a negative bias can keep tokens with the generalist that are like no domain. These routers have no biases. But x
+has, on average, one and the same part along the mean m of all that the router sees, E[x · m / |m|²] = 1, and a row less
+b m / |m|² has the bias -b as well as that holds for single tokens.
 """
 
 from __future__ import annotations
@@ -117,12 +120,14 @@ def mix(paths: Sequence[Path], out: Path, *, top_k: int, merge: Merge, seed: int
 
 
 @torch.no_grad()
-def route_by_domains(folder: Path, domains: Sequence[Tensor]) -> None:
+def route_by_domains(folder: Path, domains: Sequence[Tensor], bias: float = 0.0) -> None:
     """Give the routers of a mixture rows that know the domains, and write it back.
 
     Args:
         domains: tokens (N, S) of each branch's text, in the order of branches. Expert 0, the generalist, has zeros: a
             token that is like no domain goes there first.
+        bias: taken off the logits of all other experts; a token that looks just like its domain has a logit of
+            `DOMAIN_ROUTER_SCALE`.
     """
     network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     blocks = moe_blocks(network)
@@ -139,8 +144,10 @@ def route_by_domains(folder: Path, domains: Sequence[Tensor]) -> None:
         network(input_ids=tokens, use_cache=False)
     for layer, block in enumerate(blocks):
         means = torch.stack(seen[layer])
-        apart = means - means.mean(0)
+        mean = means.mean(0)
+        apart = means - mean
         rows = DOMAIN_ROUTER_SCALE * apart / apart.square().sum(1, keepdim=True).clamp(min=1e-12)
+        rows -= bias * mean / mean.square().sum().clamp(min=1e-12)
         weight = block.router.get_parameter("weight")
         weight.copy_(torch.cat((torch.zeros_like(rows[:1]), rows)))
     network.save_pretrained(folder)

@@ -75,6 +75,9 @@ def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> 
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert {method: [len(seed) for seed in seeds] for method, seeds in curves.items()} == dict.fromkeys(methods, [2])
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "quality.json").read_text())
     assert [(result["seed"], result["method"]) for result in told] == [(0, method) for method in methods]
     assert all(2.0 < result["loss"] < 6.0 for result in told)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from averaging_swarm import all_equal, reasons, statuses
 
-TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "int8": 0.03}  # of values around 1, encoded twice
+TOLERANCE = {"float32": 3e-6, "float16": 2e-3, "int8": 0.03}  # of values around 1, encoded twice
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from shoal.node.cli import main
 from shoal.node.errors import ConfigError
 from shoal.node.evaluate import evaluate_checkpoint
-from shoal.node.upcycling.mixing import TIES_KEPT, mix, ties
+from shoal.node.upcycling.mixing import TIES_KEPT, domain_tokens, mix, route_by_domains, ties
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
@@ -52,6 +52,32 @@ def test_experts_are_the_branches_and_the_rest_is_their_mean(tmp_path: Path) -> 
         assert torch.equal(experts.gate_up_proj[number], torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))
     mean = torch.stack([member.model.layers[0].self_attn.q_proj.weight for member in members]).mean(0)
     assert torch.allclose(mixed.model.layers[0].self_attn.q_proj.weight, mean)
+
+
+def test_a_negative_bias_keeps_tokens_with_the_generalist(kinds: dict[str, Path], tmp_path: Path) -> None:
+    paths = [dense(tmp_path / name) for name in "abcd"]
+    tokens = domain_tokens(paths[0], [str(kind) for kind in kinds.values()])
+    shares, routers = [], []
+    for bias in (0.0, 1.0, 1000.0):
+        folder = tmp_path / str(bias)
+        mix(paths, folder, top_k=1, merge="mean", seed=0)
+        route_by_domains(folder, tokens, bias)
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        gate = network.model.layers[0].mlp.gate
+        inputs: list[torch.Tensor] = []
+        gate.register_forward_hook(lambda _, args, __, inputs=inputs: inputs.append(args[0].flatten(0, -2)))
+        with torch.no_grad():
+            network(torch.cat(tokens))
+        [seen] = inputs
+        chosen = (seen @ gate.weight.T).argmax(1)
+        shares.append(float((chosen == 0).float().mean()))
+        routers.append((gate.weight.detach(), seen))
+    (plain, seen), (biased, _), _ = routers
+    assert torch.equal(plain[0], biased[0])
+    taken = (seen @ (plain - biased)[1:].T).mean(0)
+    assert torch.allclose(taken, torch.ones(3), atol=1e-4), "one off each logit, on average"
+    assert shares[0] <= shares[1] <= shares[2]
+    assert shares[0] < shares[2]
 
 
 def test_ties_against_one_number_at_a_time() -> None:
