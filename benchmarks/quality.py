@@ -292,13 +292,18 @@ def main() -> None:
     tokens = comparisons[0].tokens
     results: list[Result] = []
     curves: dict[str, list[list[float]]] = {}  # by method and seed, of every step
+
+    def show(step: int, loss: float, who: str = "seed") -> None:
+        if step % 100 == 0:
+            print(f"{who}: step {step}, loss {loss:.4f}", flush=True)
+
     for comparison, method in itertools.product(comparisons, methods):
+        comparison.seed(show)
         curves.setdefault(method, []).append([])
 
         def report(step: int, loss: float, method: str = method) -> None:
             curves[method][-1].append(loss)
-            if step % 100 == 0:
-                print(f"{method}: step {step}, loss {loss:.4f}", flush=True)
+            show(step, loss, method)
 
         results.append(comparison.run(method, report))
         print(f"{method}: held-out {results[-1].loss:.4f} nats/byte in {results[-1].seconds:.0f} s", flush=True)
