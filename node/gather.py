@@ -70,8 +70,8 @@ class Gathered:
     backbone: dict[str, Tensor]
     slots: dict[int, dict[str, Tensor]]
     rounds: list[int]  # per fragment, the outer round that made it; -1 without one
-    composers: int
-    tokens: int  # that the composers in the run say they trained on
+    run_id: str
+    peers: dict[str, PeerRecord]  # who is in the run
     tokenizer: bytes = b""  # tokenizer.json; empty: bytes are tokens
 
 
@@ -82,6 +82,7 @@ def export_run(invite: str, out: Path, config: PeerConfig) -> None:
         ShoalError: the run cannot be reached, or a part of it is nowhere to be had; `out` is not written then.
     """
     from .model.export import write_checkpoint
+    from .model_card import model_card
     from .tokenizer import byte_tokenizer, read_tokenizer
 
     whole = gather(invite, config, lambda what: log.info("export.progress", what=what))
@@ -99,7 +100,7 @@ def export_run(invite: str, out: Path, config: PeerConfig) -> None:
         {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()},
         expert_of,
         tokenizer=tokenizer,
-        card=_card(whole),
+        card=model_card(whole.manifest, whole.run_id, whole.rounds, whole.peers),
     )
     log.info("export.done", folder=str(out))
 
@@ -210,10 +211,7 @@ async def _fetch_all(links: Links, handles: Handles, progress: Callable[[str], N
             return slot, tensors
 
     slots = dict(await asyncio.gather(*(one(slot) for slot in range(num_slots))))
-    composers = [record for record in links.view().peers.values() if record.role == "composer"]
-    return Gathered(
-        manifest, backbone, slots, rounds, composers=len(composers), tokens=sum(record.tokens for record in composers)
-    )
+    return Gathered(manifest, backbone, slots, rounds, links.run_id, dict(links.view().peers))
 
 
 async def _retry(links: Links, fetch: Callable[[], Awaitable[T]]) -> T:
@@ -277,12 +275,3 @@ async def _slot(links: Links, handles: Handles, slot: int) -> dict[str, Tensor]:
                 raise Refused("misshapen", f"slot {slot} from {claim.owner}: expert {place} {name} is not {size}")
             weights[f"{layer}.{name}"] = value
     return weights
-
-
-def _card(whole: Gathered) -> str:
-    m = whole.manifest
-    return (
-        f"# {m.name}\n\nTrained by a Shoal swarm: {whole.composers} composers at the time of export, "
-        f"{whole.tokens:,} tokens reported, backbone of outer rounds {whole.rounds}.\n\n"
-        f"Data: {m.data.corpus}, {m.data.tokenizer} tokenizer, context {m.data.context_length}.\n"
-    )
