@@ -13,8 +13,13 @@ _DIAL_SECONDS = 5.0
 
 
 async def read_routes(_dht: Any, node: DHTNode) -> dict[str, list[str]]:
-    """By peer id the far ends of its connections, as multiaddrs without /p2p/."""
-    return {info.peer_id.to_base58(): [str(each) for each in info.addrs] for info in await node.p2p.list_peers()}
+    """By peer id the far ends of its connections, as multiaddrs without /p2p/. Empty if the daemon does not say."""
+    try:
+        async with asyncio.timeout(_DIAL_SECONDS):
+            connected = await node.p2p.list_peers()
+    except (P2PDaemonError, OSError, TimeoutError):
+        return {}
+    return {info.peer_id.to_base58(): [str(each) for each in info.addrs] for info in connected}
 
 
 async def reroute(_dht: Any, node: DHTNode, *, peer: str, address: str) -> bool:

@@ -104,7 +104,10 @@ class Shortcuts:
 
     def _here(self, address: str) -> str | None:
         """The port of this machine in place of a port on loan; made when it is asked for first."""
-        asked = Address.parse(address)
+        try:
+            asked = Address.parse(address)
+        except ValueError:  # whatever a peer has signed; who dials it says what is wrong
+            return None
         if asked.host != self._relay.host or asked.port not in self._lends:
             return None
         shortcut = self._shortcuts.get(asked.port)
@@ -134,7 +137,12 @@ class Shortcuts:
     async def _serve(self, shortcut: _Shortcut) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(shortcut.listening)
+            try:
+                connection, _ = await loop.sock_accept(shortcut.listening)
+            except OSError as error:  # no descriptors left, for a while
+                logger.warning("port %d takes nobody now: %s", shortcut.lent.port, error)
+                await asyncio.sleep(1.0)
+                continue
             task = loop.create_task(self._carry(shortcut, connection))
             shortcut.carried.add(task)
             task.add_done_callback(shortcut.carried.discard)

@@ -286,9 +286,10 @@ def test_addresses_that_are_not_on_loan_stay() -> None:
         peer = Identity.generate().peer_id
         async with relay([*sorted(ports(6))]) as (_, at):
             others = [str(Address.of_host(HOST, at.port, peer)), str(Address.of_host("192.0.2.1", at.port + 1, peer))]
+            others += ["/ip4/127.0.0.1/udp/1/quic", "/x", "/ip4/127.0.0.1/tcp/99999"]  # a peer signs what it likes
             async with shortcuts(at) as (ways, _):
                 assert ways.addresses(others) == others
-                assert await ways.prepare(others[0]) is None
+                assert [await ways.prepare(other) for other in others] == [None] * len(others)
         async with shortcuts(at) as (ways, _):  # it is gone: nobody knows what it lends
             assert not ways.replaces(str(Address.of_host(HOST, at.port + 1, peer)))
 
@@ -315,7 +316,9 @@ def test_a_stranger_at_the_meeting_place_is_not_taken_for_who_was_meant() -> Non
     run(scenario())
 
 
-def test_introductions_are_rationed() -> None:
+def test_introductions_are_rationed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending, "PUNCHES", 5)
+
     async def scenario() -> None:
         async with relay(ports(3)) as (_, at):
             for _ in range(lending.PUNCHES):
@@ -331,5 +334,7 @@ def test_introductions_are_rationed() -> None:
             expect(wire.Met, await wire.read(reader, SECONDS))
         finally:
             writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
 
     run(scenario())
