@@ -125,7 +125,7 @@ class Borrower:
         pause = FIRST_PAUSE_SECONDS
         while True:
             try:
-                (reader, writer), lent = await _borrow(self._relay, self._identity, self._ports)
+                (reader, writer), lent = await _borrow(self._relay, self._identity, self._ports, meets=self._meets)
                 try:
                     if lent.ports != self._ports:
                         raise Refused("no-room", f"the relay lends {lent.ports}, and others were announced")
@@ -212,9 +212,9 @@ async def _ping(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(PING_SECONDS)
 
 
-async def _borrow(relay: Address, identity: Identity, ports: Sequence[int]) -> tuple[Ends, Lent]:
+async def _borrow(relay: Address, identity: Identity, ports: Sequence[int], *, meets: bool = True) -> tuple[Ends, Lent]:
     (reader, writer), hello = await reach(relay)
-    send(writer, Borrow(identity.peer_id, list(ports), identity.sign(to_sign(hello.nonce)).hex()))
+    send(writer, Borrow(identity.peer_id, list(ports), identity.sign(to_sign(hello.nonce)).hex(), meets))
     try:
         return (reader, writer), expect(Lent, await read(reader, ANSWER_SECONDS))
     except BaseException:

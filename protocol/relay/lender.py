@@ -58,6 +58,7 @@ class _Loan:
     peer_id: str
     ports: list[int]
     control: asyncio.StreamWriter
+    meets: bool
     key: str = field(default_factory=lambda: secrets.token_hex(16))
     servers: list[asyncio.Server] = field(default_factory=list)
     waiting: dict[int, asyncio.Future[Ends]] = field(default_factory=dict)  # connections that it has been told of
@@ -171,7 +172,7 @@ class Lender:
         before = self._loans.get(message.peer_id)
         if before is not None:  # it has noticed sooner than this end that the connection is gone
             self._end(before)
-        loan = _Loan(message.peer_id, self._choose(message), writer)
+        loan = _Loan(message.peer_id, self._choose(message), writer, message.meets)
         try:
             for index, port in enumerate(loan.ports):
                 arrived = self._spawned(partial(self._arrived, loan, index))
@@ -259,6 +260,8 @@ class Lender:
         found = [loan for loan in self._loans.values() if message.port in loan.ports]
         if not found:
             raise Refused("unknown", f"port {message.port} is not lent")
+        if not found[0].meets:
+            raise Refused("declined", f"whom port {message.port} is lent to is reached by the relay only")
         borrower = await self._called(found[0], found[0].ports.index(message.port), meet=True)
         try:
             token = secrets.token_hex(16)

@@ -52,6 +52,7 @@ class Borrow(_Message, frozen=True):
     peer_id: Annotated[str, Meta(max_length=64)]
     ports: Annotated[list[Port], Meta(max_length=PORTS_EACH)]  # as lent before; empty: any
     signature: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}\Z")]  # of `to_sign`
+    meets: bool = True  # diallers outside of the relay, too
 
 
 class Lent(_Message, frozen=True):
