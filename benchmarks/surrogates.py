@@ -3,7 +3,7 @@
 A lone composer trains a model with all of its experts. Then three quarters of them, the same in every layer, run as
 stand-ins that were made after the training, of one kind at a time, and the held-out loss is taken. Last, one expert of
 one layer at a time is replaced, to see what predicts the loss that it costs: the error of its weights, its fidelity, or
-the part of the block's output that goes wrong.
+the part of the block's output that goes wrong. With `--upcycled` the model goes on from copies of a dense one's layers.
 
 Prints Markdown tables; `--out` keeps them with JSON.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +37,8 @@ from ..node.manifest import Manifest, with_settings
 from ..node.model.build import MoEModel
 from ..node.model.init import expert_shape
 from ..node.model.presets import preset
+from ..node.upcycling.form import Form
+from .upcycling import RECIPE, Study
 
 KEPT = 4  # one slot in so many stays exact
 Rows = tuple[Tensor, Tensor]
@@ -290,6 +293,32 @@ def markdown(outcomes: Sequence[Outcome], singles: Sequence[Single]) -> str:
     return "\n".join(lines)
 
 
+def from_scratch(arguments: argparse.Namespace) -> Composer:
+    """One that owns all experts of a preset."""
+    chosen = preset(arguments.preset)
+    manifest = Manifest(
+        name="bench", founder="none", created_at=0, model=chosen.model, data=chosen.data, train=chosen.train
+    )
+    manifest = with_settings(manifest, [f"train.steps={arguments.steps}", *arguments.set])
+    batch = 4 * manifest.train.batch_size, manifest.data.context_length
+    return Composer(
+        manifest,
+        owned=range(expert_shape(manifest.model).num_experts),
+        next_batch=Batches(load_corpus(manifest.data.corpus).shard(0, 1), *batch, seed=0).next,
+    )
+
+
+def upcycled(arguments: argparse.Namespace) -> Composer:
+    """The same of a dense model that is trained first. ValueError for what is no form."""
+    found = RECIPE.fullmatch(arguments.upcycled)
+    if found is None or not found[3] or found[7]:
+        raise ValueError(f"{arguments.upcycled!r} is no form like E16G1T2")
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
+        corpus = load_corpus("stdlib")
+        study = Study(Path(name), corpus, dense_steps=arguments.dense_steps, steps=arguments.steps, windows=1)
+        return study.upcycled(Form(int(found[3]), int(found[4]), int(found[5])))
+
+
 def main() -> None:
     """Train, probe, print."""
     parser = argparse.ArgumentParser(
@@ -302,21 +331,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2048, help="routed inputs kept for each expert")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--singles", type=int, default=4, help="experts of each layer to replace one at a time")
+    parser.add_argument("--upcycled", default="", metavar="E16G1T2", help="train on from a dense model, in that form")
+    parser.add_argument("--dense-steps", type=int, default=1500, help="that it was trained before")
     parser.add_argument("--out", type=Path, default=None, help="folder for surrogates.md and surrogates.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = preset(arguments.preset)
-    manifest = Manifest(
-        name="bench", founder="none", created_at=0, model=chosen.model, data=chosen.data, train=chosen.train
-    )
-    manifest = with_settings(manifest, [f"train.steps={arguments.steps}", *arguments.set])
-    corpus = load_corpus(manifest.data.corpus)
-    batch = 4 * manifest.train.batch_size, manifest.data.context_length
-    composer = Composer(
-        manifest,
-        owned=range(expert_shape(manifest.model).num_experts),
-        next_batch=Batches(corpus.shard(0, 1), *batch, seed=0).next,
-    )
+    composer = upcycled(arguments) if arguments.upcycled else from_scratch(arguments)
+    train, data = composer.train, composer.manifest.data
+    corpus = load_corpus(data.corpus)
+    batch = 4 * train.batch_size, data.context_length
     for step in range(1, arguments.steps + 1):
         loss = composer.train_step().loss
         if step % 100 == 0:
@@ -325,7 +348,7 @@ def main() -> None:
         composer.model,
         composer.shape.act,
         Batches(corpus.shard(0, 1), *batch, seed=1),
-        corpus.heldout(arguments.windows, manifest.data.context_length, seed=HELDOUT_SEED),
+        corpus.heldout(arguments.windows, data.context_length, seed=HELDOUT_SEED),
         rows=arguments.rows,
         num_batches=8,
     )

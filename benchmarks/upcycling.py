@@ -47,7 +47,7 @@ RECIPES = (
 )
 CONTEXT, BATCH = 256, 4
 PEAK, FINAL = 3e-3, 0.1
-_RECIPE = re.compile(r"dense(@(minimum|flops))?|E(\d+)G(\d+)T(\d+)(@(minimum|drop|noise|reinit))?")
+RECIPE = re.compile(r"dense(@(minimum|flops))?|E(\d+)G(\d+)T(\d+)(@(minimum|drop|noise|reinit))?")
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,21 @@ class Study:
 
     def run(self, recipe: str) -> Outcome:
         """Raises ValueError for no recipe."""
-        found = _RECIPE.fullmatch(recipe)
+        found = RECIPE.fullmatch(recipe)
         if found is None:
             raise ValueError(f"no recipe {recipe!r}")
         began = time.monotonic()
         if recipe.startswith("dense"):
             steps = self.steps
             if found[2] == "flops":
-                composer = self._upcycled(Form(experts=8, granularity=1, top_k=2), None)
+                composer = self.upcycled(Form(experts=8, granularity=1, top_k=2), None)
                 steps = round(steps * self._flops(composer) / self.dense_flops)
             model = copy.deepcopy(self.dense)
             start = mean_loss(model, self.heldout)
             flops = self._train_dense(model, self._spec(found[2], steps), seed=1)
             weights, loss = sum(p.numel() for p in model.parameters()), mean_loss(model, self.heldout)
             return Outcome(recipe, steps, start, loss, weights, flops, time.monotonic() - began)
-        composer = self._upcycled(Form(int(found[3]), int(found[4]), int(found[5])), found[7])
+        composer = self.upcycled(Form(int(found[3]), int(found[4]), int(found[5])), found[7])
         start = heldout_loss(composer.model, self.heldout)
         for _ in range(self.steps - 1):
             composer.train_step()
@@ -135,7 +135,8 @@ class Study:
             report = composer.train_step()
         return counted.total / report.tokens
 
-    def _upcycled(self, form: Form, change: str | None) -> Composer:
+    def upcycled(self, form: Form, change: str | None = None) -> Composer:
+        """A composer of the dense model's experts in that form, to be trained on."""
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             folder, standin = Path(name), StandInSpec()
             changes = Changes(0.05 if change == "noise" else 0.0, 0.5 if change == "reinit" else 0.0, 0)
@@ -183,7 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipes = arguments.recipes.split(",")
-    if not all(map(_RECIPE.fullmatch, recipes)):
+    if not all(map(RECIPE.fullmatch, recipes)):
         parser.error(f"recipes are like {RECIPES}")
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:

@@ -63,9 +63,10 @@ def test_rank_correlation() -> None:
     assert rank_correlation(xs, [-x for x in xs]) == pytest.approx(-1.0)
 
 
-def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [["--preset", "tiny"], ["--upcycled", "E16G1T2", "--dense-steps", "1"]])
+def test_the_whole_of_it(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--steps", "1", "--fit-steps", "1", "--windows", "1", "--singles", "1", "--rows", "64"]
-    monkeypatch.setattr(sys, "argv", ["surrogates", "--preset", "tiny", "--out", str(tmp_path), *small])
+    monkeypatch.setattr(sys, "argv", ["surrogates", *model, "--out", str(tmp_path), *small])
     main()
     table = (tmp_path / "surrogates.md").read_text()
     found = json.loads((tmp_path / "surrogates.json").read_text())
@@ -75,3 +76,11 @@ def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert kinds["4-bit copy"]["fidelity"] > kinds["ternary copy"]["fidelity"] > kinds["nothing"]["fidelity"] == 0.0
     assert all(f"| {kind} |" in table for kind in kinds)
     assert len(found["singles"]) == 4 * 3  # kinds, layers
+    if "--upcycled" in model:  # copies are hardly apart yet: one base is nearly all of them
+        assert kinds["layer's mean + rank 0"]["fidelity"] > 0.95
+
+
+def test_what_is_no_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["surrogates", "--upcycled", "dense"])
+    with pytest.raises(ValueError, match="no form"):
+        main()
