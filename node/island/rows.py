@@ -30,17 +30,18 @@ class StepRows:
     def __init__(self, manifest: Manifest, seed: int) -> None:
         self._collector = SketchCollector(manifest.sketch, expert_shape(manifest.model), seed=seed)
         self._raw: Raw = []
+        self._wanted: Wanted = "no"
 
     def tap(self, wanted: Wanted, tokens: int) -> SketchTap | None:
         """For a step of `tokens` tokens in all of the island; what was left of the last one is dropped."""
         self._collector.drain()
         self._collector.begin_step(tokens)
-        self._raw = []
+        self._raw, self._wanted = [], wanted
         return {"no": None, "raw": self._keep, "encoded": self._collector.add}[wanted]
 
     def take(self) -> Raw | Encoded:
-        """What has come together."""
-        return self._raw or self._collector.drain()
+        """What has come together, in the form that was wanted; there may be no rows."""
+        return self._collector.drain() if self._wanted == "encoded" else self._raw
 
     def _keep(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         x, dy, a, dh = (rows.to("cpu", copy=True) for rows in (x_ND, dy_ND, a_NF, dh_NH))

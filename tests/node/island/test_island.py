@@ -13,6 +13,7 @@ import tiny
 import torch
 from shoal.node.composer import Composer
 from shoal.node.expert_mode import ExpertMode
+from shoal.node.gradient_collecting import GradientCollector, GradientForm
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.manifest import Manifest
@@ -118,6 +119,30 @@ def test_rows_for_others_come_from_all_members(islands: list[Island]) -> None:
             assert a.num_rows == b.num_rows
             left, right = (rows.x.dense().T @ rows.dy.dense() for rows in (a, b))
             torch.testing.assert_close(right, left, rtol=0.0, atol=0.02 * float(left.abs().max()))
+
+
+@pytest.mark.parametrize("owned", [{0}, set(range(tiny.SLOTS))])
+def test_sketches_of_gradients_add_up_and_may_be_of_nothing(owned: set[int], islands: list[Island]) -> None:
+    manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)
+    one = alone(manifest, 2, seed, owned=owned)
+    many = together(manifest, 2, seed, owned=owned)
+    assert many.island is not None
+    islands.append(many.island)
+    found = []
+    for composer in (one, many):
+        collector = composer.collector = GradientCollector(GradientForm(run_id="r", shape=composer.shape, rank=4))
+        composer.train_step()
+        assert collector.steps == 1
+        layers = range(composer.shape.num_layers)
+        found.append(collector.take({slot: layers for slot in range(composer.num_slots) if slot not in owned}))
+    assert many.island.together
+    mine, theirs = found
+    assert mine.keys() == theirs.keys()
+    for slot, sketch in mine.items():
+        assert theirs[slot].tokens == sketch.tokens
+        torch.testing.assert_close(
+            theirs[slot].flat, sketch.flat, rtol=1e-3, atol=1e-4 * float(sketch.flat.abs().max())
+        )
 
 
 def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monkeypatch: pytest.MonkeyPatch) -> None:
