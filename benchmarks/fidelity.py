@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..kernels.standin import Publisher, make_publisher
+from ..kernels.standin import Publisher, initial_standin, make_publisher
 from ..node.composer import Composer
 from ..node.data import Batches, load_corpus
 from ..node.manifest import Manifest
@@ -68,10 +68,7 @@ def watch(composer: Composer, setting: Setting) -> Watch:
     """Publishers of one setting for the watched experts."""
     publishers = {
         (layer, slot): make_publisher(
-            setting.kind,
-            expert,
-            published=None,
-            width=setting.width,
+            initial_standin(setting.kind, *expert.masters(), setting.width),
             rank=setting.rank,
             replay_rows=2048,
             refit_steps=setting.refit_steps,

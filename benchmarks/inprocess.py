@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +37,19 @@ from .seeding import Seed
 NextBatch = Callable[[], Tensor]
 
 
+class Published(NamedTuple):
+    """One slot's stand-ins: deltas by layer; or, where one has another form now, all of them whole, to be fetched."""
+
+    slot: int
+    deltas: list[bytes]
+    whole: list[bytes]
+
+
 @dataclass
 class Bytes:
     """What would have crossed the wire, summed over composers."""
 
-    deltas: int = 0  # published once each; gossip's copies are not counted
+    deltas: int = 0  # published once each; gossip's copies are not counted, fetches of whole stand-ins are
     outer: int = 0  # pseudo-gradients in and averages out, at the codec's width
     sketches: int = 0
 
@@ -94,7 +103,7 @@ class InProcessSwarm:
         self.bytes = Bytes()
         self._late = late
         self._sketches: deque[tuple[int, int, list[Sent]]] = deque()  # due step, version that they were taken at
-        self._deltas: deque[tuple[int, list[tuple[int, list[bytes]]]]] = deque()  # due step, by slot
+        self._deltas: deque[tuple[int, list[Published]]] = deque()  # due step
         self._rounds: deque[tuple[int, int, list[Entry]]] = deque()  # due step, fragment, what was sent
         self._published = self._applied = 0  # versions of all stand-ins
         self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
@@ -165,22 +174,27 @@ class InProcessSwarm:
 
     def _publish(self, step: int) -> None:
         self._published += 1
-        deltas: list[tuple[int, list[bytes]]] = []
+        published = []
         for sender in self.owners:
             if self._published % FIDELITY_EVERY == FIRST_FIDELITY:
                 sender.fidelity()  # as the node measures it: before it publishes
-            deltas.extend(sender.publish().items())
-        self.bytes.deltas += sum(len(delta) for _, layers in deltas for delta in layers)
-        self._deltas.append((step + self._late, deltas))
+            for slot, deltas in sender.publish().items():
+                whole = [] if deltas else [standin.to_bytes() for standin in sender.standins(slot)]
+                published.append(Published(slot, deltas, whole))
+                self.bytes.deltas += sum(map(len, deltas)) + sum(map(len, whole)) * (len(self.composers) - 1)
+        self._deltas.append((step + self._late, published))
 
     def _apply_deltas(self, step: int) -> None:
         while self._deltas and self._deltas[0][0] <= step:
             self._applied += 1
-            for slot, layers in self._deltas.popleft()[1]:
+            for slot, deltas, whole in self._deltas.popleft()[1]:
                 for receiver in self.composers:
                     if slot in receiver.owned:
                         continue
-                    for standin, delta in zip(receiver.standins(slot), layers, strict=True):
+                    if whole:
+                        receiver.set_standins(slot, [receiver.menu.load(data) for data in whole])
+                        continue
+                    for standin, delta in zip(receiver.standins(slot), deltas, strict=True):
                         standin.apply(delta)
 
     def _begin_round(self, index: int, step: int) -> None:

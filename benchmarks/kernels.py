@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from ..kernels.bases import Bases
 from ..kernels.experts import DenseExpert, ExpertWeights, apply_experts, run_expert
 from ..kernels.gradient_sketch import GradientSketcher, Projections
-from ..kernels.standin import KINDS, initial_standin, make_publisher, standin_from_bytes
+from ..kernels.standin import KINDS, StandIn, initial_standin, make_publisher, standin_from_bytes
 
 RANK = 8
 SKETCH_RANKS = (4, 16, 64)
@@ -183,11 +184,9 @@ def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
         ),
         "dense": step(lambda: run_expert(x_TD, *dense), (x_TD, *dense)),
     }  # fmt: skip
+    bases = Bases([owned[0].dense()])
     for kind in KINDS:
-        mixed = [
-            expert if e % 4 == 0 else initial_standin(kind, *expert.dense(), shape.narrow_width)
-            for e, expert in enumerate(owned)
-        ]
+        mixed = [expert if e % 4 == 0 else first_standin(kind, expert, shape, bases) for e, expert in enumerate(owned)]
         candidates[kind] = routed(mixed)
     times = interleaved(candidates, seconds)
     ratios = {
@@ -198,16 +197,22 @@ def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
     return ExpertsResult(shape, len(times["owned"]), medians(times), ratios)
 
 
+def first_standin(kind: str, expert: DenseExpert, shape: Shape, bases: Bases) -> StandIn:
+    """Of the sizes that are measured here."""
+    return initial_standin(kind, *expert.dense(), shape.narrow_width if kind == "narrow" else RANK, bases=bases)
+
+
 def bench_standin(kind: str, shape: Shape, seconds: float, generator: torch.Generator) -> StandInResult:
     """Every operation on one expert's stand-in, on the owner's side and on the side of who holds a copy."""
     expert = DenseExpert(
         torch.randn(2 * shape.width, shape.hidden, generator=generator) * shape.hidden**-0.5,
         torch.randn(shape.hidden, shape.width, generator=generator) * shape.width**-0.5,
     )
-    publisher = make_publisher(kind, expert, width=shape.narrow_width, rank=RANK, generator=generator)
+    bases = Bases([expert.dense()])
+    publisher = make_publisher(first_standin(kind, expert, shape, bases), rank=RANK, generator=generator)
     rows_ND = torch.randn(2048, shape.hidden, generator=generator)
     publisher.observe(rows_ND, torch.rand(len(rows_ND), generator=generator))
-    held = standin_from_bytes(publisher.published.to_bytes())
+    held = standin_from_bytes(publisher.published.to_bytes(), bases=bases)
     delta_sizes: list[int] = []
     delta = b""
 
@@ -228,7 +233,7 @@ def bench_standin(kind: str, shape: Shape, seconds: float, generator: torch.Gene
             "apply": lambda: held.apply(delta),
             "dense": held.dense,
             "fidelity": lambda: publisher.fidelity(expert),
-            "initial": lambda: initial_standin(kind, *expert.dense(), shape.narrow_width),
+            "initial": lambda: first_standin(kind, expert, shape, bases),
         },
         seconds,
     )

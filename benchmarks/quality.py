@@ -8,7 +8,7 @@
     shoal-KIND         experts split among composers, stand-ins of that kind    (in one process, the node's own code)
     extreme-KIND       experts split among workers; composers own none          (the same)
 
-KIND is lowbit, narrow or ternary; ternary trains experts ternary too, whose copies are then exact. `+rows` or
+KIND is lowbit, narrow, ternary or chosen; ternary trains experts ternary too, whose copies are then exact. `+rows` or
 `+gradient` after it sends sketches to owners, without it there are none. `@lora` or `@frozen` after that: owners train
 low-rank factors beside 4-bit weights, or nothing; `@lora4` names a rank. Facts of the manifest that differ for one
 method alone stand behind it: `shoal-narrow+rows:sketch.kappa=0:sketch.codec=float16`.
@@ -31,7 +31,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from ..kernels.standin import KINDS
 from ..node.composer import Composer
 from ..node.config import ExpertModeName
 from ..node.data import Batches, load_corpus
@@ -47,8 +46,9 @@ from .seeding import Seed
 
 PLAIN = ("centralized", "lone", "diloco", "spes")
 METHODS = (*PLAIN, "shoal-lowbit", "shoal-lowbit+rows", "shoal-narrow", "shoal-narrow+rows")
+STANDINS = ("lowbit", "narrow", "ternary", "chosen")  # shared ones need a checkpoint to start from
 _METHOD = re.compile(
-    rf"(?P<plain>{'|'.join(PLAIN)})|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(KINDS)})(\+(?P<sketch>rows|gradient))?"
+    rf"(?P<plain>{'|'.join(PLAIN)})|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(STANDINS)})(\+(?P<sketch>rows|gradient))?"
     r"(@(?P<mode>frozen|lora(?P<rank>\d+)?))?"
 )
 NO_TOKENS = torch.empty(0)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.standin import initial_standin
 from ..node.composer import Composer
 from ..node.slot_state import SlotTensors
 from ..node.worker import Worker
@@ -40,13 +39,12 @@ class Seed:
         composer.start_at(self.step)
         for index, flat in enumerate(self.backbone):
             composer.reset_fragment(index, flat.clone(), torch.zeros_like(flat))
-        spec = composer.manifest.standin
-        width = max(1, round(spec.width_fraction * composer.shape.width))
+        menu = composer.menu
         for slot, tensors in self.slots.items():
             composer.set_standins(
                 slot,
                 [
-                    initial_standin(spec.kind, tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"], width)
+                    menu.make(menu.forms[0], tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"])
                     for layer in range(composer.shape.num_layers)
                 ],
             )

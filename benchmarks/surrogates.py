@@ -25,7 +25,6 @@ from torch import Tensor
 from ..kernels.experts import OwnedExpert, run_expert
 from ..kernels.interface import float_weights, output_fidelity
 from ..kernels.lowbit import LowbitStandIn
-from ..kernels.lowrank import MAX_RANK
 from ..kernels.narrow import NarrowPublisher, NarrowStandIn
 from ..kernels.replay import ReplayBuffer
 from ..kernels.standin import StandIn
@@ -160,20 +159,17 @@ def narrow(part: int, fit_steps: int, act: str) -> Make:
         small = max(1, width // part)
         start = NarrowStandIn.of(*float_weights(expert), small, rows if len(rows[0]) else None, act)
         publisher = NarrowPublisher(
-            expert,
-            width=small,
-            rank=min(small, hidden, MAX_RANK),
-            replay_rows=max(8, len(rows[0])),
+            start,
+            ReplayBuffer(max(8, len(rows[0])), hidden),
+            rank=1,
             refit_steps=fit_steps,
             learning_rate=3e-3,
             generator=torch.Generator().manual_seed(0),
-            published=start,
             act=act,
         )
         publisher.observe(*rows)
         publisher.refit(expert)
-        publisher.delta(expert)
-        return publisher.published
+        return publisher.fitted
 
     return make
 

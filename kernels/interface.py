@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .codecs import tensor_bytes
 from .experts import OwnedExpert, run_expert
+from .replay import ReplayBuffer
 
 MARK_BYTES = 16
 MAX_STANDIN_BYTES = 1 << 30  # no expert that one peer could train comes near it
@@ -76,15 +77,6 @@ class StandIn(ABC):
         """The exact state as safetensors."""
         return save({name: tensor.cpu() for name, tensor in self._tensors.items()})
 
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Reads what `to_bytes` wrote.
-
-        Raises:
-            ValueError: not safetensors, larger than `MAX_STANDIN_BYTES`, or not a valid state of this kind.
-        """
-        return cls(read_tensors(data))
-
     def digest(self) -> bytes:
         """First 16 bytes of sha256 over every tensor's name, dtype, shape and memory, in the order of names."""
         if self._digest is None:
@@ -104,20 +96,24 @@ class StandIn(ABC):
         if len(delta) < MARK_BYTES:
             raise ValueError(f"a delta of {len(delta)} bytes has no mark")
         payload = delta[MARK_BYTES:]
-        advanced = type(self)(self._advanced(payload))
+        advanced = self.with_state(self._advanced(payload))
         if _mark(advanced, payload) != delta[:MARK_BYTES]:
             raise ValueError("the delta is damaged, or made for another state than this one")
         self._become(advanced)
 
     def to(self, device: torch.device | str) -> Self:
         """The same stand-in with its state on another device."""
-        return type(self)({name: tensor.to(device) for name, tensor in self._tensors.items()})
+        return self.with_state({name: tensor.to(device) for name, tensor in self._tensors.items()})
 
     def delta(self, payload: bytes) -> bytes:
         """For the owner: makes `payload` a delta for the present state, and applies it here."""
-        advanced = type(self)(self._advanced(payload))
+        advanced = self.with_state(self._advanced(payload))
         self._become(advanced)
         return _mark(self, payload) + payload
+
+    def with_state(self, tensors: Mapping[str, Tensor]) -> Self:
+        """One of the same kind with another state, which is taken over. ValueError if it is not of this kind."""
+        return type(self)(tensors)
 
     def _become(self, advanced: Self) -> None:
         device = next(iter(self._tensors.values())).device
@@ -143,13 +139,15 @@ class Publisher(ABC):
 
     Attributes:
         published: the sum of what was sent; what every composer holds.
+        replay: the latest rows that were routed to the expert.
     """
 
     published: StandIn
+    replay: ReplayBuffer
 
-    @abstractmethod
     def observe(self, x_ND: Tensor, gate_N: Tensor) -> None:
         """Remembers rows that were routed to the expert."""
+        self.replay.add(x_ND, gate_N)
 
     @abstractmethod
     def refit(self, expert: OwnedExpert) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bnb import functional as bnb
 from .codecs import tensor_bytes
-from .copies import CopyPublisher, CopyStandIn, deflated, inflated
+from .copies import CopyStandIn, deflated, inflated
 from .interface import check_tensor
 
 BLOCK = 64
@@ -119,12 +119,6 @@ class LowbitStandIn(CopyStandIn):
             "absmax": bits.view(torch.float32),
             "size": self._tensors["size"].cpu(),
         }
-
-
-class LowbitPublisher(CopyPublisher):
-    """Publishes an expert's NF4 copy."""
-
-    copy_type = LowbitStandIn
 
 
 def _flat(gate_up: Tensor, down: Tensor) -> Tensor:

@@ -117,44 +117,42 @@ class NarrowPublisher(Publisher):
     """Fits and publishes a narrow stand-in.
 
     Args:
-        expert: as it is now; its first stand-in is published unless `published` is given.
-        width: F of the stand-in.
+        published: what composers hold: the fit goes on from there.
+        replay: of rows to fit to.
         rank: of deltas; at most the rank that the matrices can have.
-        replay_rows: routed inputs kept.
         refit_steps: optimizer steps of one `refit`.
         learning_rate: of that optimizer.
         generator: draws the rows of each optimizer step; its state is part of `state_dict`.
-        published: what composers already hold, where ownership was taken over: the fit goes on from there.
         act: the expert's activation.
     """
 
     def __init__(
         self,
-        expert: OwnedExpert,
+        published: NarrowStandIn,
+        replay: ReplayBuffer,
         *,
-        width: int,
         rank: int,
-        replay_rows: int,
         refit_steps: int,
         learning_rate: float,
         generator: torch.Generator,
-        published: NarrowStandIn | None = None,
         act: str = "silu",
     ) -> None:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(f"rank {rank} is not within 1 and {MAX_RANK}")
-        self.published: NarrowStandIn = published or NarrowStandIn.of(*expert.masters(), width)
+        self.published: NarrowStandIn = published
         self._fitted = [matrix.cpu().clone().requires_grad_() for matrix in self.published.dense()]
         # Weight decay would pull towards a smaller expert than the one to be imitated.
         self._optimizer = torch.optim.AdamW(self._fitted, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        self._replay = ReplayBuffer(replay_rows, self.published.hidden)
+        self.replay = replay
         self._rank, self._refit_steps, self._generator, self._act = rank, refit_steps, generator, act
 
-    def observe(self, x_ND: Tensor, gate_N: Tensor) -> None:
-        self._replay.add(x_ND, gate_N)
+    @property
+    def fitted(self) -> NarrowStandIn:
+        """The fit as it is now, of which `published` may lack a part."""
+        return NarrowStandIn({n: m.detach().clone() for n, m in zip(_MATRICES, self._fitted, strict=True)})
 
     def refit(self, expert: OwnedExpert) -> None:
-        x_ND, gate_N = self._replay.fitting_rows()
+        x_ND, gate_N = self.replay.fitting_rows()
         gate_up, down = float_weights(expert)
         wanted_ND = run_expert(x_ND, gate_up, down, self._act) * gate_N.unsqueeze(1)
         scale = float(wanted_ND.square().mean()) if len(x_ND) else 0.0
@@ -176,7 +174,7 @@ class NarrowPublisher(Publisher):
         return self.published.delta(self.published.payload_to(gate_up, down, self._rank))
 
     def fidelity(self, expert: OwnedExpert) -> float:
-        return output_fidelity(expert, self.published, *self._replay.held_out_rows(), self._act)
+        return output_fidelity(expert, self.published, *self.replay.held_out_rows(), self._act)
 
     def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:
         state = prefixed("published", {name: t.cpu().clone() for name, t in self.published.tensors.items()})
@@ -186,7 +184,7 @@ class NarrowPublisher(Publisher):
             moments = self._optimizer.state.get(matrix, {})
             state |= prefixed(f"adam.{name}", {key: value.clone() for key, value in moments.items()})
         if replay:
-            state |= prefixed("replay", self._replay.state_dict())
+            state |= prefixed("replay", self.replay.state_dict())
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -207,7 +205,7 @@ class NarrowPublisher(Publisher):
             raise ValueError(f"not the state of a random generator: {error}") from error
         if replay:
             try:
-                self._replay.load_state_dict(replay)
+                self.replay.load_state_dict(replay)
             except ValueError:
                 self._generator.set_state(present)
                 raise

@@ -32,6 +32,7 @@ class ReplayBuffer:
         self._gate_C = torch.zeros(self.capacity)
         self._held_out_C = torch.arange(self.capacity) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         self._seen = 0  # rows ever added
+        self.offered = 0  # rows that there were, whether added or not; whoever reads it may set it back
 
     def __len__(self) -> int:
         return min(self._seen, self.capacity)
@@ -41,6 +42,7 @@ class ReplayBuffer:
 
         Rows that are not finite are left out: one bad batch must not spoil a stand-in.
         """
+        self.offered += len(x_ND)
         if len(x_ND) > self.capacity:
             pick = torch.arange(self.capacity, device=x_ND.device) * len(x_ND) // self.capacity
             x_ND, gate_N = x_ND[pick], gate_N[pick]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .codecs import tensor_bytes
-from .copies import CopyPublisher, CopyStandIn, deflated, inflated
+from .copies import CopyStandIn, deflated, inflated
 from .experts import OwnedExpert
 from .interface import check_tensor
 from .ternary import (
@@ -122,12 +122,6 @@ class TernaryStandIn(CopyStandIn):
     def _masters(self, part: str, rows: int, columns: int) -> Tensor:
         codes = lookup_trits(self._tensors[f"{part}_trits"], rows * columns, torch.int8).view(rows, columns)
         return masters_from(Ternary(codes, self._tensors[f"{part}_scales"]))
-
-
-class TernaryPublisher(CopyPublisher):
-    """Publishes the ternary form of an expert's masters."""
-
-    copy_type = TernaryStandIn
 
 
 def _state(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:

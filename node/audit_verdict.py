@@ -21,7 +21,7 @@ from ..kernels.experts import OwnedExpert, run_expert
 from ..kernels.interface import check_tensor
 from ..kernels.lora import LoraExpert
 from ..kernels.sketch import RowSketch
-from ..kernels.standin import StandIn, standin_from_bytes
+from ..kernels.standin import Menu, StandIn
 from ..protocol.auditing import Finding
 from ..protocol.errors import Refused, ShoalError
 from ..protocol.messages import AuditRecord, SlotState
@@ -38,7 +38,9 @@ ROUNDING = 1e-6  # of a float32 weight
 RATE_ERROR = 1e-6  # relative
 STEP_FACTOR, STEP_SLACK = 1.25, 200  # composers tell their steps every few seconds
 MIN_ROWS = 32  # fidelity on fewer tells little
-COPIES = frozenset({"lowbit", "ternary"})  # stand-ins that do an expert's work on any rows, not just on routed ones
+COPIES = frozenset(
+    {"lowbit", "ternary", "shared"}
+)  # stand-ins that do an expert's work on any rows, not just on routed ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +51,15 @@ class Known:
     steps: Collection[int]  # where the composers are
 
 
-def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) -> Finding:
+def judge(record: AuditRecord, manifest: Manifest, known: Known, menu: Menu) -> Finding:
     """Take the step again. Never raises for anything in `record`.
 
     Args:
         record: whose claims passed.
-        like: any stand-in of the run.
+        menu: of the run's stand-ins.
     """
     try:
-        replay = Replay(manifest, record, like)
+        replay = Replay(manifest, record, menu)
         theirs = [from_bytes(expert.after, what="weights") for expert in record.experts]
         after = [replay._checked_expert(p, _named(p, tensors)) for p, tensors in enumerate(theirs)]
         sketches = [
@@ -87,7 +89,7 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) 
                     return Finding.WRONG_UPDATE
         newest = known.published[max(known.published)] if known.published else {}
         for position, expert in enumerate(record.experts):
-            standins = [standin_from_bytes(newest.get(expert.handle, expert.standin), like=like)]
+            standins = [menu.load(newest.get(expert.handle, expert.standin))]
             standins += replay.versions[position][1:]
             x_ND = torch.cat([torch.empty(0, replay.shape.hidden), *(s.x.dense() for s in sketches[position])])
             computed = [(before[position][-2], before[position][-1]), after[position].dense()]
@@ -100,7 +102,7 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, like: StandIn) 
     return Finding.PASSED
 
 
-def judge_weights(state: SlotState, manifest: Manifest, published: Sequence[bytes], like: StandIn) -> Finding:
+def judge_weights(state: SlotState, manifest: Manifest, published: Sequence[bytes], menu: Menu) -> Finding:
     """Whether published stand-ins do the work of the weights that their owner says it has. Never raises.
 
     Args:
@@ -117,9 +119,7 @@ def judge_weights(state: SlotState, manifest: Manifest, published: Sequence[byte
                 check_tensor("weights", tensor, torch.float32, size)
             nothing = torch.empty(0, shape.hidden)
             # These are what the expert computes with already.
-            if _fidelity(nothing, weights, standin_from_bytes(data, like=like), manifest, shape.act) < (
-                manifest.trust.min_fidelity
-            ):
+            if _fidelity(nothing, weights, menu.load(data), manifest, shape.act) < (manifest.trust.min_fidelity):
                 return Finding.POOR_STANDIN
     except (Refused, ValueError, KeyError):
         return Finding.MALFORMED
@@ -143,10 +143,11 @@ class Replay(Worker):
         ValueError, Refused: the record's state is malformed.
     """
 
-    def __init__(self, manifest: Manifest, record: AuditRecord, like: StandIn) -> None:
+    def __init__(self, manifest: Manifest, record: AuditRecord, menu: Menu) -> None:
         states_before = [from_bytes(expert.before, what="state") for expert in record.experts]
         low_rank = any(name.startswith(SAVED) for state in states_before for name in state)
-        super().__init__(manifest, composers=dict, mode=ExpertMode(manifest.train, "lora" if low_rank else "full"))
+        mode = ExpertMode(manifest.train, "lora" if low_rank else "full")
+        super().__init__(manifest, composers=dict, mode=mode, bases=menu.bases)
         self.record = record
         self.shape = msgspec.structs.replace(self.shape, num_layers=len(record.experts))
         self.step = record.step
@@ -161,11 +162,8 @@ class Replay(Worker):
                 for name, weights in zip(expert.names, expert.trained, strict=True)
             ])  # fmt: skip
         # By position: what was published when the step was taken, then earlier ones.
-        self.versions = [
-            [standin_from_bytes(data, like=like) for data in (expert.standin, *expert.past)]
-            for expert in record.experts
-        ]
-        publishers = self._make_publishers(0, experts, [versions[0] for versions in self.versions])
+        self.versions = [[menu.load(data) for data in (expert.standin, *expert.past)] for expert in record.experts]
+        publishers = self._make_publishers(0, [versions[0] for versions in self.versions])
         held = self._hold(0, experts)
         self._begin_owning(0, held, publishers)
         for taken, of_expert in zip(held, states, strict=True):
@@ -225,7 +223,7 @@ def _same_update(before: Tensor, mine: Tensor, theirs: Tensor, tolerance: float)
 @torch.no_grad()
 def _fidelity(x_ND: Tensor, weights: tuple[Tensor, Tensor], standin: StandIn, manifest: Manifest, act: str) -> float:
     """1 - ||E(x) - S(x)|| / ||E(x)||, of what the expert computes with; 1 where it cannot be told."""
-    if len(x_ND) < MIN_ROWS and manifest.standin.kind in COPIES:
+    if len(x_ND) < MIN_ROWS and standin.kind in COPIES:
         rng = torch.Generator().manual_seed(0)
         x_ND = torch.cat([x_ND, torch.randn(4 * MIN_ROWS, weights[1].shape[0], generator=rng)])
     if len(x_ND) < MIN_ROWS:

@@ -61,7 +61,7 @@ class Auditor:
         self._step = 0
         self._under_way: set[int] = set()  # slots
         self._accusations: dict[str, Accusation] = {}  # by owner
-        self._like = exchange.like
+        self._menu = exchange.menu
         deposing.on_accused, deposing.on_distrust = self._on_accused, exchange.distrust
 
     # -- training thread -------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class Auditor:
         after, at_last = await self._caught_up(slot, epoch, record.seq)
         published = {before.seq: at_first} | ({} if after is None else {after.seq: at_last})
         known = Known(published=published, steps=[slowest, *links.active_steps.values(), self._step])
-        judged = await asyncio.to_thread(judge, record, manifest, known, self._like)
+        judged = await asyncio.to_thread(judge, record, manifest, known, self._menu)
         return judged if judged is not Finding.PASSED else found
 
     async def _caught_up(self, slot: int, epoch: int, seq: int) -> tuple[Point | None, dict[bytes, bytes]]:
@@ -210,4 +210,4 @@ class Auditor:
             return None if state.slot == slot and state.epoch > epoch else Finding.NOT_AS_ASKED
         handles = self._exchange.layers.handles.sorted_handles(slot, epoch, self._exchange.layers.num_layers)
         in_order = [published[handle] for handle in handles]
-        return await asyncio.to_thread(judge_weights, state, self._links.manifest, in_order, self._like)
+        return await asyncio.to_thread(judge_weights, state, self._links.manifest, in_order, self._menu)

@@ -17,11 +17,12 @@ import psutil
 import torch
 
 from ..kernels.lora import lora_bytes
+from ..kernels.standin import Form
 from .config import PeerConfig
 from .errors import ConfigError
 from .expert_mode import ExpertMode
 from .logs import get_logger
-from .manifest import ExpertShape, Manifest, StandInSpec
+from .manifest import NOT_WHOLE, ExpertShape, Manifest, ModelSpec, StandInSpec
 from .model.init import backbone_shapes, expert_shape
 
 log = get_logger(__name__)
@@ -30,7 +31,7 @@ TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
 COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint
 COPY_BYTES = 1  # a weight: a stand-in that is a copy
 BACKBONE_BYTES = 6 * 4  # a weight: master, two moments, gradient, and the state last merged with its momentum
-STANDIN_BYTES = {"lowbit": 0.5625, "ternary": 0.25}  # a weight of another's slot: codes, and scales of every block
+BASE_BYTES = 2 + 4  # a weight of a base
 LOGITS_BYTES = 3 * 4  # one: itself, its softmax, its gradient
 NARROW_BYTES = 4 * 4  # a weight of a narrow stand-in: published, fitted, two moments
 COPY_REPLAY_ROWS = 256  # inputs kept by an expert whose stand-in is a copy
@@ -63,9 +64,12 @@ def device_to_use(name: str) -> torch.device:
 def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, mode: ExpertMode | None = None) -> int:
     """Memory that one owned slot takes, trained in full or in the way of `mode`."""
     weights = 3 * shape.hidden * shape.width
-    narrow = standin.kind == "narrow"
-    beside = weights * (NARROW_BYTES * standin.width_fraction if narrow else COPY_BYTES)
-    rows = standin.replay_rows if narrow else min(standin.replay_rows, COPY_REPLAY_ROWS)
+    fitted = standin.kind in NOT_WHOLE
+    if standin.kind == "chosen":  # narrow ones that take all of the budget
+        beside = weights * max(COPY_BYTES, standin.bytes_per_weight / 4 * NARROW_BYTES)
+    else:
+        beside = weights * (NARROW_BYTES * standin.width_fraction if fitted else COPY_BYTES)
+    rows = standin.replay_rows if fitted else min(standin.replay_rows, COPY_REPLAY_ROWS)
     trained, kept = weights, 0
     if mode is not None and mode.mode == "lora":
         kept, trained = lora_bytes(shape.hidden, shape.width, mode.rank)
@@ -114,8 +118,22 @@ def slots_that_fit(
 
 def standin_bytes(shape: ExpertShape, standin: StandInSpec) -> int:
     """Memory that the stand-in of one slot takes in a composer that does not own it."""
-    each = 4 * standin.width_fraction if standin.kind == "narrow" else STANDIN_BYTES[standin.kind]
-    return int(each * 3 * shape.hidden * shape.width * shape.num_layers)
+    weights = 3 * shape.hidden * shape.width
+    if standin.kind == "chosen":
+        each = standin.bytes_per_weight * weights
+    else:
+        narrow = max(1, round(standin.width_fraction * shape.width))
+        size = {"narrow": narrow, "shared": min(standin.base_rank, shape.hidden, shape.width)}.get(standin.kind, 0)
+        each = Form(standin.kind, size).nbytes(shape.hidden, shape.width)
+    return int(each * shape.num_layers)
+
+
+def bases_bytes(model: ModelSpec, standin: StandInSpec) -> int:
+    """Memory of what shared stand-ins are corrections of, as it came and as it is computed with."""
+    if standin.kind not in ("shared", "chosen"):
+        return 0
+    shape = expert_shape(model)
+    return BASE_BYTES * 3 * shape.hidden * shape.width * shape.num_layers * model.bases
 
 
 def composer_bytes(manifest: Manifest) -> int:
@@ -125,7 +143,8 @@ def composer_bytes(manifest: Manifest) -> int:
     backbone = sum(math.prod(size) for size in backbone_shapes(model).values())
     logits = train.batch_size * manifest.data.context_length * int(model.config.get("vocab_size") or 0)
     standins = standin_bytes(shape, manifest.standin) * shape.num_experts
-    return BACKBONE_BYTES * backbone + LOGITS_BYTES * logits + standins
+    bases = bases_bytes(model, manifest.standin)
+    return BACKBONE_BYTES * backbone + LOGITS_BYTES * logits + standins + bases
 
 
 def capacity_of(config: PeerConfig, manifest: Manifest) -> tuple[int, int]:

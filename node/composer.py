@@ -111,7 +111,7 @@ class Composer(ExpertOwner):
         super().__init__(manifest, fit_seed=fit_seed, mode=mode)
         self.next_batch = next_batch
         self.model = build_model(manifest.model, owned=owned, standin=manifest.standin, expert=self.mode, start=start)
-        self.device = torch.device(device)
+        self.menu, self.device = self.model.menu, torch.device(device)
         if self.train.bias_rate and not self.model.selection_biases:
             raise ValueError("train.bias_rate needs routers with selection biases, and this family's have none")
         self.model.place(self.device)
@@ -126,7 +126,8 @@ class Composer(ExpertOwner):
         self.optimizer = make_optimizer(self.train, self.backbone)
         for slot in sorted(owned):
             experts = self.model.experts_of(slot)
-            self._begin_owning(slot, experts, self._make_publishers(slot, experts, published=None))
+            first = [self.menu.make(self.menu.forms[0], *expert.masters()) for expert in experts]
+            self._begin_owning(slot, experts, self._make_publishers(slot, first))
 
         self.fragments = backbone_fragments(manifest)
         self.common = [flatten(f, self.backbone) for f in self.fragments]
@@ -149,7 +150,7 @@ class Composer(ExpertOwner):
 
     def compute(self) -> None:
         """The first half of a step: forward and backward. What it learned about others' experts is in `collector`."""
-        observing = self.manifest.standin.kind == "narrow" or self.step % LOWBIT_OBSERVE_EVERY == 0
+        observing = self.manifest.standin.kind in ("narrow", "chosen") or self.step % LOWBIT_OBSERVE_EVERY == 0
         self.model.set_tap(self._observe if observing else None)
         began = time.perf_counter()
         computed = (self.island.compute(self) if self.island is not None else None) or self._compute_alone()
@@ -223,7 +224,7 @@ class Composer(ExpertOwner):
     def experts_from_standins(self, slot: int) -> list[DenseExpert]:
         """What the stand-ins of a slot of others tell of its experts; a narrow one has not all neurons: as seeded."""
         standins = self.standins(slot)
-        if standins[0].width != self.shape.width:
+        if any(standin.width != self.shape.width for standin in standins):
             return self.first_experts(slot)
         return experts_like(standins, self.train)
 

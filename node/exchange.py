@@ -50,8 +50,8 @@ class Exchange(Publishing[Composer]):
     def __init__(
         self, links: Links, trainer: Trainer[Composer], composer: Composer, order: LayerOrder, *, max_standin_bytes: int
     ) -> None:
-        self.like, self.shape = composer.standins(0)[0], composer.shape
-        super().__init__(links, trainer, order, self.like)
+        self.menu, self.shape = composer.menu, composer.shape
+        super().__init__(links, trainer, order, self.menu)
         self.layers = order
         self._max_standin_bytes = max_standin_bytes
         self._following = Following(links, trainer, self._book, order, composer)

@@ -23,7 +23,8 @@ import msgspec
 
 from ..kernels.standin import StandIn
 from ..protocol.messages import DeltaBatch, StandInSnapshot, SurrogateDelta
-from ..protocol.surrogates import SEED, Need, Point, SlotPublisher, SlotSubscriber, SurrogateBook
+from ..protocol.surrogate_book import SurrogateBook
+from ..protocol.surrogates import SEED, Need, Point, SlotPublisher, SlotSubscriber
 from .composer import Composer
 from .links import Links
 from .slot_order import LayerOrder, moved

@@ -145,7 +145,9 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
         raise ConfigError("a checkpoint's experts are not ternary", fix="leave train.expert_weights as it is")
     checkpoint = Checkpoint(seed)
     start = checkpoint.split(folder, manifest.standin, progress)
-    model = msgspec.structs.replace(manifest.model, config=checkpoint.config(), start=start)
+    model = msgspec.structs.replace(
+        manifest.model, config=checkpoint.config(), start=start, bases=checkpoint.most_bases
+    )
     tokenizer: Literal["bytes", "seed"] = "seed" if checkpoint.tokenizer else "bytes"
     data = msgspec.structs.replace(manifest.data, tokenizer=tokenizer)
     manifest = msgspec.structs.replace(manifest, model=model, data=data)

@@ -26,6 +26,7 @@ from ..protocol.identity import verify as verify_signature
 from ..protocol.records import MAX_MANIFEST_BYTES, manifest_digest, open_signed_manifest, seal_manifest
 
 PROTOCOL_VERSION = 1
+NOT_WHOLE = ("narrow", "chosen")  # kinds of stand-ins that may lack neurons of their experts
 
 _SIGNED_PREFIX = b"shoal/1 manifest"
 _ASK_AGAIN = "fetch it again; if that does not help, ask the run's founder for a new invite"
@@ -63,6 +64,7 @@ class ModelSpec(Spec, frozen=True, kw_only=True):
     # slot, stand-in or sketch of them exists. Layers of slots are counted from 0 after them.
     private_layers: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
     start: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""  # sha256 of the seed's index; empty: from `seed`
+    bases: Annotated[int, Meta(ge=0, le=1 << 20)] = 0  # in the seed, of a layer at most: what its experts vary on
 
 
 class DataSpec(Spec, frozen=True, kw_only=True):
@@ -114,13 +116,20 @@ class OuterSpec(Spec, frozen=True, kw_only=True):
 class StandInSpec(Spec, frozen=True, kw_only=True):
     """What a composer runs in place of an expert it does not own."""
 
-    kind: Literal["lowbit", "narrow", "ternary"] = "lowbit"
+    # `shared`: the experts' common ancestor and low-rank corrections, of a run that starts from a checkpoint.
+    # `chosen`: each expert's owner chooses among all kinds, by measured error and load, within the budgets below.
+    kind: Literal["lowbit", "narrow", "ternary", "shared", "chosen"] = "lowbit"
     width_fraction: Fraction = 0.25  # narrow: width over the expert's
     rank: Count = 8  # narrow: of published deltas
+    base_rank: Count = 32  # shared: of corrections; chosen ones have it or a quarter of it
     publish_every: Count = 8  # owner's steps between deltas
-    replay_rows: Count = 2048  # narrow: routed inputs kept per expert
+    replay_rows: Count = 2048  # narrow, chosen: routed inputs kept per expert
     refit_steps: Count = 8  # narrow: optimizer steps per refit
     refit_learning_rate: Positive = 3e-3
+    bytes_per_weight: Positive = 0.5625  # chosen: memory of an owner's stand-ins, over the weights of its experts
+    flops_fraction: Fraction = 0.5  # chosen: what they cost, over what its experts would, for the tokens routed to them
+    choose_every: Count = 32  # chosen: deltas between choices; every expert is tried once in between
+    trial_steps: Count = 64  # chosen: optimizer steps of a narrow one that is tried
 
 
 class SketchSpec(Spec, frozen=True, kw_only=True):
@@ -329,16 +338,38 @@ def _decode(data: bytes) -> Manifest:
 def _check_weights(manifest: Manifest) -> None:
     """Raise ManifestError where an expert could not be made of what travels."""
     kind = manifest.standin.kind
-    if manifest.train.expert_weights == "ternary" and kind == "lowbit":
+    if manifest.train.expert_weights == "ternary" and kind in ("lowbit", "shared", "chosen"):
         raise ManifestError(
-            "for experts that are trained ternary a 4-bit copy is larger, and coarser, than a ternary one",
+            f"a ternary copy of an expert that is trained ternary is exact and small, and a {kind} stand-in is neither",
             fix="set standin.kind to ternary",
         )
-    if manifest.ownership.snapshot_format == "standin" and kind == "narrow":
+    if kind == "shared" and not manifest.model.bases:
+        raise ManifestError(
+            "shared stand-ins need a checkpoint whose experts are variants of a few",
+            fix="start the run from one that `shoal upcycle` made, or set standin.kind to lowbit",
+        )
+    if kind == "chosen":
+        _check_budgets(manifest)
+    if manifest.ownership.snapshot_format == "standin" and kind in NOT_WHOLE:
         raise ManifestError(
             "narrow stand-ins are not all of an expert, and ownership.snapshot_format says to send nothing else",
             fix="set ownership.snapshot_format to int8, or standin.kind to lowbit",
         )
+
+
+def _check_budgets(manifest: Manifest) -> None:
+    """Raise ManifestError where no form of stand-in is within the budgets for every expert."""
+    from ..kernels.bases import Bases  # not above: most commands read manifests without torch
+    from .model.init import expert_shape  # and this needs the present module
+    from .standin_menu import menu_of
+
+    try:
+        shape = expert_shape(manifest.model)
+        menu_of(manifest.standin, shape.hidden, shape.width, Bases())
+    except ValueError as error:
+        raise ManifestError(
+            f"stand-ins cannot be chosen: {error}", fix="raise standin.bytes_per_weight or standin.flops_fraction"
+        ) from error
 
 
 def _check_cadences(outer: OuterSpec) -> None:
@@ -356,7 +387,7 @@ def _check_gradient_sketches(manifest: Manifest) -> None:
     from ..kernels.gradient_sketch import largest_rank  # not above: most commands read manifests without torch
     from .model.init import expert_shape  # and this needs the present module
 
-    if manifest.standin.kind == "narrow":
+    if manifest.standin.kind in NOT_WHOLE:
         raise ManifestError(
             "gradient sketches need stand-ins as wide as the experts, and narrow ones are not",
             fix="set standin.kind to lowbit or ternary, or sketch.kind to rows",

@@ -85,7 +85,7 @@ def _facts(
         ("text", f"{_plain(data.corpus)}, {data.tokenizer} tokenizer, context {data.context_length}"),
         ("optimizer", f"{train.optimizer}, learning rate {train.learning_rate:g}, {train.batch_size} sequences a step"),
         ("backbone", f"merged every {outer.every_steps} steps, {outer.merge}, {outer.codec}"),
-        ("experts of others", f"{standin.kind} stand-ins, published every {standin.publish_every} steps"),
+        ("experts of others", f"stand-ins ({standin.kind}), published every {standin.publish_every} steps"),
         ("sketches", "none" if sketch.kind == "none" else f"{sketch.kind} of others' tokens, to owners of experts"),
     ]
 

@@ -13,8 +13,7 @@ positions are the order of the handles that the slot has under its present lease
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -25,46 +24,31 @@ from ..kernels.experts import DenseExpert, OwnedExpert
 from ..kernels.interface import check_tensor
 from ..kernels.lora import LoraExpert
 from ..kernels.sketch import RowSketch
-from ..kernels.standin import Publisher, StandIn, make_publisher
+from ..kernels.standin import Publisher, StandIn
 from .expert_mode import SAVED, ExpertMode
-from .manifest import ExpertShape, Manifest, TrainSpec
-from .model.init import expert_shape
+from .manifest import Manifest, TrainSpec
 from .optimizer import checked_state, learning_rate, put_state
-from .past_standins import PastStandIns
 from .sketch_sums import SketchSum
 from .slot_state import SlotTensors, optimizer_state, under, weights_as_trained
+from .standin_owner import StandInOwner
 from .step_record import StepRecorder, Used
 
 
-class ExpertOwner(ABC):
+class ExpertOwner(StandInOwner):
     """Holds the experts of `owned` slots. All of it belongs to the training thread."""
 
     optimizer: torch.optim.Optimizer  # group 0 takes the experts
 
     def __init__(self, manifest: Manifest, *, fit_seed: int, mode: ExpertMode | None = None) -> None:
-        self.manifest = manifest
+        super().__init__(manifest, fit_seed=fit_seed)
         self.mode = mode or ExpertMode(manifest.train)
         self.train: TrainSpec = manifest.train
-        self.shape: ExpertShape = expert_shape(manifest.model)
         self.num_slots = self.shape.num_experts
         self.step = 0
-        self.publishers: dict[int, list[Publisher]] = {}
-        self._past = PastStandIns()
         self.recorder = StepRecorder()
-        self._fit_seed = fit_seed
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
         self._sums: dict[tuple[int, int], SketchSum] = {}  # by slot and position
         self.dropped_sketches = 0  # of which what they teach was not finite or absurdly large, ever
-        self._fidelity: dict[tuple[int, int], float] = {}  # as last measured
-
-    @property
-    def owned(self) -> set[int]:
-        """Slots whose experts are held in full."""
-        return set(self.publishers)
-
-    @abstractmethod
-    def experts_of(self, slot: int) -> list[OwnedExpert]:
-        """The owned experts of a slot by position. Raises ValueError if the slot is not owned."""
 
     @abstractmethod
     def _hold(self, slot: int, experts: Sequence[OwnedExpert]) -> list[OwnedExpert]:
@@ -77,10 +61,6 @@ class ExpertOwner(ABC):
     @abstractmethod
     def first_experts(self, slot: int) -> list[DenseExpert]:
         """Experts to start a slot with of which nobody has a copy. ValueError where they cannot be known."""
-
-    @abstractmethod
-    def standins(self, slot: int) -> list[StandIn]:
-        """What everybody else runs for `slot`, by position: the published copy if owned, else the one in use."""
 
     @abstractmethod
     def has_work(self) -> bool:
@@ -198,70 +178,16 @@ class ExpertOwner(ABC):
                             theirs.add_(weights.grad, alpha=own_tokens)
                         weights.grad = theirs.div_(total)
 
-    # -- stand-ins -------------------------------------------------------------------------------------------------
+    def _show_rows(self, slot: int, position: int) -> None:
+        self._settle(slot, position)
 
-    def publish(self, slots: Collection[int] | None = None) -> dict[int, list[bytes]]:
-        """Refit the stand-ins of owned `slots` (all but frozen ones) and return, per slot, one delta per position.
-
-        Each delta is against what was published before, and is applied to it here exactly as receivers will.
-        """
-        deltas: dict[int, list[bytes]] = {}
-        for slot in sorted(self.owned - self._frozen if slots is None else slots):
-            layers = []
-            for position, (publisher, expert) in enumerate(
-                zip(self.publishers[slot], self.experts_of(slot), strict=True)
-            ):
-                self._settle(slot, position)  # it shows the publisher rows to fit on
-                publisher.refit(expert)
-                layers.append(publisher.delta(expert))
-            self._past.note(slot, self.publishers[slot])
-            deltas[slot] = layers
-        return deltas
-
-    def fidelity(self) -> list[float]:
-        """Per position: mean over owned slots of 1 - ||E(x) - S(x)|| / ||E(x)||; nan where nothing is owned."""
-        found: list[list[float]] = [[] for _ in range(self.shape.num_layers)]
-        for slot, publishers in self.publishers.items():
-            for position, (publisher, expert) in enumerate(zip(publishers, self.experts_of(slot), strict=True)):
-                value = publisher.fidelity(expert)
-                if math.isfinite(value):
-                    found[position].append(value)
-                    self._fidelity[slot, position] = value
-        return [sum(values) / len(values) if values else math.nan for values in found]
-
-    def fidelity_of(self, slot: int) -> tuple[float, ...]:
-        """One slot's, by position, as last measured; empty before that."""
-        values = [self._fidelity.get((slot, position)) for position in range(self.shape.num_layers)]
-        known = tuple(value for value in values if value is not None)
-        return known if len(known) == len(values) else ()
-
-    def _make_publishers(
-        self, slot: int, experts: Sequence[OwnedExpert], published: Sequence[StandIn] | None
-    ) -> list[Publisher]:
-        spec = self.manifest.standin
-        if published is not None and len(published) != len(experts):
-            raise ValueError(f"slot {slot}: {len(published)} published stand-ins for {len(experts)} layers")
-        return [
-            make_publisher(
-                spec.kind,
-                expert,
-                published=None if published is None else published[position],
-                width=max(1, round(spec.width_fraction * self.shape.width)),
-                rank=spec.rank,
-                replay_rows=spec.replay_rows,
-                refit_steps=spec.refit_steps,
-                refit_learning_rate=spec.refit_learning_rate,
-                act=self.shape.act,
-                generator=torch.Generator().manual_seed(self._fit_seed * 1_000_003 + slot * 1009 + position),
-            )
-            for position, expert in enumerate(experts)
-        ]
+    def _published_by_default(self) -> set[int]:
+        return self.owned - self._frozen
 
     # -- ownership -------------------------------------------------------------------------------------------------
 
     def _begin_owning(self, slot: int, experts: Sequence[OwnedExpert], publishers: list[Publisher]) -> None:
-        self.publishers[slot] = publishers
-        self._past.note(slot, publishers)
+        self._begin_publishing(slot, publishers)
         group = self.optimizer.param_groups[0]  # matrices, with weight decay
         group["params"].extend(t for expert in experts for t in expert.trained)
 
@@ -286,10 +212,6 @@ class ExpertOwner(ABC):
             tensors |= {f"{position}.{name}": value for name, value in state.items()}
             tensors |= self._publisher_state(slot, position)
         return tensors
-
-    def _publisher_state(self, slot: int, position: int) -> SlotTensors:
-        state = self.publishers[slot][position].state_dict(replay=False)
-        return {f"{position}.publisher.{key}": value.clone() for key, value in state.items()}
 
     def weights(self, slot: int) -> SlotTensors:
         """What an owned slot's experts compute with: `<position>.gate_up` and `<position>.down`. Copies."""
@@ -336,7 +258,7 @@ class ExpertOwner(ABC):
             experts: list[OwnedExpert] = [self.mode(*expert.masters()) for expert in self.first_experts(slot)]
         else:
             experts = [self._checked_expert(position, tensors) for position in range(self.shape.num_layers)]
-        publishers = self._make_publishers(slot, experts, published)
+        publishers = self._make_publishers(slot, published)
         states: list[list[dict[str, Tensor | int]]] = [[{} for _ in expert.trained] for expert in experts]
         if tensors is not None:
             full = any(name.count(".") > 1 for name in tensors)  # else in a wire format, which has weights only
@@ -347,9 +269,7 @@ class ExpertOwner(ABC):
                     for name, weights in zip(expert.names, expert.trained, strict=True)
                 ]
                 if full:
-                    newest = publisher.published  # since the snapshot more may have been sent
-                    publisher.load_state_dict(under(f"{position}.publisher.", tensors))
-                    publisher.published = newest
+                    self._restore_publisher(publisher, under(f"{position}.publisher.", tensors))
         held = self._hold(slot, experts)
         self._begin_owning(slot, held, publishers)
         for expert, of_expert in zip(held, states, strict=True):
@@ -384,8 +304,6 @@ class ExpertOwner(ABC):
             for parameter in expert.trained:
                 self.optimizer.state.pop(parameter, None)
             self._sums.pop((slot, position), None)
-            self._fidelity.pop((slot, position), None)
-        del self.publishers[slot]
-        self._past.forget(slot)
+        self._end_publishing(slot)
         self._frozen.discard(slot)
         self._let_go(slot, published)

@@ -50,7 +50,7 @@ def plan_of(
 
     from ..kernels.sketch import bytes_per_token
     from ..protocol.parts import PartCodec
-    from .capacity import BACKBONE_BYTES, slot_bytes, standin_bytes, working_bytes
+    from .capacity import BACKBONE_BYTES, bases_bytes, slot_bytes, standin_bytes, working_bytes
     from .model.init import backbone_shapes, expert_shape
 
     shape = expert_shape(manifest.model)
@@ -63,7 +63,8 @@ def plan_of(
     standin = standin_bytes(shape, spec)
     slot = slot_bytes(shape, spec, torch.device(device), mode)
     memory = memory_gib * GIB - working_bytes(shape, mode) - (PROCESSES if device == "cpu" else 0)
-    room = memory - BACKBONE_BYTES * backbone - standin * shape.num_experts
+    standins = standin * shape.num_experts + bases_bytes(manifest.model, spec)
+    room = memory - BACKBONE_BYTES * backbone - standins
     owned_share = 1 / composers
     tokens_per_step = manifest.train.batch_size * manifest.data.context_length
     rounds = 2 * PartCodec(outer.codec).encoded_bytes(backbone) / (outer.every_steps * tokens_per_step)
@@ -74,7 +75,7 @@ def plan_of(
         slots=shape.num_experts,
         slot_weights=slot_weights,
         backbone=BACKBONE_BYTES * backbone,
-        standins=standin * shape.num_experts,
+        standins=standins,
         slot=slot,
         composer_slots=-1 if room < 0 else min(shape.num_experts, int(room // max(1, slot - standin))),
         worker_slots=min(shape.num_experts, max(0, int(memory // slot))),

@@ -11,15 +11,15 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from ..kernels.standin import StandIn, standin_from_bytes
+from ..kernels.standin import Menu, StandIn
 from ..protocol import messages
 from ..protocol.messages import StandInSnapshot, SurrogateDelta
-from ..protocol.surrogates import SEED, Point, SlotPublisher, SurrogateBook, state_digest
+from ..protocol.surrogate_book import SurrogateBook
+from ..protocol.surrogates import SEED, Point, SlotPublisher, state_digest
 from .links import DELTA_TOPIC, Links
 from .owning import ExpertOwner
 from .slot_formats import unpacked
@@ -52,12 +52,12 @@ class Publishing(Generic[O]):
     """One owner's slots.
 
     Args:
-        like: any stand-in of the run. A peer's of another kind or size is as good as malformed.
+        menu: of the run's stand-ins. A peer's of another form is as good as malformed.
     """
 
-    def __init__(self, links: Links, trainer: Trainer[O], order: SlotOrder, like: StandIn) -> None:
+    def __init__(self, links: Links, trainer: Trainer[O], order: SlotOrder, menu: Menu) -> None:
         self._links, self._trainer, self.order = links, trainer, order
-        self._load = partial(standin_from_bytes, like=like)
+        self._load = menu.load
         self._book: SurrogateBook[StandIn] = SurrogateBook(self._load)
         self.updates: Mapping[int, int] = {}  # by slot, `ExpertOwner.updates` as of late; never changed
         self._published = 0
@@ -86,6 +86,9 @@ class Publishing(Generic[O]):
         deltas = []
         for slot, layers in owner.publish(slots).items():
             publisher = self._book.publishers[slot]
+            if not layers:  # a stand-in has another form now
+                deltas.append(publisher.replace(owner.step, owner.standins(slot)))
+                continue
             outward = self.order.outward(slot, publisher.epoch)
             fidelity = owner.fidelity_of(slot) if measured else ()
             deltas.append(

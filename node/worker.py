@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.bases import Bases
 from ..kernels.experts import DenseExpert, OwnedExpert
 from ..kernels.sketch import RowSketch
 from ..kernels.standin import StandIn
@@ -21,6 +22,7 @@ from .expert_mode import ExpertMode
 from .manifest import Manifest
 from .optimizer import make_optimizer
 from .owning import ExpertOwner
+from .standin_menu import menu_of
 from .step_record import StepRecord
 
 CLIP_EPSILON = 1e-6  # of torch's clip_grad_norm_
@@ -56,6 +58,7 @@ class Worker(ExpertOwner):
             it has heard all that are not done.
         device: to keep and train experts on.
         clock: monotonic seconds.
+        bases: of shared stand-ins.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class Worker(ExpertOwner):
         fit_seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
         mode: ExpertMode | None = None,
+        bases: Bases | None = None,
     ) -> None:
         super().__init__(manifest, fit_seed=fit_seed, mode=mode)
+        self.menu = menu_of(manifest.standin, self.shape.hidden, self.shape.width, bases or Bases())
         self._composers, self._clock = composers, clock
         self.device = torch.device(device)
         self.optimizer = make_optimizer(self.train, {})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from ..kernels.standin import StandIn, initial_standin
+from ..kernels.bases import Bases
 from ..protocol import messages, resources
 from ..protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ..protocol.identity import Identity
@@ -36,6 +36,7 @@ from .keeper import SlotKeeper
 from .links import Links
 from .logs import get_logger
 from .membership import Membership
+from .model.init import expert_shape
 from .publishing import ANNOUNCE_EVERY_SECONDS, Publishing
 from .reviving import HELPER_ENDED
 from .serving import Library
@@ -124,11 +125,12 @@ class WorkerPeer:
             device=device_to_use(self.config.device),
             fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
             mode=ExpertMode.of(self.config, manifest.train),
+            bases=self._bases(network, links),
         )
         self.worker = worker
         self.trainer = Trainer(worker, self._after_step)
         shape = worker.shape
-        self.publishing = WorkerPublishing(links, self.trainer, HandleOrder(shape.num_layers), _like(worker))
+        self.publishing = WorkerPublishing(links, self.trainer, HandleOrder(shape.num_layers), worker.menu)
         weights = 3 * shape.hidden * shape.width * shape.num_layers
         self.keeper = SlotKeeper(
             links,
@@ -271,9 +273,14 @@ class WorkerPeer:
         log.info("checkpoint.restored", step=checkpoint.step, slots=sorted(saved))
         return saved
 
+    def _bases(self, network: NetworkThread, links: Links) -> Bases | None:
+        """What the run's stand-ins are corrections of, fetched; they tell a worker which layer an expert may be of."""
+        manifest = self.facts.manifest
+        if not manifest.model.start or manifest.standin.kind not in ("shared", "chosen"):
+            return None
+        from .seed.joining import SeedAtHome  # transformers, which workers of other runs do without
+        from .seed.start import bases_in
 
-def _like(worker: Worker) -> StandIn:
-    """A stand-in of the run's kind and size."""
-    shape, spec = worker.shape, worker.manifest.standin
-    blank = torch.zeros(2 * shape.width, shape.hidden), torch.zeros(shape.hidden, shape.width)
-    return initial_standin(spec.kind, *blank, max(1, round(spec.width_fraction * shape.width)))
+        seed = SeedAtHome(links, self.config.data_dir / "seed", self.config.join_seconds)
+        network.call(seed.fetch_bases())
+        return bases_in(seed.store, expert_shape(manifest.model).num_experts)

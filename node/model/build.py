@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.experts import DenseExpert, OwnedExpert
+from ...kernels.standin import Menu
 from ..manifest import ModelSpec, StandInSpec
+from ..standin_menu import menu_of
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, selection_bias, skeleton
 from .init import built_expert_shape, split_blocks
@@ -61,11 +63,12 @@ class MoEModel(nn.Module):
         blocks: Sequence[MoEBlock],
         shards: Sequence[ExpertShard],
         start: Start,
+        menu: Menu,
     ) -> None:
         """Use `build_model`. `network` is materialised and has `shards` where `blocks` had their experts, by depth."""
         super().__init__()
         self.spec = spec
-        self._start = start
+        self._start, self.menu = start, menu
         self.network = network
         # The network registers the shards already; plain tuples keep them from being registered twice.
         self._all_shards: tuple[ExpertShard, ...] = tuple(shards)
@@ -214,7 +217,7 @@ def build_model(
         shards.append(shard)
     start = start or Seeded(spec)
     start.fill(network)
-    width = max(1, round(standin.width_fraction * shape.width))
+    menu = menu_of(standin, shape.hidden, shape.width, start.bases)
     held = frozenset(owned)
     for depth, shard in enumerate(shards[: len(private)]):
         for number in range(shape.num_experts):
@@ -224,5 +227,5 @@ def build_model(
             if slot in held:
                 shard.adopt(slot, *start.expert(shard.layer, slot))
             else:
-                shard.set_standin(slot, start.standin(shard.layer, slot, standin.kind, width))
-    return MoEModel(spec, network, blocks, shards, start)
+                shard.set_standin(slot, start.standin(shard.layer, slot, menu))
+    return MoEModel(spec, network, blocks, shards, start, menu)

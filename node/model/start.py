@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from ...kernels.standin import StandIn, initial_standin
+from ...kernels.bases import Bases
+from ...kernels.standin import Menu, StandIn
 from ..manifest import ModelSpec
 from .init import expert_weights, materialise, private_weights
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 class Start(Protocol):
     """The same for every peer of a run."""
 
+    @property
+    def bases(self) -> Bases:
+        """Of shared stand-ins, if there are any."""
+
     def fill(self, network: PreTrainedModel) -> None:
         """Give memory and first values to all that is on the meta device: the backbone."""
 
@@ -26,15 +31,19 @@ class Start(Protocol):
     def expert(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         """gate_up (2F, D) and down (D, F), float32, of a slot; `layer` counts those that have slots."""
 
-    def standin(self, layer: int, slot: int, kind: str, width: int) -> StandIn:
-        """What runs in its place to begin with; see `initial_standin`."""
+    def standin(self, layer: int, slot: int, menu: Menu) -> StandIn:
+        """What runs in its place to begin with: the menu's first form."""
 
 
 class Seeded:
     """A pure function of the manifest, and of a secret of the run's composers: nothing has to be fetched."""
 
     def __init__(self, spec: ModelSpec, secret: bytes = b"") -> None:
-        self._spec, self._secret = spec, secret
+        self._spec, self._secret, self._bases = spec, secret, Bases()
+
+    @property
+    def bases(self) -> Bases:
+        return self._bases
 
     def fill(self, network: PreTrainedModel) -> None:
         materialise(network, self._spec.seed)
@@ -45,5 +54,5 @@ class Seeded:
     def expert(self, layer: int, slot: int) -> tuple[Tensor, Tensor]:
         return expert_weights(self._spec, layer, slot, self._secret)
 
-    def standin(self, layer: int, slot: int, kind: str, width: int) -> StandIn:
-        return initial_standin(kind, *self.expert(layer, slot), width)
+    def standin(self, layer: int, slot: int, menu: Menu) -> StandIn:
+        return menu.make(menu.forms[0], *self.expert(layer, slot))

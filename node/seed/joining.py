@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ..background import NetworkThread
@@ -12,7 +12,7 @@ from ..model.init import backbone_shapes, expert_shape
 from ..model.start import Seeded, Start
 from .fetching import fetch_parts
 from .start import FromSeed
-from .store import BACKBONE, TOKENIZER, SeedStore, experts_of, standins_of
+from .store import BACKBONE, TOKENIZER, SeedStore, bases_from, experts_of, standins_of
 
 HEADER_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -31,23 +31,31 @@ class SeedAtHome:
         self.store = SeedStore(folder, links.manifest.model.start)
         self._links, self._seconds = links, seconds
         self._max_bytes = max_part_bytes(links.manifest)
+        self._num_slots = expert_shape(links.manifest.model).num_experts
 
     async def fetch_to_build(self, progress: Callable[[int, int], None]) -> None:
         """All that a model is built from that owns nothing yet. Raises SeedMissing."""
-        slots = range(expert_shape(self._links.manifest.model).num_experts)
-        await self._fetch([TOKENIZER, BACKBONE, *map(standins_of, slots)], progress)
+        slots = range(self._num_slots)
+        await self._fetch(lambda: [TOKENIZER, BACKBONE, *map(standins_of, slots), *self._base_parts()], progress)
+
+    async def fetch_bases(self) -> None:
+        """What stand-ins are corrections of, if they are. Raises SeedMissing."""
+        await self._fetch(self._base_parts, lambda done, of: None)
 
     async def fetch_experts(self, slot: int) -> None:
         """The experts of a slot that is to be owned. Raises SeedMissing."""
-        await self._fetch([experts_of(slot)], lambda done, of: None)
+        await self._fetch(lambda: [experts_of(slot)], lambda done, of: None)
 
     async def fetch_tokenizer(self) -> None:
         """Raises SeedMissing."""
-        await self._fetch([TOKENIZER], lambda done, of: None)
+        await self._fetch(lambda: [TOKENIZER], lambda done, of: None)
 
-    async def _fetch(self, parts: list[int], progress: Callable[[int, int], None]) -> None:
+    def _base_parts(self) -> Collection[int]:
+        return range(bases_from(self._num_slots), len(self.store.digests or ()))
+
+    async def _fetch(self, parts: Callable[[], Collection[int]], progress: Callable[[int, int], None]) -> None:
         await fetch_parts(
-            self._links, self.store, lambda: parts, max_bytes=self._max_bytes, seconds=self._seconds, progress=progress
+            self._links, self.store, parts, max_bytes=self._max_bytes, seconds=self._seconds, progress=progress
         )
 
 
@@ -56,7 +64,8 @@ def max_part_bytes(manifest: Manifest) -> int:
     shape, backbone = expert_shape(manifest.model), backbone_shapes(manifest.model)
     slot = 4 * 3 * shape.hidden * shape.width * shape.num_layers
     weights = sum(_numel(size) for size in backbone.values())
-    return max(4 * weights, 2 * slot, MAX_TOKENIZER_BYTES) + HEADER_BYTES
+    bases = 2 * 3 * shape.hidden * shape.width * shape.num_experts // 2  # of a layer: at most half as many as experts
+    return max(4 * weights, 2 * slot, bases, MAX_TOKENIZER_BYTES) + HEADER_BYTES
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -9,13 +9,19 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.torch import save
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ...kernels.standin import initial_standin
+from ...kernels.bases import Bases, common_bases
 from ..errors import ConfigError
 from ..manifest import StandInSpec
-from ..model.families import about_the_model, moe_blocks, with_weights_only
+from ..model.families import MoEBlock, about_the_model, moe_blocks, with_weights_only
+from ..standin_menu import menu_of
 from .store import write_part
+
+# Experts are variants of one another if they differ by no more than so much of their norm. Those of strangers differ by
+# 1.4 of it, copies with 5% of noise by 0.07.
+NEAR = 0.5
 
 
 class Checkpoint:
@@ -33,6 +39,7 @@ class Checkpoint:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{folder} cannot start a run: {error}", fix="take one of a MoE family") from error
         tokenizer = folder / "tokenizer.json"
+        self.most_bases = 0  # of a layer, in what `split` wrote
         self.tokenizer = tokenizer.read_bytes() if tokenizer.is_file() and self.vocabulary > 256 else b""
 
     @property
@@ -53,14 +60,39 @@ class Checkpoint:
         experts = {id(p) for block in self.blocks for p in block.block.get_submodule("experts").parameters()}
         backbone = {name: p.detach() for name, p in self.network.named_parameters() if id(p) not in experts}
         digests = [write_part(folder, self.tokenizer), write_part(folder, save(backbone))]
-        num_slots, width = self.blocks[0].num_experts, max(1, round(standin.width_fraction * self.blocks[0].width))
+        num_slots = self.blocks[0].num_experts
+        bases = self._bases(standin)
+        menu = menu_of(standin, self.blocks[0].hidden, self.blocks[0].width, Bases.from_bytes(*bases))
         for slot in range(num_slots):
             tensors, standins = {}, []
             for layer, block in enumerate(self.blocks):
-                fused = dict(block.block.get_submodule("experts").named_parameters())
-                gate_up, down = (fused[name][slot].detach().clone() for name in ("gate_up_proj", "down_proj"))
+                gate_up, down = _expert(block, slot)
                 tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"] = gate_up, down
-                standins.append(initial_standin(standin.kind, gate_up, down, width).to_bytes())
+                standins.append(menu.make(menu.forms[0], gate_up, down).to_bytes())
             digests += [write_part(folder, save(tensors)), write_part(folder, msgspec.msgpack.encode(standins))]
             progress(slot + 1, num_slots)
+        digests += [write_part(folder, part) for part in bases]
+        self.most_bases = max((len(Bases.from_bytes(part)) for part in bases), default=0)
         return write_part(folder, msgspec.msgpack.encode(digests)).hex()
+
+    def _bases(self, standin: StandInSpec) -> list[bytes]:
+        """By layer what its experts have in common, as parts; none where that is not enough, or no use."""
+        if standin.kind not in ("shared", "chosen"):
+            return []
+        parts = []
+        for block in self.blocks:
+            found = common_bases((_expert(block, slot) for slot in range(block.num_experts)), NEAR)
+            if 2 * len(found) > block.num_experts:
+                if standin.kind == "chosen":
+                    return []
+                raise ConfigError(
+                    "this checkpoint's experts are not variants of a few, so their stand-ins can share nothing",
+                    fix="take one that upcycle made, or set standin.kind to lowbit",
+                )
+            parts.append(Bases(found).to_bytes())
+        return parts
+
+
+def _expert(block: MoEBlock, slot: int) -> tuple[Tensor, Tensor]:
+    fused = dict(block.block.get_submodule("experts").named_parameters())
+    return fused["gate_up_proj"][slot].detach().clone(), fused["down_proj"][slot].detach().clone()

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ...kernels.standin import StandIn, standin_from_bytes
+from ...kernels.bases import Bases
+from ...kernels.standin import Menu, StandIn
 from ..manifest import ModelSpec
-from ..model.init import materialise
-from .store import BACKBONE, SeedStore, experts_of, standins_of
+from ..model.init import expert_shape, materialise
+from .store import BACKBONE, SeedStore, bases_from, experts_of, standins_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,5 +44,15 @@ class FromSeed:
         tensors = self._slot(slot)
         return tensors[f"{layer}.gate_up"], tensors[f"{layer}.down"]
 
-    def standin(self, layer: int, slot: int, kind: str, width: int) -> StandIn:
-        return standin_from_bytes(self._standins(slot)[layer])
+    def standin(self, layer: int, slot: int, menu: Menu) -> StandIn:
+        return menu.load(self._standins(slot)[layer])
+
+    @functools.cached_property
+    def bases(self) -> Bases:
+        return bases_in(self._store, expert_shape(self._spec).num_experts)
+
+
+def bases_in(store: SeedStore, num_slots: int) -> Bases:
+    """All bases of a seed, which may be none. Raises SeedMissing for those that are not in the store."""
+    numbers = range(bases_from(num_slots), len(store.digests or ()))
+    return Bases.from_bytes(*map(store.need, numbers))

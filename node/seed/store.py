@@ -1,7 +1,8 @@
 """Parts of a seed on disk, named by what is in them: equal ones lie there once, and are fetched once.
 
 A seed is an index and what it lists by number: 0 the tokenizer (empty: bytes are tokens), 1 the backbone, then for each
-slot its experts and their first stand-ins. `ModelSpec.start` is the sha256 of the index, so the manifest says it all.
+slot its experts and their first stand-ins, then for each layer its bases, where stand-ins are corrections of what
+experts have in common (`kernels/shared.py`). `ModelSpec.start` is the sha256 of the index, so the manifest says it all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def experts_of(slot: int) -> int:
 def standins_of(slot: int) -> int:
     """Number of the part with their first stand-ins."""
     return _FIRST_SLOT + 2 * slot + 1
+
+
+def bases_from(num_slots: int) -> int:
+    """Number of the part with the first layer's bases, if there are any."""
+    return _FIRST_SLOT + 2 * num_slots
 
 
 class SeedStore:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 import torch
 
+from ...kernels.bases import Bases
 from ...kernels.gradient_sketch import sketch_numel
-from ...kernels.standin import StandIn, initial_standin
+from ...kernels.standin import StandIn
 from ...protocol import messages
 from ...protocol.envelope import ENVELOPE_OVERHEAD
 from ...protocol.facts import MAX_FACTS_BYTES
@@ -17,6 +18,7 @@ from ..model.cut import backbone_fragments, cadences
 from ..model.init import expert_shape
 from ..model.presets import preset
 from ..sketch_choice import traffic_of
+from ..standin_menu import menu_of
 
 PEER_ID = "12D3KooW" + "A" * 44
 ELEMENT_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 4.25 / 8}
@@ -72,8 +74,8 @@ class Wire:
         self.states = [fragment.numel * 8.0 for fragment in cut]
         weights = 3 * shape.hidden * shape.width * shape.num_layers
         gate_up, down = _weights(shape.width, shape.hidden, shape.std)
-        width = max(1, round(shape.width * manifest.standin.width_fraction))
-        standin = initial_standin(manifest.standin.kind, gate_up, down, width)
+        menu = menu_of(manifest.standin, shape.hidden, shape.width, Bases([(gate_up, down)]))
+        standin = menu.make(menu.forms[0], gate_up, down)
         standin_bytes = len(standin.to_bytes()) * shape.num_layers
         self.slot = float(OPTIMIZER_BYTES * weights + standin_bytes)
         self.standins = float(standin_bytes * shape.num_experts)
@@ -94,7 +96,7 @@ class Wire:
         generator = torch.Generator().manual_seed(1)
         before = standin.dense()
         after = [w + moved * torch.randn(w.shape, generator=generator).clamp(-1, 1) for w in before]
-        extra = {"rank": spec.rank} if spec.kind == "narrow" else {}
+        extra = {"rank": spec.rank} if standin.kind == "narrow" else {}
         payload = standin.delta(standin.payload_to(*after, **extra))  # type: ignore[attr-defined]  # of every kind
         delta = SurrogateDelta(0, 1, 1 << 12, 1 << 12, (payload,) * num_layers, bytes(16), (0.5,) * num_layers)
         try:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from shoal.kernels import lowbit
 from shoal.kernels.bnb import functional as bnb
+from shoal.kernels.copies import CopyPublisher
 from shoal.kernels.experts import DenseExpert, run_expert
 from shoal.kernels.interface import MARK_BYTES
-from shoal.kernels.lowbit import STICKY, LowbitPublisher, LowbitStandIn
+from shoal.kernels.lowbit import STICKY, LowbitStandIn
+from shoal.kernels.replay import ReplayBuffer
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +143,7 @@ def test_a_delta_cannot_bring_in_a_bad_absmax(absmax: float) -> None:
 def test_fidelity_is_measured_on_the_rows_seen() -> None:
     """Routed inputs that use only half of the dimensions do not see what is wrong in the other half."""
     expert = new_expert(32, 16)
-    owner = LowbitPublisher(expert, replay_rows=128)
+    owner = CopyPublisher(LowbitStandIn.of(*expert.dense()), ReplayBuffer(128, 32))
     wrong = DenseExpert(expert.gate_up.clone(), expert.down)
     wrong.gate_up[:, 16:] += 1.0
     x = torch.randn(200, 32)

@@ -12,6 +12,7 @@ from shoal.kernels.experts import DenseExpert, run_expert
 from shoal.kernels.interface import MARK_BYTES, output_fidelity
 from shoal.kernels.lowrank import Factors
 from shoal.kernels.narrow import NarrowPublisher, NarrowStandIn
+from shoal.kernels.replay import ReplayBuffer
 from torch import Tensor
 
 
@@ -31,10 +32,9 @@ def new_expert(hidden: int, width: int) -> DenseExpert:
 
 def new_publisher(expert: DenseExpert, width: int, rank: int, steps: int) -> NarrowPublisher:
     return NarrowPublisher(
-        expert,
-        width=width,
+        NarrowStandIn.of(*expert.dense(), width),
+        ReplayBuffer(512, expert.down.shape[0]),
         rank=rank,
-        replay_rows=512,
         refit_steps=steps,
         learning_rate=3e-3,
         generator=torch.Generator().manual_seed(0),

@@ -11,10 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from shoal.kernels.bases import Bases
 from shoal.kernels.experts import DenseExpert, apply_experts
 from shoal.kernels.interface import LARGEST_WEIGHT, MARK_BYTES
+from shoal.kernels.shared import SharedStandIn
 from shoal.kernels.standin import (
     KINDS,
+    Form,
+    Menu,
     Publisher,
     StandIn,
     initial_standin,
@@ -45,17 +49,23 @@ def moved(expert: DenseExpert, by: float = 0.02) -> DenseExpert:
     return DenseExpert(*(w + by * torch.randn_like(w) for w in expert.dense()))
 
 
+def initial(kind: str, expert: DenseExpert, size: int) -> StandIn:
+    """That of an expert; a shared one on a base of its own."""
+    bases = Bases([(expert.gate_up + 0.1, expert.down - 0.1)]) if kind == "shared" else Bases()
+    return initial_standin(kind, *expert.dense(), size, bases=bases)
+
+
+def read(data: bytes, like: StandIn) -> StandIn:
+    return standin_from_bytes(data, bases=like.bases if isinstance(like, SharedStandIn) else Bases())
+
+
 def publisher(kind: str, expert: DenseExpert, published: StandIn | None = None) -> Publisher:
-    full = expert.down.shape[1]
     return make_publisher(
-        kind,
-        expert,
-        width=(full + 1) // 2,
+        published or initial(kind, expert, (expert.down.shape[1] + 1) // 2),
         rank=3,
         replay_rows=64,
         refit_steps=3,
         generator=torch.Generator().manual_seed(random.randrange(1 << 30)),
-        published=published,
     )
 
 
@@ -73,9 +83,9 @@ def test_copies_stay_equal_to_the_bit(kind: str, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1 << 30)))
     expert = new_expert(data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24)))
     owner = publisher(kind, expert)
-    copies = [initial_standin(kind, *expert.dense(), owner.published.width)]
+    copies = [read(owner.published.to_bytes(), owner.published)]
     for size in data.draw(st.lists(st.sampled_from([0.0, 1e-4, 0.03, 3.0]), min_size=1, max_size=6)):
-        copies.append(standin_from_bytes(owner.published.to_bytes()))
+        copies.append(read(owner.published.to_bytes(), owner.published))
         expert = moved(expert, size)
         delta = step(owner, expert)
         for copy in copies:
@@ -91,7 +101,7 @@ def test_copies_stay_equal_to_the_bit(kind: str, data: st.DataObject) -> None:
 def test_a_delta_for_another_state_is_refused(kind: str) -> None:
     expert = new_expert()
     owner = publisher(kind, expert)
-    late = standin_from_bytes(owner.published.to_bytes())
+    late = read(owner.published.to_bytes(), owner.published)
     first = step(owner, moved(expert))
     second = step(owner, moved(expert))
     before = late.to_bytes()
@@ -112,7 +122,7 @@ def test_damaged_deltas_change_nothing(kind: str, data: st.DataObject) -> None:
     torch.manual_seed(0)
     expert = new_expert(12, 8)
     owner = publisher(kind, expert)
-    copy = standin_from_bytes(owner.published.to_bytes())
+    copy = read(owner.published.to_bytes(), owner.published)
     before = copy.to_bytes()
     delta = step(owner, moved(expert))
     how = data.draw(st.sampled_from(["flip", "cut", "extend", "noise"]))
@@ -139,12 +149,13 @@ def test_damaged_deltas_change_nothing(kind: str, data: st.DataObject) -> None:
 def test_damaged_snapshots_are_refused_or_valid(kind: str, data: st.DataObject) -> None:
     """A flipped bit may give another valid state (its digest tells), but never one that is not finite or misshapen."""
     torch.manual_seed(0)
-    whole = initial_standin(kind, *new_expert(6, 4).dense(), 2).to_bytes()
+    like = initial(kind, new_expert(6, 4), 2)
+    whole = like.to_bytes()
     position = data.draw(st.integers(0, len(whole) - 1))
     damaged = bytearray(whole)
     damaged[position] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        standin = standin_from_bytes(bytes(damaged))
+        standin = read(bytes(damaged), like)
     except ValueError:
         pass
     else:
@@ -160,22 +171,23 @@ def test_damaged_snapshots_are_refused_or_valid(kind: str, data: st.DataObject) 
 @pytest.mark.parametrize("spoil", [torch.nan, torch.inf, -torch.inf, 2 * LARGEST_WEIGHT])
 def test_values_that_are_not_sane_are_refused_everywhere(kind: str, spoil: float) -> None:
     expert = new_expert()
-    standin = initial_standin(kind, *expert.dense(), 1)
+    standin = initial(kind, expert, 1)
     name = next(n for n, t in standin.tensors.items() if t.is_floating_point())
     spoilt = {n: t.clone() for n, t in standin.tensors.items()}
     spoilt[name].view(-1)[0] = spoil
     with pytest.raises(ValueError, match="finite"):
-        standin_from_bytes(save(spoilt))
+        read(save(spoilt), standin)
 
     expert.down[0, 0] = spoil
     with pytest.raises(ValueError, match="finite"):
-        initial_standin(kind, *expert.dense(), 1)
+        initial(kind, expert, 1)
 
 
 @kinds
 @pytest.mark.parametrize("change", ["missing", "extra", "dtype", "shape", "garbage"])
 def test_snapshots_of_the_wrong_form_are_refused(kind: str, change: str) -> None:
-    tensors = dict(initial_standin(kind, *new_expert().dense(), 2).tensors)
+    like = initial(kind, new_expert(), 2)
+    tensors = dict(like.tensors)
     name = random.choice(list(tensors))
     if change == "missing":
         del tensors[name]
@@ -187,22 +199,35 @@ def test_snapshots_of_the_wrong_form_are_refused(kind: str, change: str) -> None
         tensors[name] = torch.cat([tensors[name], tensors[name]])
     data = random.randbytes(200) if change == "garbage" else save(tensors)
     with pytest.raises(ValueError, match=r"holds|is \(|not safetensors"):
-        standin_from_bytes(data)
+        read(data, like)
 
 
 @kinds
-def test_a_snapshot_of_another_kind_or_size_is_refused_where_one_is_expected(kind: str) -> None:
+def test_a_snapshot_that_is_not_on_the_menu_is_refused(kind: str) -> None:
     expert = new_expert(6, 5)
-    standin = initial_standin(kind, *expert.dense(), 3)
-    assert standin_from_bytes(standin.to_bytes(), like=standin).digest() == standin.digest()
-    other = next(k for k in KINDS if k != kind)
+    standin = initial(kind, expert, 3)
+    bases = standin.bases if isinstance(standin, SharedStandIn) else Bases()
+    menu = Menu(6, 5, [Form("lowbit" if kind == "ternary" else "ternary"), Form.of(standin)], bases)
+    assert menu.load(standin.to_bytes()).digest() == standin.digest()
+    assert menu.load(initial_standin(menu.forms[0].kind, *expert.dense(), 3).to_bytes()).kind == menu.forms[0].kind
     for wrong in (
-        initial_standin(other, *expert.dense(), 3),
-        initial_standin(kind, *new_expert(7, 5).dense(), 3),
-        initial_standin(kind, *new_expert(6, 4).dense(), 2),
+        initial_standin("narrow", *expert.dense(), 4),
+        initial_standin("lowbit", *new_expert(7, 5).dense(), 3),
+        initial_standin("ternary", *new_expert(6, 4).dense(), 2),
+        initial("shared", expert, 2),
+        initial("shared", new_expert(6, 4), 3),
     ):
-        with pytest.raises(ValueError, match="expected"):
-            standin_from_bytes(wrong.to_bytes(), like=standin)
+        with pytest.raises(ValueError, match=r"expected|base"):
+            menu.load(wrong.to_bytes())
+
+
+@kinds
+def test_the_memory_that_a_form_is_said_to_take(kind: str) -> None:
+    hidden, width = 64 * random.randint(1, 3), 64 * random.randint(1, 3)
+    standin = initial(kind, new_expert(hidden, width), random.randint(1, 32))
+    form = Form.of(standin)
+    # Beside its numbers a state has sizes, a digest, or the scales of its rows.
+    assert form.nbytes(hidden, width) <= standin.nbytes <= form.nbytes(hidden, width) * 1.05 + 16 + 8 * (hidden + width)
 
 
 def test_a_header_with_an_unknown_dtype_is_refused() -> None:
@@ -218,7 +243,7 @@ def test_state_continues_to_the_bit(kind: str) -> None:
     for _ in range(random.randint(0, 3)):
         expert = moved(expert)
         step(owner, expert)
-    heir = publisher(kind, expert)
+    heir = publisher(kind, expert, owner.published)
     heir.load_state_dict(owner.state_dict())
     for _ in range(3):
         expert = moved(expert)
@@ -276,13 +301,11 @@ def test_a_successor_goes_on_from_what_is_published(kind: str) -> None:
     expert = new_expert()
     owner = publisher(kind, expert)
     step(owner, moved(expert))
-    copy = standin_from_bytes(owner.published.to_bytes())
+    copy = read(owner.published.to_bytes(), owner.published)
     heir = publisher(kind, moved(expert), published=copy)
     assert heir.published is not copy
     copy.apply(step(heir, moved(expert)))
     assert copy.digest() == heir.published.digest()
-    with pytest.raises(ValueError, match=r"kind|width"):
-        publisher(kind, new_expert(expert.down.shape[0] + 1, expert.down.shape[1]), published=copy)
 
 
 @kinds
@@ -305,7 +328,7 @@ def test_an_expert_that_diverged_publishes_nothing(kind: str) -> None:
 @kinds
 def test_gradients_pass_through_a_standin(kind: str) -> None:
     expert = new_expert()
-    standin = initial_standin(kind, *expert.dense(), 2)
+    standin = initial(kind, expert, 2)
     dense = DenseExpert(*standin.dense())
     index, gates = torch.zeros(7, 1, dtype=torch.int64), torch.rand(7, 1)
     x = torch.randn(7, standin.hidden, requires_grad=True)
@@ -318,7 +341,8 @@ def test_fidelity_before_any_row_is_finite_and_one_for_nothing_to_do(kind: str) 
     expert = new_expert()
     assert 0.0 <= publisher(kind, expert).fidelity(expert) <= 1.0
     silent = DenseExpert(torch.zeros(8, 4), torch.zeros(4, 4))
-    owner = publisher(kind, silent)
+    size = 4 if kind == "narrow" else 1
+    owner = publisher(kind, silent, initial_standin(kind, *silent.dense(), size, bases=Bases([silent.dense()])))
     assert owner.fidelity(silent) == 1.0
     step(owner, silent)
     assert owner.fidelity(new_expert(4, 4)) == 0.0  # a stand-in that says nothing
@@ -348,8 +372,6 @@ def test_unknown_kinds_and_sizes_are_refused() -> None:
     expert = new_expert(4, 4)
     with pytest.raises(ValueError, match="unknown kind"):
         initial_standin("binary", *expert.dense(), 2)
-    with pytest.raises(ValueError, match="unknown kind"):
-        publisher("binary", expert)
     for width in (0, 5):
         with pytest.raises(ValueError, match="width"):
             initial_standin("narrow", *expert.dense(), width)

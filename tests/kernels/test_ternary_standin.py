@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from shoal.kernels.bases import Bases
 from shoal.kernels.experts import DenseExpert, apply_experts
 from shoal.kernels.interface import MARK_BYTES
 from shoal.kernels.standin import KINDS, initial_standin, make_publisher, standin_from_bytes
 from shoal.kernels.ternary import TernaryExpert, ternarise
-from shoal.kernels.ternary_standin import TernaryPublisher, TernaryStandIn
+from shoal.kernels.ternary_standin import TernaryStandIn
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def moved(expert: TernaryExpert, by: float) -> TernaryExpert:
 def test_a_copy_computes_what_the_expert_computes() -> None:
     """To the bit, forward and to the inputs, in every dtype, before and after deltas."""
     expert = new_expert(random.randint(2, 40))
-    owner = make_publisher("ternary", expert, width=1, generator=torch.Generator())
+    owner = make_publisher(TernaryStandIn.of(*expert.masters()), generator=torch.Generator())
     copy = initial_standin("ternary", expert.gate_up, expert.down, 1)
     for by in (0.0, 0.01, 0.3, 3.0):
         expert = moved(expert, by)
@@ -56,17 +57,20 @@ def test_a_copy_computes_what_the_expert_computes() -> None:
 
 def test_masters_are_copied_whatever_the_expert_computes_with() -> None:
     expert = new_expert()
-    dense = DenseExpert(expert.gate_up, expert.down)
-    assert TernaryPublisher(dense, replay_rows=8).published.digest() == TernaryStandIn.of(*dense.dense()).digest()
-    assert TernaryPublisher(expert, replay_rows=8).published.digest() == TernaryStandIn.of(*dense.dense()).digest()
+    owners = [make_publisher(TernaryStandIn.of(*expert.masters()), generator=torch.Generator()) for _ in (0, 1)]
+    after = moved(expert, 0.1)
+    for owner, one in zip(owners, (after, DenseExpert(after.gate_up, after.down)), strict=True):
+        owner.delta(one)
+        assert owner.published.digest() == TernaryStandIn.of(after.gate_up, after.down).digest()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_can_stand_in_for_an_expert_trained_ternary(kind: str) -> None:
     """Composers made the initial stand-in from the seeded masters; the owner's deltas must lead on from there."""
     expert = new_expert(24, 16)
-    owner = make_publisher(kind, expert, width=16, generator=torch.Generator().manual_seed(0))
-    copy = initial_standin(kind, expert.gate_up, expert.down, 16)
+    bases = Bases([expert.masters()])
+    copy = initial_standin(kind, expert.gate_up, expert.down, 16, bases=bases)
+    owner = make_publisher(copy, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         expert = moved(expert, 0.01)
         owner.observe(torch.randn(64, 24), torch.ones(64))

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 from shoal.kernels.sketch import RowBuffer, RowSketch
-from shoal.kernels.standin import StandIn, initial_standin
+from shoal.kernels.standin import Menu, initial_standin
 from shoal.node.audit_record import message_of
 from shoal.node.audit_verdict import Known, judge, judge_weights
 from shoal.node.blobs import from_bytes, to_bytes
@@ -50,11 +50,11 @@ class Case:
     worker: Worker
     record: AuditRecord
     known: Known
-    like: StandIn
+    menu: Menu
 
     def judge(self, record: AuditRecord | None = None) -> Finding:
         sent = encode(record or self.record)
-        return judge(decode(sent, AuditRecord), self.manifest, self.known, self.like)
+        return judge(decode(sent, AuditRecord), self.manifest, self.known, self.menu)
 
 
 def hear(worker: Worker, seed: int, *, keep: int | None = None) -> None:
@@ -69,7 +69,7 @@ def case_of(
     """A worker that has taken some steps, and one more that is on file."""
     composer = composer_of(spec, seed=seed)
     worker = Worker(spec, composers=lambda: dict.fromkeys(SENDERS, STEP), mode=mode)
-    like = composer.standins(SLOT)[0]
+    menu = composer.menu
     state = {name: value for name, value in composer.snapshot(SLOT).items() if name.count(".") == 1}
     worker.adopt(SLOT, state, composer.standins(SLOT))
     for step in range(steps):
@@ -91,7 +91,7 @@ def case_of(
     by_handle = dict(zip(HANDLES, range(LAYERS), strict=True))
     published = {SEQ: {handle: standins[position] for handle, position in by_handle.items()}}
     known = Known(published=published, steps=[STEP])
-    return Case(spec, worker, message_of(SLOT, EPOCH, by_handle, record, SEQ, standins), known, like)
+    return Case(spec, worker, message_of(SLOT, EPOCH, by_handle, record, SEQ, standins), known, menu)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_low_rank_training_can_be_audited(rank: int) -> None:
         assert case.judge(changed(case.record, "after", lie)) is Finding.WRONG_UPDATE
     assert case.judge(changed(case.record, "before", lambda tensors: tensors.pop("lora.codes"))) is Finding.MALFORMED
     ternary = msgspec.structs.replace(spec, train=msgspec.structs.replace(spec.train, expert_weights="ternary"))
-    assert judge(case.record, ternary, case.known, case.like) is Finding.MALFORMED
+    assert judge(case.record, ternary, case.known, case.menu) is Finding.MALFORMED
 
 
 def test_sketches_travel_as_they_came(case: Case) -> None:
@@ -207,7 +207,7 @@ def test_runs_whose_updates_cannot_be_taken_again_are_not_judged_by_them(case: C
     lie = changed(case.record, "after", double)
     assert case.judge(lie) is Finding.WRONG_UPDATE
     gradient = msgspec.structs.replace(case.manifest, sketch=SketchSpec(kind="gradient"))
-    assert judge(lie, gradient, case.known, case.like) is Finding.PASSED
+    assert judge(lie, gradient, case.known, case.menu) is Finding.PASSED
 
 
 # Lies -----------------------------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ def test_a_step_that_all_composers_have_left_behind(case: Case) -> None:
     """It keeps the high rate of the beginning, or the low one of before that."""
     spec = msgspec.structs.replace(case.manifest, train=msgspec.structs.replace(case.manifest.train, steps=100_000))
     early = msgspec.structs.replace(case.record, step=0, learning_rate=spec.train.learning_rate / 4)
-    assert judge(early, spec, replace(case.known, steps=[5_000, 6_000]), case.like) is Finding.WRONG_RATE
-    assert judge(early, spec, replace(case.known, steps=[10, 6_000]), case.like) is not Finding.WRONG_RATE
+    assert judge(early, spec, replace(case.known, steps=[5_000, 6_000]), case.menu) is Finding.WRONG_RATE
+    assert judge(early, spec, replace(case.known, steps=[10, 6_000]), case.menu) is not Finding.WRONG_RATE
 
 
 def test_a_step_after_the_last(case: Case) -> None:
@@ -283,7 +283,7 @@ def test_a_gradient_that_was_not_clipped() -> None:
 def other_standin(case: Case) -> bytes:
     rng = torch.Generator().manual_seed(5)
     weights = torch.randn(2 * WIDTH, HIDDEN, generator=rng) / 50, torch.randn(HIDDEN, WIDTH, generator=rng) / 50
-    return initial_standin(case.manifest.standin.kind, *weights, case.like.width).to_bytes()
+    return initial_standin(case.manifest.standin.kind, *weights, case.menu.forms[0].size).to_bytes()
 
 
 @pytest.mark.parametrize("kind", ["lowbit", "narrow"])
@@ -307,15 +307,15 @@ def test_composers_publish_what_they_have() -> None:
     published = [standin.to_bytes() for standin in composer.standins(SLOT)]
     snapshot = StandInSnapshot(SLOT, EPOCH, SEQ, tuple(published), bytes(16))
     state = SlotState(SLOT, EPOCH, STEP, to_bytes(composer.weights(SLOT)), snapshot)
-    like = composer.standins(SLOT)[0]
-    assert judge_weights(state, spec, published, like) is Finding.PASSED
+    menu = composer.menu
+    assert judge_weights(state, spec, published, menu) is Finding.PASSED
     others = [standin.to_bytes() for standin in composer.standins(SLOT + 1)]
-    assert judge_weights(state, spec, others, like) is Finding.POOR_STANDIN
+    assert judge_weights(state, spec, others, menu) is Finding.POOR_STANDIN
     tensors = from_bytes(state.tensors, what="a test")
     for name, value in (("0.down", tensors["0.down"].half()), ("1.gate_up", torch.zeros(3)), ("0.down", None)):
         damaged = {**tensors, name: value} if value is not None else {k: v for k, v in tensors.items() if k != name}
         lie = msgspec.structs.replace(state, tensors=to_bytes(damaged))
-        assert judge_weights(lie, spec, published, like) is Finding.MALFORMED
+        assert judge_weights(lie, spec, published, menu) is Finding.MALFORMED
 
 
 # Nonsense -------------------------------------------------------------------------------------------------------------
@@ -365,4 +365,4 @@ def test_random_damage_never_raises(case: Case) -> None:
             record = decode(cut, AuditRecord)
         except Refused:
             continue
-        assert isinstance(judge(record, case.manifest, case.known, case.like), Finding)
+        assert isinstance(judge(record, case.manifest, case.known, case.menu), Finding)

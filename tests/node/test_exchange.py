@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from loopback import SECONDS, Loopback, LoopbackPeer, loopback
-from shoal.kernels.standin import initial_standin
+from shoal.kernels.standin import Form, initial_standin
 from shoal.node.composer import Composer
 from shoal.protocol import messages
 from shoal.protocol.messages import ExpertCounts, StandInSnapshot
@@ -90,6 +91,33 @@ def test_deltas_that_nobody_delivers_are_repaired(swarm: Loopback, monkeypatch: 
         swarm.until(lambda: agree(swarm), "the gap is fetched")
     finally:
         swarm.network.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+
+def test_a_standin_of_another_form_is_fetched_by_all_who_run_it(tmp_path: Path) -> None:
+    spec = {"kind": "chosen", "publish_every": 1, "choose_every": 3, "trial_steps": 2, "refit_steps": 1}
+    budgets = {"bytes_per_weight": 0.7, "flops_fraction": 0.4}
+    manifest = manifest_of(
+        standin=spec | budgets, outer={"every_steps": 1_000_000}, train={"steps": 1_000_000, "learning_rate": 1e-2}
+    )
+    with loopback(tmp_path, manifest, 2) as pair:
+        first, second = pair.peers
+        pair.call(first.own([0, 1], 1))
+        pair.call(second.own([2, 3], 1))
+        loop, tasks = pair.network.loop, []
+        loop.call_soon_threadsafe(lambda: tasks.extend(loop.create_task(peer.exchange.run()) for peer in pair.peers))
+        try:
+            for _ in range(12):
+                for peer in pair.peers:
+                    peer.step()
+            pair.until(lambda: agree(pair), "both run the same stand-ins")
+            found = {form for slot in range(SLOTS) for form in first.ask(lambda c, s=slot: forms_of(c, s))}
+            assert len(found) > 1, "all stand-ins have the form that they began with"
+        finally:
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+
+def forms_of(composer: Composer, slot: int) -> list[Form]:
+    return [Form.of(standin) for standin in composer.standins(slot)]
 
 
 def of_size(hidden: int, width: int, kind: str = "lowbit") -> list[bytes]:

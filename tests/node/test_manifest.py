@@ -56,7 +56,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-ea248470b9bc"
+    assert run_id_of(manifest()) == "demo-d084d9dc5b68"
 
 
 def test_round_trip() -> None:

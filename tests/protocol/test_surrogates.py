@@ -13,6 +13,7 @@ from shoal.kernels.experts import DenseExpert
 from shoal.kernels.standin import initial_standin, make_publisher, standin_from_bytes
 from shoal.protocol.errors import Refused
 from shoal.protocol.messages import DeltaBatch, StandInSnapshot, SurrogateDelta
+from shoal.protocol.surrogate_book import SurrogateBook
 from shoal.protocol.surrogates import (
     SEED,
     Need,
@@ -20,7 +21,6 @@ from shoal.protocol.surrogates import (
     Point,
     SlotPublisher,
     SlotSubscriber,
-    SurrogateBook,
     state_digest,
 )
 
@@ -301,7 +301,7 @@ def test_real_stand_ins_with_a_lost_delta(kind: str) -> None:
         for _ in range(LAYERS)
     ]
     seeds = [initial_standin(kind, e.gate_up, e.down, 16) for e in experts]
-    publishers = [make_publisher(kind, e, width=16, replay_rows=64, generator=generator) for e in experts]
+    publishers = [make_publisher(seed, replay_rows=64, generator=generator) for seed in seeds]
     assert [p.published.digest() for p in publishers] == [s.digest() for s in seeds]
     slot = SlotPublisher(0, 1, 0)
     subscriber = SlotSubscriber(0, seeds, load=standin_from_bytes, patience=PATIENCE)

@@ -11,13 +11,13 @@ import torch
 from harness import START_SECONDS, Swarm, owned_once
 from shoal.node.data import load_corpus
 from shoal.node.manifest import verify
-from shoal.node.seed.store import BACKBONE, SeedStore, experts_of, standins_of
+from shoal.node.seed.store import BACKBONE, SeedStore, bases_from, experts_of, standins_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.timeout(300)
 
-SLOTS, VOCABULARY = 8, 400
+SLOTS, LAYERS, VOCABULARY = 8, 2, 400
 
 
 def dense_checkpoint(folder: Path) -> None:
@@ -50,10 +50,16 @@ def test_from_a_dense_checkpoint_to_a_trained_mixture(swarm: Swarm, tmp_path: Pa
     dense_checkpoint(dense)
     made = swarm.call("upcycle", str(dense), str(moe), "--experts", "8", "--top-k", "2", "--noise", "0.05")
     assert made.returncode == 0, made.stderr
-    short = ("--set", "data.context_length=128", "--set", "outer.every_steps=8", "--steps", "100000")
-    swarm.found("--seed", str(moe), "--min-composers", "2", *short)
+    facts = {
+        "data.context_length": 128, "outer.every_steps": 8, "standin.kind": "chosen", "standin.bytes_per_weight": 0.6,
+        "standin.flops_fraction": 0.99, "standin.choose_every": 2, "standin.trial_steps": 4, "standin.publish_every": 4,
+    }  # fmt: skip
+    settings = [part for name, value in facts.items() for part in ("--set", f"{name}={value}")]
+    swarm.found("--seed", str(moe), "--min-composers", "2", "--steps", "100000", *settings)
     peers = [swarm.join(f"c{i}", "--data-shard", f"{i}/2") for i in range(2)]
-    swarm.wait_for("both own experts and merge", lambda: owned_once(peers, SLOTS), START_SECONDS)
+    worker = swarm.join("worker", "--role", "worker")
+    everybody = [*peers, worker]
+    swarm.wait_for("all own experts", lambda: owned_once(everybody, SLOTS), START_SECONDS)
     swarm.wait_for("both merge", lambda: all(peer.commits() > 1 for peer in peers), START_SECONDS)
 
     manifest = verify((swarm.folder / "bootstrap" / "manifest.signed").read_bytes())
@@ -61,9 +67,16 @@ def test_from_a_dense_checkpoint_to_a_trained_mixture(swarm: Swarm, tmp_path: Pa
     for peer in peers:
         store = SeedStore(peer.folder / "seed", manifest.model.start)
         assert store.has(BACKBONE)
+        assert all(store.has(bases_from(SLOTS) + layer) for layer in range(LAYERS))
         assert all(store.has(standins_of(slot)) for slot in range(SLOTS))
         fetched = {slot for slot in range(SLOTS) if store.has(experts_of(slot))}
         assert set(peer.epochs()) <= fetched < set(range(SLOTS)), "experts are fetched by who owns them"
+
+    # The budget for FLOPs is one that the corrections of what experts have in common cannot keep for all of them.
+    swarm.wait_for("all chose", lambda: all(peer.said("standin.form") for peer in everybody), START_SECONDS)
+    store = SeedStore(worker.folder / "seed", manifest.model.start)
+    assert store.has(bases_from(SLOTS))
+    assert not store.has(BACKBONE)
 
     exported = swarm.call("export", swarm.invite, str(out))
     assert exported.returncode == 0, exported.stderr
