@@ -36,7 +36,8 @@ from ..node.config import ExpertModeName
 from ..node.data import Batches, load_corpus
 from ..node.evaluate import HELDOUT_SEED, heldout_loss
 from ..node.expert_mode import ExpertMode
-from ..node.manifest import Manifest, ManifestError, with_settings
+from ..node.manifest import Manifest, with_settings
+from ..node.manifest_errors import ManifestError
 from ..node.model.presets import preset
 from .costs import counting, state_bytes
 from .curves import draw

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from ..node.data import Batches, load_corpus
 from ..node.evaluate import BATCH_WINDOWS, HELDOUT_SEED
-from ..node.manifest import Manifest, ManifestError, with_settings
+from ..node.manifest import Manifest, with_settings
+from ..node.manifest_errors import ManifestError
 from ..node.model.build import MoEModel
 from ..node.model.init import backbone_shapes, expert_shape
 from ..node.model.presets import preset

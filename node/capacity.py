@@ -22,7 +22,7 @@ from .config import PeerConfig
 from .errors import ConfigError
 from .expert_mode import ExpertMode
 from .logs import get_logger
-from .manifest import NOT_WHOLE, ExpertShape, Manifest, ModelSpec, StandInSpec
+from .manifest import ExpertShape, Manifest, ModelSpec, StandInSpec
 from .model.init import backbone_shapes, expert_shape
 
 log = get_logger(__name__)
@@ -64,7 +64,7 @@ def device_to_use(name: str) -> torch.device:
 def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, mode: ExpertMode | None = None) -> int:
     """Memory that one owned slot takes, trained in full or in the way of `mode`."""
     weights = 3 * shape.hidden * shape.width
-    fitted = standin.kind in NOT_WHOLE
+    fitted = not standin.whole
     if standin.kind == "chosen":  # narrow ones that take all of the budget
         beside = weights * max(COPY_BYTES, standin.bytes_per_weight / 4 * NARROW_BYTES)
     else:

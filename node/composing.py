@@ -37,7 +37,7 @@ from .joining import catch_up, swarm_step
 from .keeper import SlotKeeper
 from .links import Links
 from .logs import get_logger
-from .manifest import ManifestError
+from .manifest_errors import ManifestError
 from .membership import Membership
 from .model.cut import backbone_fragments, cadences
 from .outer import OuterDriver

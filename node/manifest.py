@@ -3,11 +3,7 @@
 Canonical bytes are msgpack with sorted keys: floats are their eight IEEE bytes, so that no printing routine's rounding
 or exponent style can change a run's name. Integers given for float fields become floats first.
 
-    ManifestError           it cannot be read: damaged, not canonical, or a field out of bounds
-    ├── ManifestOversized   it exceeds 64 kB
-    ├── ManifestTampered    its hash is not in the run id, or the founder did not sign it
-    ├── UnknownFields       it has fields that this software does not know
-    └── ProtocolMismatch    it needs another protocol version
+Errors are in `manifest_errors.py`; what facts cannot be together, in `manifest_checks.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +16,14 @@ import msgspec
 from msgspec import Meta
 
 from ..protocol.envelope import decode_payload
-from ..protocol.errors import BadSignature, Refused, ShoalError
+from ..protocol.errors import BadSignature, Refused
 from ..protocol.identity import Identity
 from ..protocol.identity import verify as verify_signature
 from ..protocol.records import MAX_MANIFEST_BYTES, manifest_digest, open_signed_manifest, seal_manifest
+from .manifest_checks import check
+from .manifest_errors import ManifestError, ManifestOversized, ManifestTampered, ProtocolMismatch, UnknownFields
 
 PROTOCOL_VERSION = 1
-NOT_WHOLE = ("narrow", "chosen")  # kinds of stand-ins that may lack neurons of their experts
 
 _SIGNED_PREFIX = b"shoal/1 manifest"
 _ASK_AGAIN = "fetch it again; if that does not help, ask the run's founder for a new invite"
@@ -131,6 +128,11 @@ class StandInSpec(Spec, frozen=True, kw_only=True):
     choose_every: Count = 32  # chosen: deltas between choices; every expert is tried once in between
     trial_steps: Count = 64  # chosen: optimizer steps of a narrow one that is tried
 
+    @property
+    def whole(self) -> bool:
+        """Whether every neuron of an expert is in what stands in for it."""
+        return self.kind not in ("narrow", "chosen")
+
 
 class SketchSpec(Spec, frozen=True, kw_only=True):
     """How composers tell the owners of experts what their tokens teach (docs/sketches.md)."""
@@ -193,26 +195,6 @@ class Manifest(Spec, frozen=True, kw_only=True):
     ownership: OwnershipSpec = OwnershipSpec()
     privacy: PrivacySpec = PrivacySpec()
     trust: TrustSpec = TrustSpec()
-
-
-class ManifestError(ShoalError):
-    code = "SHOAL-240"
-
-
-class ManifestOversized(ManifestError):
-    code = "SHOAL-241"
-
-
-class ManifestTampered(ManifestError):
-    code = "SHOAL-242"
-
-
-class UnknownFields(ManifestError):
-    code = "SHOAL-243"
-
-
-class ProtocolMismatch(ManifestError):
-    code = "SHOAL-244"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,99 +308,5 @@ def _decode(data: bytes) -> Manifest:
         if "unknown field" in error.cause:
             raise UnknownFields(error.cause, fix="use the software version that founded the run") from error
         raise ManifestError(error.cause, fix="correct that field, or use the version that founded the run") from error
-    _check_weights(manifest)
-    _check_cadences(manifest.outer)
-    if manifest.sketch.kind == "gradient":
-        _check_gradient_sketches(manifest)
-    if manifest.outer.merge == "radial":
-        _check_radial_merge(manifest)
+    check(manifest)
     return manifest
-
-
-def _check_weights(manifest: Manifest) -> None:
-    """Raise ManifestError where an expert could not be made of what travels."""
-    kind = manifest.standin.kind
-    if manifest.train.expert_weights == "ternary" and kind in ("lowbit", "shared", "chosen"):
-        raise ManifestError(
-            f"a ternary copy of an expert that is trained ternary is exact and small, and a {kind} stand-in is neither",
-            fix="set standin.kind to ternary",
-        )
-    if kind == "shared" and not manifest.model.bases:
-        raise ManifestError(
-            "shared stand-ins need a checkpoint whose experts are variants of a few",
-            fix="start the run from one that `shoal upcycle` made, or set standin.kind to lowbit",
-        )
-    if kind == "chosen":
-        _check_budgets(manifest)
-    if manifest.ownership.snapshot_format == "standin" and kind in NOT_WHOLE:
-        raise ManifestError(
-            "narrow stand-ins are not all of an expert, and ownership.snapshot_format says to send nothing else",
-            fix="set ownership.snapshot_format to int8, or standin.kind to lowbit",
-        )
-
-
-def _check_budgets(manifest: Manifest) -> None:
-    """Raise ManifestError where no form of stand-in is within the budgets for every expert."""
-    from ..kernels.bases import Bases  # not above: most commands read manifests without torch
-    from .model.init import expert_shape  # and this needs the present module
-    from .standin_menu import menu_of
-
-    try:
-        shape = expert_shape(manifest.model)
-        menu_of(manifest.standin, shape.hidden, shape.width, Bases())
-    except ValueError as error:
-        raise ManifestError(
-            f"stand-ins cannot be chosen: {error}", fix="raise standin.bytes_per_weight or standin.flops_fraction"
-        ) from error
-
-
-def _check_cadences(outer: OuterSpec) -> None:
-    """Raise ManifestError where fragments would have to hold tensors that are due at different times."""
-    cadences = {every or outer.every_steps for every in (0, outer.embeddings_every, outer.router_every)}
-    if len(cadences) > outer.fragments:
-        raise ManifestError(
-            f"the backbone's tiers have {len(cadences)} cadences, but there are {outer.fragments} fragments",
-            fix=f"set outer.fragments to {len(cadences)} at least, or fewer different cadences",
-        )
-
-
-def _check_gradient_sketches(manifest: Manifest) -> None:
-    """Raise ManifestError for what no peer could sketch gradients with."""
-    from ..kernels.gradient_sketch import largest_rank  # not above: most commands read manifests without torch
-    from .model.init import expert_shape  # and this needs the present module
-
-    if manifest.standin.kind in NOT_WHOLE:
-        raise ManifestError(
-            "gradient sketches need stand-ins as wide as the experts, and narrow ones are not",
-            fix="set standin.kind to lowbit or ternary, or sketch.kind to rows",
-        )
-    try:
-        shape = expert_shape(manifest.model)
-    except ValueError as error:
-        raise ManifestError(f"the model cannot be built: {error}", fix="correct the model's config") from error
-    largest = largest_rank(shape.hidden, shape.width)
-    if manifest.sketch.rank > largest:
-        raise ManifestError(
-            f"sketch.rank {manifest.sketch.rank} is more than {largest}, all there is to the gradient of such experts",
-            fix=f"set sketch.rank to {largest} at most",
-        )
-
-
-def _check_radial_merge(manifest: Manifest) -> None:
-    """Raise ManifestError where a fragment has more tensors than a member's facts can have norms."""
-    from ..protocol.facts import MAX_NORMS  # not above: as in `_check_gradient_sketches`
-    from ..protocol.radial import num_norms
-    from .model.cut import backbone_fragments
-
-    try:
-        fragments = backbone_fragments(manifest)
-    except ValueError as error:
-        raise ManifestError(
-            f"the backbone cannot be cut: {error}", fix="correct the model or outer.fragments"
-        ) from error
-    most = max(map(num_norms, fragments))
-    if most > MAX_NORMS:
-        raise ManifestError(
-            f"outer.merge is radial and a fragment has {most} tensors, more than {MAX_NORMS}",
-            fix="set outer.fragments higher, or outer.merge to mean",
-        )

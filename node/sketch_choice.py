@@ -17,7 +17,7 @@ import msgspec
 
 from ..kernels.gradient_sketch import largest_rank, sketch_numel
 from ..kernels.sketch import row_bytes
-from .manifest import NOT_WHOLE, Manifest, SketchSpec
+from .manifest import Manifest, SketchSpec
 from .model.families import skeleton
 from .model.init import expert_shape
 
@@ -107,6 +107,6 @@ def within_budget(manifest: Manifest, budget_bytes: int) -> Manifest:
         manifest.sketch,
         traffic_of(manifest),
         budget_bytes=budget_bytes,
-        gradients=manifest.standin.kind not in NOT_WHOLE,
+        gradients=manifest.standin.whole,
     )
     return msgspec.structs.replace(manifest, sketch=spec)

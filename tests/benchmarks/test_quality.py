@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from shoal.benchmarks.quality import METHODS, Comparison, Method
-from shoal.node.manifest import Manifest, ManifestError
+from shoal.node.manifest import Manifest
+from shoal.node.manifest_errors import ManifestError
 from shoal.node.model.presets import preset
 
 

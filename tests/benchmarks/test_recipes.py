@@ -12,7 +12,7 @@ import pytest
 import torch
 from shoal.benchmarks.recipes import RECIPES, held_out, loads, manifest_of, train, weights_of
 from shoal.node.evaluate import heldout_loss
-from shoal.node.manifest import ManifestError
+from shoal.node.manifest_errors import ManifestError
 from shoal.node.model.build import build_model
 from shoal.node.model.init import expert_shape
 

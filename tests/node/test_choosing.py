@@ -11,7 +11,8 @@ import torch
 from shoal.kernels.bases import Bases
 from shoal.kernels.standin import Form, Menu, StandIn
 from shoal.node.composer import Composer
-from shoal.node.manifest import ManifestError, StandInSpec, canonical_bytes
+from shoal.node.manifest import StandInSpec, canonical_bytes
+from shoal.node.manifest_errors import ManifestError
 from shoal.node.standin_menu import menu_of
 from tiny import HIDDEN, LAYERS, SLOTS, WIDTH, composer_of, manifest_of, train
 
