@@ -1,7 +1,8 @@
 """`./dev bench surrogates`: what each kind of stand-in costs in loss, offline, on one trained model.
 
 A lone composer trains a model with all of its experts. Then three quarters of them, the same in every layer, run as
-stand-ins that were made after the training, of one kind at a time, and the held-out loss is taken. Last, one expert of
+stand-ins that were made after the training, of one kind at a time or of kinds that the node chooses within budgets, and
+the held-out loss is taken. Last, one expert of
 one layer at a time is replaced, to see what predicts the loss that it costs: the error of its weights, its fidelity, or
 the part of the block's output that goes wrong. With `--upcycled` the model goes on from copies of a dense one's layers.
 
@@ -20,27 +21,32 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..kernels.experts import OwnedExpert, run_expert
-from ..kernels.interface import float_weights, output_fidelity
+from ..kernels.bases import Bases, common_bases
+from ..kernels.experts import OwnedExpert
+from ..kernels.interface import float_weights
 from ..kernels.lowbit import LowbitStandIn
 from ..kernels.narrow import NarrowPublisher, NarrowStandIn
 from ..kernels.replay import ReplayBuffer
+from ..kernels.shared import SharedStandIn
+from ..kernels.standin import Form as StandInForm
 from ..kernels.standin import StandIn
 from ..kernels.ternary_standin import TernaryStandIn
 from ..node.composer import Composer
 from ..node.data import Batches, load_corpus
-from ..node.evaluate import HELDOUT_SEED, heldout_loss
+from ..node.evaluate import HELDOUT_SEED
 from ..node.manifest import Manifest, with_settings
 from ..node.model.build import MoEModel
 from ..node.model.init import expert_shape
 from ..node.model.presets import preset
+from ..node.seed.split import NEAR
+from ..node.standin_choice import Option, choose
 from ..node.upcycling.form import Form
+from .probe import Probe, Rows
 from .upcycling import RECIPE, Study
 
 KEPT = 4  # one slot in so many stays exact
-Rows = tuple[Tensor, Tensor]
+BUDGETS = ((0.5625, 1.0), (0.4, 1.0), (0.5625, 0.5), (1.0, 0.25), (2.0, 0.5))  # bytes a weight, part of the FLOPs
 Make = Callable[[int, OwnedExpert, "Rows"], StandIn]  # layer, expert, its routed rows
 
 
@@ -52,7 +58,7 @@ class Outcome:
     loss: float  # nats per token
     fidelity: float  # 1 - ||E(x) - S(x)|| / ||E(x)|| on held-out routed rows
     nbytes: float  # of a stand-in's state
-    flops: float  # over the expert's own
+    flops: float  # over the experts' own, for the tokens that are routed to them
 
 
 @dataclass(frozen=True)
@@ -64,80 +70,6 @@ class Single:
     weight_error: float  # ||W - W'|| / ||W||
     infidelity: float  # 1 - fidelity
     output_error: float  # gate-weighted squared error per token of the corpus, over the block's routed output
-
-
-class Probe:
-    """A trained model, the rows that its experts see, and loss with anything in their place."""
-
-    def __init__(
-        self, model: MoEModel, act: str, batches: Batches, heldout: Tensor, *, rows: int, num_batches: int
-    ) -> None:
-        """
-        Args:
-            model: owns every slot.
-            act: its experts' activation.
-            batches: text that rows are taken from.
-            heldout: (N, S) windows.
-            rows: kept for each expert.
-            num_batches: to run for them.
-        """
-        self.model, self.act, self._heldout = model, act, heldout
-        hidden = model.expert_shapes[1][0]
-        self._buffers = {key: ReplayBuffer(rows, hidden) for key in self._keys()}
-        self._seen = dict.fromkeys(self._keys(), 0)
-        model.set_tap(self._observe)
-        with torch.no_grad():
-            for _ in range(num_batches):
-                model(batches.next())
-        model.set_tap(None)
-        self.exact = self.loss()
-
-    def _keys(self) -> list[tuple[int, int]]:
-        return [(layer, slot) for layer in range(len(self.model.shards)) for slot in range(self.model.num_slots)]
-
-    def _observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
-        self._buffers[layer, slot].add(x_ND, gate_N)
-        self._seen[layer, slot] += len(x_ND)
-
-    def fitting(self, layer: int, slot: int) -> Rows:
-        """Rows to make a stand-in from."""
-        return self._buffers[layer, slot].fitting_rows()
-
-    def fidelity(self, layer: int, slot: int, standin: StandIn) -> float:
-        """On rows that nothing was fitted to."""
-        expert = self.model.shards[layer].expert(slot)
-        return output_fidelity(expert, standin, *self._buffers[layer, slot].held_out_rows(), self.act)
-
-    def loss(self) -> float:
-        """Held-out nats per token of the model as it is now."""
-        return heldout_loss(self.model, self._heldout)
-
-    def loss_with(self, standins: dict[tuple[int, int], StandIn]) -> float:
-        """The same with `standins` by (layer, slot) in the place of experts, which come back afterwards."""
-        kept = {}
-        for (layer, slot), standin in standins.items():
-            kept[layer, slot] = [m.detach().clone() for m in float_weights(self.model.shards[layer].expert(slot))]
-            self.model.shards[layer].release(slot, standin)
-        try:
-            return self.loss()
-        finally:
-            for (layer, slot), weights in kept.items():
-                self.model.shards[layer].adopt(slot, *weights)
-
-    def output_error(self, layer: int, slot: int, standin: StandIn) -> float:
-        """Squared error that the stand-in adds to its block's routed output, per token, over that output's own."""
-        total = sum(self._energy(layer, each, None) for each in range(self.model.num_slots))
-        return self._energy(layer, slot, standin) / total if total else 0.0
-
-    @torch.no_grad()
-    def _energy(self, layer: int, slot: int, standin: StandIn | None) -> float:
-        x_ND, gate_N = self._buffers[layer, slot].held_out_rows()
-        if not len(x_ND):
-            return 0.0
-        y_ND = run_expert(x_ND, *float_weights(self.model.shards[layer].expert(slot)), self.act)
-        if standin is not None:
-            y_ND = y_ND - run_expert(x_ND, *standin.dense(), self.act)
-        return float((y_ND * gate_N.unsqueeze(1)).square().sum(1).mean()) * self._seen[layer, slot]
 
 
 def nothing(layer: int, expert: OwnedExpert, rows: Rows) -> StandIn:
@@ -174,58 +106,93 @@ def narrow(part: int, fit_steps: int, act: str) -> Make:
     return make
 
 
-def shared_base(model: MoEModel, rank: int) -> Make:
-    """The mean of the layer's experts, which one copy serves for all, plus the best rank-`rank` correction of each."""
+def shared(model: MoEModel, rank: int) -> Make:
+    """Corrections of what experts have in common: of their groups' means where they are variants of a few, else of the
+    mean of the layer's."""
     bases = []
     for shard in model.shards:
         weights = [float_weights(shard.expert(slot)) for slot in range(model.num_slots)]
-        bases.append([torch.stack(matrices).mean(0) for matrices in zip(*weights, strict=True)])
-
-    def make(layer: int, expert: OwnedExpert, rows: Rows) -> StandIn:
-        near = []
-        for matrix, base in zip(float_weights(expert), bases[layer], strict=True):
-            u, s, v = torch.linalg.svd(matrix - base, full_matrices=False)
-            near.append(base + (u[:, :rank] * s[:rank]) @ v[:rank])
-        return NarrowStandIn(dict(zip(("gate_up", "down"), near, strict=True)))
-
-    return make
+        groups = common_bases(weights, NEAR)
+        mean = [torch.stack(matrices).mean(0) for matrices in zip(*weights, strict=True)]
+        bases.append(Bases(groups if 2 * len(groups) <= len(weights) else [(mean[0], mean[1])]))
+    return lambda layer, expert, rows: SharedStandIn.near(*float_weights(expert), rank, bases[layer])
 
 
-def kinds(model: MoEModel, fit_steps: int, act: str) -> dict[str, tuple[Make, Callable[[StandIn], float]]]:
-    """How to make each kind, and the bytes that one takes as a run would hold it."""
-    hidden, width = model.expert_shapes[1]
-    table: dict[str, tuple[Make, Callable[[StandIn], float]]] = {"nothing": (nothing, lambda standin: 0.0)}
+def kinds(model: MoEModel, fit_steps: int, act: str) -> dict[str, Make]:
+    """How to make each kind."""
+    table: dict[str, Make] = {"nothing": nothing}
     for part in (16, 8, 4, 2):
-        table[f"narrow f/{part}"] = narrow(part, fit_steps, act), lambda standin: standin.nbytes
-    table["4-bit copy"] = copy_of(LowbitStandIn), lambda standin: standin.nbytes
-    table["ternary copy"] = copy_of(TernaryStandIn), lambda standin: standin.nbytes
-    for rank in (0, 8, 32):
-        numbers = rank * (2 * width + hidden + hidden + width)  # int8 factors of both matrices
-        table[f"layer's mean + rank {rank}"] = shared_base(model, rank), partial(_fixed, numbers)
+        table[f"narrow f/{part}"] = narrow(part, fit_steps, act)
+    table["4-bit copy"] = copy_of(LowbitStandIn)
+    table["ternary copy"] = copy_of(TernaryStandIn)
+    for rank in (8, 32):
+        table[f"shared, rank {rank}"] = shared(model, rank)
     return table
 
 
-def _fixed(nbytes: float, standin: StandIn) -> float:
-    return nbytes
+class Comparison:
+    """Stand-ins in the place of three quarters of the experts."""
+
+    def __init__(self, probe: Probe, fit_steps: int) -> None:
+        self._probe = probe
+        self._width = probe.model.expert_shapes[1][1]
+        replaced = [slot for slot in range(probe.model.num_slots) if slot % KEPT]
+        layers = list(enumerate(probe.model.shards))
+        self._made = {
+            name: {
+                (layer, slot): make(layer, shard.expert(slot), probe.fitting(layer, slot))
+                for layer, shard in layers
+                for slot in replaced
+            }
+            for name, make in kinds(probe.model, fit_steps, probe.act).items()
+        }
+
+    def uniform(self, name: str) -> Outcome:
+        """One kind for all."""
+        return self._outcome(name, dict.fromkeys(self._made[name], name))
+
+    def chosen(self, nbytes: float, flops: float) -> Outcome:
+        """For each expert what the node's choice is, within so many bytes a weight and such a part of the FLOPs."""
+        places = list(self._made["nothing"])
+        options = []
+        for layer, slot in places:
+            seen = self._probe.seen(layer, slot)
+            options.append([
+                Option(
+                    StandInForm(name), self._made[name][layer, slot].nbytes, seen * self._made[name][layer, slot].width,
+                    self._probe.squared_error(layer, slot, self._made[name][layer, slot]),
+                )
+                for name in self._made
+                if name != "nothing"
+            ])  # fmt: skip
+        weights = 3 * self._width * self._probe.model.expert_shapes[1][0]
+        everything = sum(self._probe.seen(*place) for place in places) * self._width
+        found = choose(options, nbytes=nbytes * weights * len(places), flops=flops * everything)
+        kinds_of = {place: each[n].form.kind for place, each, n in zip(places, options, found, strict=True)}
+        return self._outcome(f"chosen: {nbytes:g} bytes a weight, {flops:.0%} of FLOPs", kinds_of)
+
+    def _outcome(self, name: str, kinds_of: dict[tuple[int, int], str]) -> Outcome:
+        standins = {place: self._made[kind][place] for place, kind in kinds_of.items()}
+        probe, count = self._probe, len(standins)
+        seen = sum(probe.seen(*place) for place in standins)
+        work = sum(s.width * probe.seen(*place) for place, s in standins.items() if kinds_of[place] != "nothing")
+        size = sum(s.nbytes for place, s in standins.items() if kinds_of[place] != "nothing")
+        fidelity = sum(probe.fidelity(*place, standin) for place, standin in standins.items()) / count
+        return Outcome(name, probe.loss_with(standins), fidelity, size / count, work / (seen * self._width))
 
 
 def compare(probe: Probe, fit_steps: int, report: Callable[[str], None]) -> list[Outcome]:
-    """Every kind in the place of three quarters of the experts."""
-    replaced = [slot for slot in range(probe.model.num_slots) if slot % KEPT]
-    width = probe.model.expert_shapes[1][1]
+    """Every kind for all, then kinds that are chosen within budgets."""
+    comparison = Comparison(probe, fit_steps)
     outcomes = [Outcome("experts themselves", probe.exact, 1.0, 0.0, 1.0)]
-    for name, (make, nbytes) in kinds(probe.model, fit_steps, probe.act).items():
-        standins = {
-            (layer, slot): make(layer, shard.expert(slot), probe.fitting(layer, slot))
-            for layer, shard in enumerate(probe.model.shards)
-            for slot in replaced
-        }
-        count = len(standins)
-        fidelity = sum(probe.fidelity(*key, standin) for key, standin in standins.items()) / count
-        flops = 0.0 if name == "nothing" else sum(s.width for s in standins.values()) / (count * width)
-        size = sum(nbytes(standin) for standin in standins.values()) / count
-        outcomes.append(Outcome(name, probe.loss_with(standins), fidelity, size, flops))
-        report(f"{name}: {outcomes[-1].loss:.4f} nats per token, fidelity {fidelity:.3f}")
+    runs: list[Callable[[], Outcome]] = [
+        *(partial(comparison.uniform, name) for name in kinds(probe.model, fit_steps, probe.act)),
+        *(partial(comparison.chosen, *budgets) for budgets in BUDGETS),
+    ]
+    for run in runs:
+        outcome = run()
+        outcomes.append(outcome)
+        report(f"{outcome.kind}: {outcome.loss:.4f} nats per token, fidelity {outcome.fidelity:.3f}")
     return outcomes
 
 
@@ -237,7 +204,7 @@ def one_by_one(probe: Probe, fit_steps: int, slots: Sequence[int]) -> list[Singl
         for layer, shard in enumerate(probe.model.shards):
             for slot in slots:
                 expert = shard.expert(slot)
-                standin = table[name][0](layer, expert, probe.fitting(layer, slot))
+                standin = table[name](layer, expert, probe.fitting(layer, slot))
                 singles.append(
                     Single(
                         name,

@@ -62,7 +62,11 @@ class Checkpoint:
         digests = [write_part(folder, self.tokenizer), write_part(folder, save(backbone))]
         num_slots = self.blocks[0].num_experts
         bases = self._bases(standin)
-        menu = menu_of(standin, self.blocks[0].hidden, self.blocks[0].width, Bases.from_bytes(*bases))
+        try:
+            menu = menu_of(standin, self.blocks[0].hidden, self.blocks[0].width, Bases.from_bytes(*bases))
+        except ValueError as error:
+            fix = "raise standin.bytes_per_weight or standin.flops_fraction"
+            raise ConfigError(f"stand-ins cannot be chosen: {error}", fix=fix) from error
         for slot in range(num_slots):
             tensors, standins = {}, []
             for layer, block in enumerate(self.blocks):
