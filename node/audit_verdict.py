@@ -38,9 +38,7 @@ ROUNDING = 1e-6  # of a float32 weight
 RATE_ERROR = 1e-6  # relative
 STEP_FACTOR, STEP_SLACK = 1.25, 200  # composers tell their steps every few seconds
 MIN_ROWS = 32  # fidelity on fewer tells little
-COPIES = frozenset(
-    {"lowbit", "ternary", "shared"}
-)  # stand-ins that do an expert's work on any rows, not just on routed ones
+COPIES = frozenset({"lowbit", "ternary", "shared"})  # kinds that do an expert's work on any rows, not routed ones only
 
 
 @dataclass(frozen=True, kw_only=True)

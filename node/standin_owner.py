@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels.experts import OwnedExpert
 from ..kernels.interface import take
+from ..kernels.replay import ReplayBuffer
 from ..kernels.standin import Form, Menu, Publisher, StandIn, make_publisher, standin_of
 from .choosing import Chooser, Place
 from .logs import get_logger
@@ -131,8 +132,13 @@ class StandInOwner(ABC):
             refit_learning_rate=spec.refit_learning_rate,
             act=self.shape.act,
             generator=torch.Generator().manual_seed(self._fit_seed * 1_000_003 + slot * 1009 + position),
-            replay=None if old is None else old.replay,
+            replay=self._replay() if old is None else old.replay,
         )
+
+    def _replay(self) -> ReplayBuffer | None:
+        """Of a new publisher: where forms are chosen, rows for any of them; else what its kind needs."""
+        spec = self.manifest.standin
+        return ReplayBuffer(spec.replay_rows, self.shape.hidden) if spec.kind == "chosen" else None
 
     def _begin_publishing(self, slot: int, publishers: list[Publisher]) -> None:
         self.publishers[slot] = publishers
