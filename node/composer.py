@@ -141,7 +141,11 @@ class Composer(ExpertOwner):
         return self.step < self.train.steps
 
     def train_step(self) -> StepReport:
-        """One inner step: forward, backward, clip, AdamW."""
+        """One inner step, or as many as an island takes between two merges."""
+        return self.inner_step() if self.island is None else self.island.train_step(self)
+
+    def inner_step(self) -> StepReport:
+        """One: forward, backward, clip, AdamW."""
         self.compute()
         if self.on_computed is not None:
             self.on_computed(self)
@@ -149,12 +153,16 @@ class Composer(ExpertOwner):
 
     def compute(self) -> None:
         """The first half of a step: forward and backward. What it learned about others' experts is in `collector`."""
-        observing = self.manifest.standin.kind == "narrow" or self.step % LOWBIT_OBSERVE_EVERY == 0
-        self.model.set_tap(self._observe if observing else None)
+        self.model.set_tap(self.observe if self.observing else None)
         began = time.perf_counter()
         computed = (self.island.compute(self) if self.island is not None else None) or self._compute_alone()
         self.last_counts = computed.counts
         self._computed = computed, time.perf_counter() - began
+
+    @property
+    def observing(self) -> bool:
+        """Whether stand-ins are shown the rows of the next step."""
+        return self.manifest.standin.kind == "narrow" or self.step % LOWBIT_OBSERVE_EVERY == 0
 
     def _compute_alone(self) -> Computed:
         batch = self.next_batch().to(self.device)
@@ -201,7 +209,8 @@ class Composer(ExpertOwner):
             biases, rate = self.model.selection_biases, self.train.bias_rate
             balance_biases(biases, self.last_counts, rate, swarm_counts_LE=self.swarm_counts)
 
-    def _observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
+    def observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
+        """Show an owned slot's stand-in rows that were routed to it; the shard's `OwnedRowsTap`."""
         self.publishers[slot][layer].observe(x_ND, gate_N)
 
     # -- experts: see ExpertOwner ----------------------------------------------------------------------------------

@@ -113,9 +113,9 @@ class ComposerPeer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         if self.config.island > 1:
-            from .island.leader import island_of
+            from .island.forms import island_of
 
-            self.island = island_of(self.config, device)
+            self.island = island_of(self.config, self.facts.manifest, device)
             torch.set_num_threads(self.island.threads)
         self.state.enter(Phase.SYNCING, "building the model")
         assert library.handle_key is not None

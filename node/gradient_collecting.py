@@ -66,7 +66,7 @@ class GradientCollector:
         self._projections: dict[torch.device, Projections] = {}
         self._sketchers: dict[tuple[int, int], GradientSketcher] = {}  # by slot and layer
 
-    def begin_step(self, tokens: int) -> None:
+    def begin_step(self, tokens: int, batches: int = 1) -> None:
         """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
         self._of_step = tokens
         self.tokens += tokens

@@ -48,9 +48,9 @@ class StepRows:
         self._raw.append((layer, slot, x, dy, a, dh))
 
 
-def give(collector: Collector, parts: Sequence[Raw | Encoded], tokens: int, device: torch.device) -> None:
-    """Tell a composer's collector of a step of `tokens` tokens, and what each process has found in it."""
-    collector.begin_step(tokens)
+def give(collector: Collector, parts: Sequence[Raw | Encoded], tokens: int, batches: int, device: torch.device) -> None:
+    """Tell a composer's collector of a step of `tokens` tokens in `batches`, and what each process has found in it."""
+    collector.begin_step(tokens, batches)
     for part in parts:
         if isinstance(part, dict):
             assert isinstance(collector, SketchCollector)
