@@ -130,6 +130,10 @@ class PeerConfig:
     island_form: Annotated[IslandForm, Parameter(group=LOCAL)] = "data"
     """What each of them computes: a batch of its own in every step (`data`), or some of the layers (`pipeline`)."""
 
+    island_every: Annotated[int, Parameter(group=LOCAL)] = 1
+    """Steps that processes with batches of their own take before they merge: with 1, gradients in every step; with
+    more, each has an optimizer, and weights are averaged."""
+
     checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
     """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""
 
@@ -198,6 +202,11 @@ class PeerConfig:
             self.island == 1 or self.role == "composer", "island", self, "leave it out: only composers have islands"
         )
         _require(self.island > 1 or self.island_form == "data", "island_form", self, "give --island 2 or more with it")
+        _require(1 <= self.island_every <= 1000, "island_every", self, "give steps, from 1 to 1000")
+        _require(
+            self.island_every == 1 or (self.island > 1 and self.island_form == "data"),
+            "island_every", self, "leave it out: only processes with batches of their own can merge less often",
+        )  # fmt: skip
         if self.role == "worker":
             _require(self.own != "none", "own", self, "leave it out: a worker that owns no experts has nothing to do")
             _require(self.max_slots != 0, "max_slots", self, "give at least 1: a worker is there to own experts")

@@ -63,7 +63,7 @@ class Exchange(Publishing[Composer]):
 
     def after_step(self, composer: Composer) -> None:
         """Publish what is due."""
-        if composer.step % self._links.manifest.standin.publish_every:
+        if not composer.came_round(self._links.manifest.standin.publish_every):
             return
         self.publish(composer)
         if composer.last_counts is not None:

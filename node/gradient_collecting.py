@@ -72,6 +72,11 @@ class GradientCollector:
         self.tokens += tokens
         self.steps += 1
 
+    def also(self, tokens: int) -> None:
+        """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
+        self._of_step = tokens
+        self.tokens += tokens
+
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. dy and dh are of the mean loss."""
         sketcher = self._sketchers.get((slot, layer))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ class ExpertOwner(ABC):
         self._fit_seed = fit_seed
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
         self._sums: dict[tuple[int, int], SketchSum] = {}  # by slot and position
+        self.heard_tokens: defaultdict[tuple[int, int], float] = defaultdict(float)  # of sketches
         self.dropped_sketches = 0  # of which what they teach was not finite or absurdly large, ever
         self._fidelity: dict[tuple[int, int], float] = {}  # as last measured
 
@@ -61,6 +63,11 @@ class ExpertOwner(ABC):
     def owned(self) -> set[int]:
         """Slots whose experts are held in full."""
         return set(self.publishers)
+
+    @property
+    def frozen(self) -> Collection[int]:
+        """Owned slots that are not trained now."""
+        return self._frozen
 
     @abstractmethod
     def experts_of(self, slot: int) -> list[OwnedExpert]:
@@ -189,6 +196,7 @@ class ExpertOwner(ABC):
                     continue
                 held = self._settle(slot, position)
                 self._sums.pop((slot, position), None)
+                self.heard_tokens[slot, position] += 0.0 if held is None else held.tokens
                 own = any(weights.grad is not None for weights in expert.trained)
                 if held is not None and held.gradients is not None and (held.rows or own):
                     total = own_tokens + held.tokens

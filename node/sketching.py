@@ -34,6 +34,11 @@ class Collector(Protocol):
         one for each process that has one."""
         ...
 
+    def also(self, tokens: int) -> None:
+        """Another process's batch of `tokens` tokens, with a mean of its own, in a step that has begun; its rows come
+        next."""
+        ...
+
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`."""
         ...
@@ -76,6 +81,10 @@ class SketchCollector:
         self._of_step = tokens
         self._tokens += tokens
         self._steps += batches
+
+    def also(self, tokens: int) -> None:
+        """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
+        self.begin_step(tokens)
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. They are encoded with those of the layer's other experts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -12,10 +13,15 @@ from ..errors import ConfigError
 from ..manifest import Manifest
 from ..model.stages import spans
 from .leader import Island
+from .learners import LearnerReplica, Learners
 from .merging import DataParallel, DataReplica
-from .orders import Setup
+from .orders import Form, Setup
 from .pipeline import Pipeline, StageReplica
 from .replica import Replica
+
+REPLICAS: dict[Form, Callable[[Setup], Replica]] = {
+    "data": DataReplica, "learners": LearnerReplica, "pipeline": StageReplica
+}  # fmt: skip
 
 
 def island_of(config: PeerConfig, manifest: Manifest, device: torch.device) -> Island:
@@ -31,6 +37,8 @@ def island_of(config: PeerConfig, manifest: Manifest, device: torch.device) -> I
     cores = config.threads or len(os.sched_getaffinity(0))
     threads = max(1, cores // size)
     if config.island_form == "data":
+        if config.island_every > 1:
+            return Learners(size, devices, threads, every=config.island_every)
         return DataParallel(size, devices, threads)
     try:
         return Pipeline(size, devices, threads, spans=spans(manifest.model, size))
@@ -42,4 +50,4 @@ def island_of(config: PeerConfig, manifest: Manifest, device: torch.device) -> I
 
 def replica_of(setup: Setup) -> Replica:
     """A member's side of it."""
-    return DataReplica(setup) if setup.form == "data" else StageReplica(setup)
+    return REPLICAS[setup.form](setup)

@@ -12,18 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.experts import OwnedExpert
-from ..config import IslandForm
 from ..logs import get_logger
 from ..way_in import free_port
 from .meeting import meet
-from .orders import Setup, Slot, send
+from .orders import Form, Setup, Slot, receive, send
 
 if TYPE_CHECKING:
     from ..composer import Composer, Computed, StepReport
@@ -53,7 +52,8 @@ class Island(ABC):
         threads: cores for each.
     """
 
-    form: ClassVar[IslandForm]
+    form: ClassVar[Form]
+    patience = 1  # steps that a member may take until it answers
 
     def __init__(
         self, size: int, devices: Sequence[str], threads: int, *, timeout_seconds: float = TIMEOUT_SECONDS
@@ -152,6 +152,12 @@ class Island(ABC):
         if member.process.poll() is not None:
             raise ChildProcessError(f"a member has ended with exit code {member.process.returncode}")
         send(member.pipe, order)
+
+    def hear(self, member: Member) -> Any:
+        """Its answer. EOFError or OSError if it is gone, or does not come."""
+        if not member.pipe.poll(self._timeout_seconds * self.patience):
+            raise TimeoutError("a member does not answer")
+        return receive(member.pipe)
 
     def changed(self, composer: Composer) -> dict[int, Slot]:
         """What members do not know yet, and know from now on."""

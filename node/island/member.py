@@ -27,12 +27,9 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
     replica = replica_of(setup)
     meet(setup.rank, setup.size, setup.port, device, setup.timeout_seconds)
-    replica.joined()
     try:
         while True:
-            answer = replica.step(receive(pipe))
-            if answer is not None:
-                send(pipe, answer)
+            replica.step(receive(pipe), answer=lambda message: send(pipe, message))
     except (EOFError, OSError, RuntimeError):
         return  # the leader has ended, or has given this island up
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..composer import Computed
 from ..model.build import MoEModel, build_model
 from .leader import Island
-from .orders import Setup, Step, packed_gradients, receive, unpack_gradients
-from .replica import Replica, experts_in, fill, flat, numel
-from .rows import Encoded, Raw, StepRows, give, wanted_by
+from .orders import Setup, Step, packed_gradients, unpack_gradients
+from .replica import Answer, Replica, experts_in, fill, flat, numel
+from .rows import StepRows, give, wanted_by
 
 if TYPE_CHECKING:
     from ..composer import Composer
@@ -59,7 +59,7 @@ class DataParallel(Island):
             parameter.grad = None
         loss = unpack_gradients(parameters, summed)
         if collector is not None:
-            parts = [rows.take(), *(receive(member.pipe) for member in self.members)]
+            parts = [rows.take(), *(self.hear(member) for member in self.members)]
             give(collector, parts, tokens, self.size, composer.device)  # nothing can fail from here on
         return Computed(loss.item(), tokens, losses.counts.cpu(), self.size)
 
@@ -71,7 +71,7 @@ class DataReplica(Replica):
         manifest = setup.manifest
         super().__init__(setup, build_model(manifest.model, owned=(), standin=manifest.standin, expert=setup.mode))
 
-    def step(self, order: Step) -> Raw | Encoded | None:
+    def step(self, order: Step, answer: Answer) -> None:
         self.change(order.slots)
         parameters = trained_of(self.model, self.owned)
         weights = torch.empty(numel(parameters), device=self.device)
@@ -90,4 +90,5 @@ class DataReplica(Replica):
         dist.reduce(packed_gradients(parameters, losses.lm / size), 0)
         for parameter in parameters:
             parameter.grad = None
-        return None if order.rows == "no" else self.rows.take()
+        if order.rows != "no":
+            answer(self.rows.take())

@@ -6,18 +6,19 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.experts import OwnedExpert
 from ...kernels.standin import StandIn
-from ..config import IslandForm
 from ..expert_mode import ExpertMode
 from ..manifest import Manifest
 from ..model.stages import Weighing
 from .rows import Wanted
+
+Form = Literal["data", "learners", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Setup:
 
     manifest: Manifest
     mode: ExpertMode
-    form: IslandForm
+    form: Form
     rank: int
     size: int
     port: int  # of the leader's store, on loopback

@@ -29,8 +29,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from ..composer import Computed
 from ..model.stages import Span, Stage, Weighing, build_stage, spans
 from .leader import Island
-from .orders import Setup, StageStep, packed_gradients, receive, unpack_gradients
-from .replica import Replica, experts_in, fill, flat, numel
+from .orders import Setup, StageStep, packed_gradients, unpack_gradients
+from .replica import Answer, Replica, experts_in, fill, flat, numel
 from .rows import Encoded, Raw, StepRows, give, wanted_by
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Pipeline(Island):
             packed = torch.empty(numel(parameters) + len(parameters) + 1, device=device)
             dist.recv(packed, rank)
             loss += unpack_gradients(parameters, packed).item()
-        answers: list[StageDone] = [receive(member.pipe) for member in self.members]
+        answers: list[StageDone] = [self.hear(member) for member in self.members]
         if collector is not None:  # nothing can fail from here on
             give(collector, [self._rows.take(), *(answer.others for answer in answers)], batch.numel(), 1, device)
         for own in (self._own.take(), *(answer.own for answer in answers)):
@@ -191,7 +191,7 @@ class StageReplica(Replica):
         self._runner = Runner(self._stage, rank, setup.size, self.device)
         self._own = OwnedRows()
 
-    def step(self, order: StageStep) -> StageDone:
+    def step(self, order: StageStep, answer: Answer) -> None:
         self.change(order.slots)
         parameters = trained_of(self._stage, self.owned)
         weights = torch.empty(numel(parameters), device=self.device)
@@ -204,4 +204,4 @@ class StageReplica(Replica):
         dist.send(packed_gradients(parameters, loss), 0)
         for parameter in parameters:
             parameter.grad = None
-        return StageDone(self._stage.counts_LE.cpu(), self.rows.take(), self._own.take())
+        answer(StageDone(self._stage.counts_LE.cpu(), self.rows.take(), self._own.take()))

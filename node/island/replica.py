@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from ..model.build import MoEModel
 from ..model.shard import ExpertShard
 from .orders import Setup, Slot
 from .rows import StepRows
+
+Answer = Callable[[object], None]  # puts a message into the leader's pipe; may wait until the leader takes it
 
 
 class Replica(ABC):
@@ -30,13 +32,9 @@ class Replica(ABC):
         self.owned: set[int] = set()
         self.rows = StepRows(setup.manifest, setup.rank)
 
-    def joined(self) -> None:
-        """All processes have met."""
-        return
-
     @abstractmethod
-    def step(self, order: Any) -> Any:
-        """Take part in what the leader has ordered. Returns the answer for its pipe; None sends nothing."""
+    def step(self, order: Any, answer: Answer) -> None:
+        """Take part in what the leader has ordered."""
 
     def change(self, slots: Mapping[int, Slot]) -> None:
         """Take in what is another slot from now on."""
