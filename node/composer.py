@@ -69,6 +69,7 @@ class Computed(NamedTuple):
     tokens: int
     counts: Tensor  # (L, E) int64 on the CPU, pairs routed to each expert
     processes: int = 1
+    batches: int = 1  # of the run's size
 
 
 class Entry(NamedTuple):
@@ -119,6 +120,7 @@ class Composer(ExpertOwner):
         self.tokens = 0
         self.swarm_counts: Tensor | None = None  # (L, E) routed tokens of the other composers, newest known
         self.last_counts: Tensor | None = None  # (L, E) of this composer's last step
+        self.last_batches = 1  # that these are of
         self.collector: Collector | None = None  # hears of rows for experts that others own; None sends no sketches
         self.on_computed: Callable[[Composer], None] | None = None  # called between the halves of each step
         self._computed: tuple[Computed, float] | None = None  # and the seconds that it took
@@ -164,7 +166,7 @@ class Composer(ExpertOwner):
         self.model.set_tap(self.observe if self.observing else None)
         began = time.perf_counter()
         computed = (self.island.compute(self) if self.island is not None else None) or self.compute_alone()
-        self.last_counts = computed.counts
+        self.last_counts, self.last_batches = computed.counts, computed.batches
         self._computed = computed, time.perf_counter() - began
 
     @property
@@ -195,7 +197,7 @@ class Composer(ExpertOwner):
     def apply(self) -> StepReport:
         """The second half: take in the sketches that have come, clip, AdamW."""
         assert self._computed is not None
-        (loss, tokens, _, processes), seconds = self._computed
+        (loss, tokens, _, processes, _), seconds = self._computed
         self._computed = None
         middle = time.perf_counter()
         self._set_gradients(tokens, self.owned)

@@ -61,7 +61,7 @@ class DataParallel(Island):
         if collector is not None:
             parts = [rows.take(), *(self.hear(member) for member in self.members)]
             give(collector, parts, tokens, self.size, composer.device)  # nothing can fail from here on
-        return Computed(loss.item(), tokens, losses.counts.cpu(), self.size)
+        return Computed(loss.item(), tokens, losses.counts.cpu(), self.size, batches=self.size)
 
 
 class DataReplica(Replica):
