@@ -1,9 +1,10 @@
 """`./dev bench island`: the forms of an island side by side: speed, bytes moved inside, memory, and held-out loss.
 
 Each way trains one composer that owns every expert, alone in its run, on as many tokens as the others, in processes of
-its own: one thread each. Ways take turns, `--rounds` times. Bytes are what all processes of the island write, by the
-kernel's count (`/proc/PID/io`): to each other, for nothing else is written. Memory is the largest resident set of each
-process in the steps that are measured, libraries included; so is, once, that of a process that has only imported them.
+its own: one thread each. Ways take turns, `--rounds` times. On a machine that others use too, the CPU's seconds say
+more than the clock's. Bytes are what all processes of the island write, by the kernel's count (`/proc/PID/io`): to each
+other, for nothing else is written. Memory is the largest resident set of each process in the steps that are measured,
+libraries included; what these take alone is said below.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ class Measured:
     way: str
     processes: int
     tokens_per_second: float
+    cpu_seconds_per_token: float  # of all processes
     bytes_per_token: float  # moved inside the island
     library_bytes: int  # resident before there is a model
     leader_bytes: int  # resident at most
@@ -79,6 +82,11 @@ class Processes:
         """Bytes, the leader's first."""
         return [_status(process, "VmHWM") for process in self._ids]
 
+    def cpu_seconds(self) -> float:
+        """That they ever computed."""
+        times = [psutil.Process(process).cpu_times() for process in self._ids]
+        return float(sum(time.user + time.system for time in times))
+
     def written(self) -> int:
         """Bytes that they ever wrote, to whatever."""
         lines = [line for process in self._ids for line in Path(f"/proc/{process}/io").read_text().splitlines()]
@@ -107,20 +115,21 @@ def measure(way: str, manifest: Manifest, island: Island | None, tokens: int) ->
             composer.train_step()
         processes = Processes(composer)
         processes.forget_peaks()
-        written, before, began = processes.written(), composer.tokens, time.perf_counter()
+        written, computed, before = processes.written(), processes.cpu_seconds(), composer.tokens
+        began = time.perf_counter()
         while composer.has_work():
             report = composer.train_step()
             if island is not None and report.processes < island.size:
                 raise RuntimeError(f"{way}: the island broke")
         seconds, learned = time.perf_counter() - began, composer.tokens - before
         leader, *members = processes.peaks()
-        moved = processes.written() - written
+        moved, computed = processes.written() - written, processes.cpu_seconds() - computed
     finally:
         if island is not None:
             island.close()
     return Measured(
-        way, 1 + len(members), learned / seconds, moved / learned if members else 0.0, libraries, leader,
-        max(members, default=0), heldout_loss(composer.model, heldout),
+        way, 1 + len(members), learned / seconds, computed / learned, moved / learned if members else 0.0, libraries,
+        leader, max(members, default=0), heldout_loss(composer.model, heldout),
     )  # fmt: skip
 
 
@@ -129,8 +138,9 @@ def markdown(measured: list[Measured]) -> str:
     names = list(dict.fromkeys(m.way for m in measured))
     of = {name: [m for m in measured if m.way == name] for name in names}
     lines = [
-        "| | tokens/s | ratio | bytes moved a token | leader, MiB | largest member, MiB | nats per byte |",
-        "|---|---|---|---|---|---|---|",
+        "| | tokens/s | ratio | CPU ms a token | bytes moved a token | leader, MiB | largest member, MiB "
+        "| nats per byte |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
         runs = of[name]
@@ -142,7 +152,9 @@ def markdown(measured: list[Measured]) -> str:
         )
         lines.append(
             f"| {name} | {statistics.median(run.tokens_per_second for run in runs):,.0f} "
-            f"| {statistics.median(ratios):.2f} | {statistics.median(run.bytes_per_token for run in runs):,.0f} "
+            f"| {statistics.median(ratios):.2f} "
+            f"| {1e3 * statistics.median(run.cpu_seconds_per_token for run in runs):.2f} "
+            f"| {statistics.median(run.bytes_per_token for run in runs):,.0f} "
             f"| {leader:,.0f} | {f'{member:,.0f}' if member else ''} "
             f"| {statistics.median(run.loss for run in runs):.4f} |"
         )
