@@ -36,7 +36,8 @@ from .rows import Encoded, Raw, StepRows, give, wanted_by
 if TYPE_CHECKING:
     from ..composer import Composer
 
-MICROBATCHES_A_STAGE = 4  # at most: of 2 stages, each then waits for a ninth of the time
+# At most. Of 2 stages each then waits for a fifth of the time; every microbatch unpacks all stand-ins anew.
+MICROBATCHES_A_STAGE = 2
 
 
 def microbatches(sequences: int, stages: int, capacity_factor: float) -> int:
