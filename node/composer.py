@@ -14,7 +14,6 @@ average arrives, local becomes new_common + (local_now - local_sent), so nothing
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from .model.balance import balance_biases
 from .model.build import Losses, SumCounts, build_model
 from .model.cut import backbone_fragments
 from .model.start import Start
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, take_step
 from .owning import ExpertOwner
 from .sketching import Collector
 from .slot_formats import experts_like
@@ -52,14 +51,15 @@ LOWBIT_OBSERVE_EVERY = 4
 
 @dataclass(frozen=True)
 class StepReport:
-    """One inner step: mean loss over its tokens (nats per token), tokens seen, and seconds by phase."""
+    """One inner step, or some: mean loss over their tokens (nats per token), tokens seen, and seconds by phase."""
 
     loss: float
     tokens: int
     forward_backward_seconds: float
     optimizer_seconds: float
     processes: int = 1  # that computed it together
-    skipped: bool = False  # loss or gradients were not finite: nothing was learned from this batch
+    skipped: bool = False  # loss or gradients were not finite: nothing was learned from a batch
+    steps: int = 1
 
 
 class Computed(NamedTuple):
@@ -69,6 +69,7 @@ class Computed(NamedTuple):
     tokens: int
     counts: Tensor  # (L, E) int64 on the CPU, pairs routed to each expert
     processes: int = 1
+    batches: int = 1  # of the run's size
 
 
 class Entry(NamedTuple):
@@ -119,9 +120,11 @@ class Composer(ExpertOwner):
         self.tokens = 0
         self.swarm_counts: Tensor | None = None  # (L, E) routed tokens of the other composers, newest known
         self.last_counts: Tensor | None = None  # (L, E) of this composer's last step
+        self.last_batches = 1  # that these are of
         self.collector: Collector | None = None  # hears of rows for experts that others own; None sends no sketches
         self.on_computed: Callable[[Composer], None] | None = None  # called between the halves of each step
         self._computed: tuple[Computed, float] | None = None  # and the seconds that it took
+        self._taken = 0  # steps in the last `train_step`
         self.island: Island | None = None  # other processes that compute with this one
         self.optimizer = make_optimizer(self.train, self.backbone)
         for slot in sorted(owned):
@@ -142,7 +145,18 @@ class Composer(ExpertOwner):
         return self.step < self.train.steps
 
     def train_step(self) -> StepReport:
-        """One inner step: forward, backward, clip, AdamW."""
+        """One inner step, or as many as an island takes between two merges."""
+        before = self.step
+        report = self.inner_step() if self.island is None else self.island.train_step(self)
+        self._taken = self.step - before
+        return report
+
+    def came_round(self, every: int) -> bool:
+        """Whether a multiple of `every` steps was reached in the last `train_step`."""
+        return self.step // every > (self.step - self._taken) // every
+
+    def inner_step(self) -> StepReport:
+        """One: forward, backward, clip, AdamW."""
         self.compute()
         if self.on_computed is not None:
             self.on_computed(self)
@@ -150,14 +164,19 @@ class Composer(ExpertOwner):
 
     def compute(self) -> None:
         """The first half of a step: forward and backward. What it learned about others' experts is in `collector`."""
-        observing = self.manifest.standin.kind in ("narrow", "chosen") or self.step % LOWBIT_OBSERVE_EVERY == 0
-        self.model.set_tap(self._observe if observing else None)
+        self.model.set_tap(self.observe if self.observing else None)
         began = time.perf_counter()
-        computed = (self.island.compute(self) if self.island is not None else None) or self._compute_alone()
-        self.last_counts = computed.counts
+        computed = (self.island.compute(self) if self.island is not None else None) or self.compute_alone()
+        self.last_counts, self.last_batches = computed.counts, computed.batches
         self._computed = computed, time.perf_counter() - began
 
-    def _compute_alone(self) -> Computed:
+    @property
+    def observing(self) -> bool:
+        """Whether stand-ins are shown the rows of the next step."""
+        return not self.manifest.standin.whole or self.step % LOWBIT_OBSERVE_EVERY == 0
+
+    def compute_alone(self) -> Computed:
+        """Of one batch, by this process."""
         batch = self.next_batch().to(self.device)
         if self.collector is not None:
             self.collector.begin_step(batch.numel())
@@ -179,20 +198,13 @@ class Composer(ExpertOwner):
     def apply(self) -> StepReport:
         """The second half: take in the sketches that have come, clip, AdamW."""
         assert self._computed is not None
-        (loss, tokens, _, processes), seconds = self._computed
+        (loss, tokens, _, processes, _), seconds = self._computed
         self._computed = None
         middle = time.perf_counter()
-        lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self._set_gradients(tokens, self.owned)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.train.grad_clip)
-        sound = math.isfinite(loss) and math.isfinite(norm.item())
-        if sound:  # a bad batch must not poison weights that others merge
-            self.optimizer.step()
+        sound = take_step(self.optimizer, self.learning_rate(), self.train.grad_clip, loss)
+        if sound:
             self._balance()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += tokens
         return StepReport(loss, tokens, seconds, time.perf_counter() - middle, processes, skipped=not sound)
@@ -202,7 +214,8 @@ class Composer(ExpertOwner):
             biases, rate = self.model.selection_biases, self.train.bias_rate
             balance_biases(biases, self.last_counts, rate, swarm_counts_LE=self.swarm_counts)
 
-    def _observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
+    def observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
+        """Show an owned slot's stand-in rows that were routed to it; the shard's `OwnedRowsTap`."""
         self.publishers[slot][layer].observe(x_ND, gate_N)
 
     # -- experts: see ExpertOwner ----------------------------------------------------------------------------------

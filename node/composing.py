@@ -113,9 +113,9 @@ class ComposerPeer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         if self.config.island > 1:
-            from .island.leader import island_of
+            from .island.forms import island_of
 
-            self.island = island_of(self.config, device)
+            self.island = island_of(self.config, self.facts.manifest, device)
             torch.set_num_threads(self.island.threads)
         self.state.enter(Phase.SYNCING, "building the model")
         assert library.handle_key is not None
@@ -321,7 +321,7 @@ class ComposerPeer:
         self.auditor.after_step(composer)
         self.outer.after_step(composer)
         every = self.config.checkpoint_every or CHECKPOINT_EVERY
-        if composer.step % every == 0 and not self.writer.busy:
+        if composer.came_round(every) and not self.writer.busy:
             self.writer.write_soon(*self._checkpoint_of(composer), self.links.loop)
         if report.skipped:
             self.state.count(Count.STEPS_SKIPPED, "not_finite")
@@ -329,6 +329,7 @@ class ComposerPeer:
         self.state.set_processes(report.processes)
         self.state.record_step(
             step=composer.step,
+            steps=report.steps,
             tokens=report.tokens,
             loss=report.loss,
             seconds={

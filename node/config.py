@@ -25,6 +25,7 @@ from .logs import LogFormat, LogLevel
 Role = Literal["composer", "worker", "bootstrap", "observer"]
 Reach = Literal["auto", "direct", "relay"]
 ExpertModeName = Literal["full", "lora", "frozen"]  # see `expert_mode.py`, which needs torch
+IslandForm = Literal["data", "pipeline"]
 PresetName = Literal["tiny", "small", "bench", "standard", "fine-grained"]  # of `model/presets.py`, which needs torch
 
 ENV_PREFIX = "SHOAL_"
@@ -124,7 +125,14 @@ class PeerConfig:
     """Where to train: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
 
     island: Annotated[int, Parameter(group=LOCAL)] = 1
-    """Processes that compute as one composer, each a batch in every step: one for each GPU, or for some cores."""
+    """Processes that compute as one composer: one for each GPU, or for some cores."""
+
+    island_form: Annotated[IslandForm, Parameter(group=LOCAL)] = "data"
+    """What each of them computes: a batch of its own in every step (`data`), or some of the layers (`pipeline`)."""
+
+    island_every: Annotated[int, Parameter(group=LOCAL)] = 1
+    """Steps that processes with batches of their own take before they merge: with 1, gradients in every step; with
+    more, each has an optimizer, and weights are averaged."""
 
     checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
     """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""
@@ -184,7 +192,7 @@ class PeerConfig:
         object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
         for name, choices in (
             ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel), ("own", Literal["share", "none"]),
-            ("reach", Reach), ("expert_mode", ExpertModeName),
+            ("reach", Reach), ("expert_mode", ExpertModeName), ("island_form", IslandForm),
         ):  # fmt: skip
             _require(
                 getattr(self, name) in get_args(choices), name, self, f"choose from {', '.join(get_args(choices))}"
@@ -193,6 +201,12 @@ class PeerConfig:
         _require(
             self.island == 1 or self.role == "composer", "island", self, "leave it out: only composers have islands"
         )
+        _require(self.island > 1 or self.island_form == "data", "island_form", self, "give --island 2 or more with it")
+        _require(1 <= self.island_every <= 1000, "island_every", self, "give steps, from 1 to 1000")
+        _require(
+            self.island_every == 1 or (self.island > 1 and self.island_form == "data"),
+            "island_every", self, "leave it out: only processes with batches of their own can merge less often",
+        )  # fmt: skip
         if self.role == "worker":
             _require(self.own != "none", "own", self, "leave it out: a worker that owns no experts has nothing to do")
             _require(self.max_slots != 0, "max_slots", self, "give at least 1: a worker is there to own experts")

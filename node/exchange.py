@@ -63,12 +63,13 @@ class Exchange(Publishing[Composer]):
 
     def after_step(self, composer: Composer) -> None:
         """Publish what is due."""
-        if composer.step % self._links.manifest.standin.publish_every:
+        if not composer.came_round(self._links.manifest.standin.publish_every):
             return
         self.publish(composer)
         if composer.last_counts is not None:
             composer.swarm_counts = self._counts_of_others(composer.last_counts)
-            counts = tuple(tuple(row) for row in composer.last_counts.tolist())
+            of_a_batch = composer.last_counts // composer.last_batches  # others take no more
+            counts = tuple(tuple(row) for row in of_a_batch.tolist())
             self._links.loop.call_soon_threadsafe(self._tell_counts, ExpertCounts(composer.step, counts))
 
     def _counts_of_others(self, own: Tensor) -> Tensor | None:

@@ -66,11 +66,16 @@ class GradientCollector:
         self._projections: dict[torch.device, Projections] = {}
         self._sketchers: dict[tuple[int, int], GradientSketcher] = {}  # by slot and layer
 
-    def begin_step(self, tokens: int) -> None:
+    def begin_step(self, tokens: int, batches: int = 1) -> None:
         """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
         self._of_step = tokens
         self.tokens += tokens
         self.steps += 1
+
+    def also(self, tokens: int) -> None:
+        """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
+        self._of_step = tokens
+        self.tokens += tokens
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. dy and dh are of the mean loss."""

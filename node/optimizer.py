@@ -38,6 +38,20 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
     return spec.learning_rate * scale
 
 
+def take_step(optimizer: torch.optim.Optimizer, rate: float, max_norm: float, loss: float) -> bool:
+    """Clip the gradients that are set and step by them, unless they or the `loss` are not finite: a bad batch must not
+    poison weights that others merge. No gradients are left. Returns whether it stepped."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    sound = math.isfinite(loss) and math.isfinite(norm.item())
+    if sound:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sound
+
+
 def take_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """A copy of one parameter's optimizer state, by name. Empty before its first step."""
     state = optimizer.state.get(parameter, {})

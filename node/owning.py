@@ -14,6 +14,7 @@ positions are the order of the handles that the slot has under its present lease
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,13 @@ class ExpertOwner(StandInOwner):
         self.recorder = StepRecorder()
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
         self._sums: dict[tuple[int, int], SketchSum] = {}  # by slot and position
+        self.heard_tokens: defaultdict[tuple[int, int], float] = defaultdict(float)  # of sketches
         self.dropped_sketches = 0  # of which what they teach was not finite or absurdly large, ever
+
+    @property
+    def frozen(self) -> Collection[int]:
+        """Owned slots that are not trained now."""
+        return self._frozen
 
     @abstractmethod
     def _hold(self, slot: int, experts: Sequence[OwnedExpert]) -> list[OwnedExpert]:
@@ -169,6 +176,7 @@ class ExpertOwner(StandInOwner):
                     continue
                 held = self._settle(slot, position)
                 self._sums.pop((slot, position), None)
+                self.heard_tokens[slot, position] += 0.0 if held is None else held.tokens
                 own = any(weights.grad is not None for weights in expert.trained)
                 if held is not None and held.gradients is not None and (held.rows or own):
                     total = own_tokens + held.tokens

@@ -29,8 +29,14 @@ MAX_WAITING = 1 << 24  # values of x that wait to be encoded together: 64 MB, an
 class Collector(Protocol):
     """What a composer tells of its steps, whatever becomes of it: rows, or sketches of gradients."""
 
-    def begin_step(self, tokens: int) -> None:
-        """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
+    def begin_step(self, tokens: int, batches: int = 1) -> None:
+        """A forward over `tokens` tokens, of whose losses the mean is taken, comes next; in batches of the usual size,
+        one for each process that has one."""
+        ...
+
+    def also(self, tokens: int) -> None:
+        """Another process's batch of `tokens` tokens, with a mean of its own, in a step that has begun; its rows come
+        next."""
         ...
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
@@ -68,12 +74,17 @@ class SketchCollector:
         self._waiting: list[tuple[int, int, Tensor, Tensor]] = []  # (slot, layer, x, dy), not encoded yet
         self._waiting_rows = 0
 
-    def begin_step(self, tokens: int) -> None:
-        """A forward over `tokens` tokens, of whose losses the mean is taken, comes next."""
+    def begin_step(self, tokens: int, batches: int = 1) -> None:
+        """A forward over `tokens` tokens, of whose losses the mean is taken, comes next. Every batch counts as a step:
+        owners bound the tokens of one by the batch that the run states."""
         self._encode()  # what a backward pass has left
         self._of_step = tokens
         self._tokens += tokens
-        self._steps += 1
+        self._steps += batches
+
+    def also(self, tokens: int) -> None:
+        """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
+        self.begin_step(tokens)
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. They are encoded with those of the layer's other experts."""

@@ -197,9 +197,9 @@ class PeerState:
             self._step = step
 
     def record_step(
-        self, *, step: int, tokens: int, loss: float, seconds: Mapping[StepPart, float], rows: int = 0
+        self, *, step: int, tokens: int, loss: float, seconds: Mapping[StepPart, float], rows: int = 0, steps: int = 1
     ) -> None:
-        """One inner step is done.
+        """One inner step is done, or `steps` between which nothing else could be.
 
         Args:
             step: its number in the run, counting from 1.
@@ -212,7 +212,7 @@ class PeerState:
             now = self._clock()
             self._beat = now
             self._step = step
-            self._steps_done += 1
+            self._steps_done += steps
             self._tokens += tokens
             self._rate.add(now, tokens)
             self._row_rate.add(now, rows)
@@ -220,7 +220,7 @@ class PeerState:
                 self._loss_sum = LOSS_DECAY * self._loss_sum + (1 - LOSS_DECAY) * loss
                 self._loss_weight = LOSS_DECAY * self._loss_weight + (1 - LOSS_DECAY)
             for part, value in seconds.items():
-                self._parts[part].observe(value)
+                self._parts[part].observe(value / steps)
             self._add(Count.BLOCKED_SECONDS, (), seconds.get(StepPart.WAITING, 0.0))
             self._history.push(float(step), self._loss(), self._rate.per_second(now))
 

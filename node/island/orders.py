@@ -6,17 +6,19 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.bases import Bases
 from ...kernels.experts import OwnedExpert
-from ...kernels.standin import StandIn
 from ..expert_mode import ExpertMode
 from ..manifest import Manifest
-from ..model.build import MoEModel
+from ..model.stages import Weighing
 from .rows import Wanted
+
+Form = Literal["data", "learners", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -25,30 +27,48 @@ class Setup:
 
     manifest: Manifest
     mode: ExpertMode
+    form: Form
     rank: int
     size: int
     port: int  # of the leader's store, on loopback
     device: str
     threads: int
     timeout_seconds: float  # of one exchange of tensors
+    bases: Bases  # of shared stand-ins
 
 
 @dataclass(frozen=True)
 class Slot:
     """What a slot is from this step on, by layer, on the CPU: experts if it is owned, else stand-ins."""
 
-    standins: tuple[StandIn, ...]  # of an owned slot too: what it was before
+    standins: tuple[bytes, ...]  # of an owned slot too: what it was before
     experts: tuple[OwnedExpert, ...] | None = None
+
+    def part(self, layers: range) -> Slot:
+        """Only some layers of it."""
+        experts = None if self.experts is None else tuple(self.experts[layer] for layer in layers)
+        return Slot(tuple(self.standins[layer] for layer in layers), experts)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One inner step."""
+    """One inner step, of which every process computes a batch."""
 
     batch: Tensor  # (B, S) int64
     swarm_counts: Tensor | None
     rows: Wanted  # of experts that others own
     slots: dict[int, Slot] = field(default_factory=dict)  # those that have changed
+
+
+@dataclass(frozen=True)
+class StageStep:
+    """One inner step, of which every process computes a stage."""
+
+    batch: Tensor  # (B, S) int64
+    weighing: Weighing
+    rows: Wanted  # of experts that others own
+    observing: bool  # whether rows of owned experts are wanted too
+    slots: dict[int, Slot] = field(default_factory=dict)  # this stage's layers of those that have changed
 
 
 def send(pipe: Connection, message: object) -> None:
@@ -61,17 +81,6 @@ def receive(pipe: Connection) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
-def weights_of(model: MoEModel, owned: Sequence[int]) -> list[Tensor]:
-    """What the leader's optimizer moves, in an order that both sides know: backbone, experts; then routers' biases."""
-    return [*trained_of(model, owned), *model.selection_biases]
-
-
-def trained_of(model: MoEModel, owned: Sequence[int]) -> list[nn.Parameter]:
-    """Of these, what has gradients."""
-    experts = [t for slot in sorted(owned) for expert in model.experts_of(slot) for t in expert.trained]
-    return [*model.backbone.values(), *experts]  # type: ignore[list-item]  # what a shard holds are parameters
-
-
 def packed_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
     """Flat: gradients, zeros where there are none; then for each whether there is one; then the loss."""
     device = loss.device
@@ -80,12 +89,14 @@ def packed_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor
     return torch.cat((*pieces, there, loss.detach().reshape(1)))
 
 
-def unpack_gradients(parameters: Sequence[nn.Parameter], summed: Tensor) -> Tensor:
-    """Set gradients from a sum of packed ones: none where nobody had one. Returns the sum of losses."""
-    there = summed[-1 - len(parameters) : -1].tolist()
+def unpack_gradients(parameters: Sequence[nn.Parameter], packed: Tensor) -> Tensor:
+    """Add gradients from a sum of packed ones to those that are set: none where nobody had one. Returns the sum of
+    losses."""
+    there = packed[-1 - len(parameters) : -1].tolist()
     start = 0
     for parameter, count in zip(parameters, there, strict=True):
-        piece = summed[start : start + parameter.numel()]
-        parameter.grad = piece.view_as(parameter).clone() if count else None
+        piece = packed[start : start + parameter.numel()].view_as(parameter)
+        if count:
+            parameter.grad = piece.clone() if parameter.grad is None else parameter.grad + piece
         start += parameter.numel()
-    return summed[-1]
+    return packed[-1]

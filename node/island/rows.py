@@ -25,18 +25,20 @@ def wanted_by(collector: Collector | None) -> Wanted:
 
 
 class StepRows:
-    """Of one step at a time."""
+    """Of one step at a time, or of some in a row."""
 
     def __init__(self, manifest: Manifest, seed: int) -> None:
         self._collector = SketchCollector(manifest.sketch, expert_shape(manifest.model), seed=seed)
         self._raw: Raw = []
         self._wanted: Wanted = "no"
 
-    def tap(self, wanted: Wanted, tokens: int) -> SketchTap | None:
-        """For a step of `tokens` tokens in all of the island; what was left of the last one is dropped."""
-        self._collector.drain()
+    def tap(self, wanted: Wanted, tokens: int, *, more: bool = False) -> SketchTap | None:
+        """For a step over whose `tokens` tokens the mean is taken. What was not taken of the last one is dropped, or,
+        with `more`, comes together with this one's."""
+        if not more:
+            self._collector.drain()
+            self._raw, self._wanted = [], wanted
         self._collector.begin_step(tokens)
-        self._raw, self._wanted = [], wanted
         return {"no": None, "raw": self._keep, "encoded": self._collector.add}[wanted]
 
     def take(self) -> Raw | Encoded:
@@ -48,13 +50,18 @@ class StepRows:
         self._raw.append((layer, slot, x, dy, a, dh))
 
 
-def give(collector: Collector, parts: Sequence[Raw | Encoded], tokens: int, device: torch.device) -> None:
-    """Tell a composer's collector of a step of `tokens` tokens, and what each process has found in it."""
-    collector.begin_step(tokens)
+def give(collector: Collector, parts: Sequence[Raw | Encoded], tokens: int, batches: int, device: torch.device) -> None:
+    """Tell a composer's collector of a step of `tokens` tokens in `batches`, and what each process has found in it."""
+    collector.begin_step(tokens, batches)
     for part in parts:
-        if isinstance(part, dict):
-            assert isinstance(collector, SketchCollector)
-            collector.merge(part)
-        else:
-            for layer, slot, *tensors in part:
-                collector.add(layer, slot, *(tensor.to(device) for tensor in tensors))
+        put(collector, part, device)
+
+
+def put(collector: Collector, part: Raw | Encoded, device: torch.device) -> None:
+    """Into a composer's collector, which was told of the step, what one process has found in it."""
+    if isinstance(part, dict):
+        assert isinstance(collector, SketchCollector)
+        collector.merge(part)
+    else:
+        for layer, slot, *tensors in part:
+            collector.add(layer, slot, *(tensor.to(device) for tensor in tensors))

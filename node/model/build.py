@@ -71,8 +71,8 @@ class MoEModel(nn.Module):
         self._start, self.menu = start, menu
         self.network = network
         # The network registers the shards already; plain tuples keep them from being registered twice.
-        self._all_shards: tuple[ExpertShard, ...] = tuple(shards)
-        self.shards = self._all_shards[spec.private_layers :]  # those of layers that have slots
+        self.all_shards: tuple[ExpertShard, ...] = tuple(shards)
+        self.shards = tuple(shard for shard in shards if shard.layer >= 0)  # those of layers that have slots
         self.num_slots = blocks[0].num_experts
         self.expert_shapes = ((2 * blocks[0].width, blocks[0].hidden), (blocks[0].hidden, blocks[0].width))
         biases = [selection_bias(block) for block in blocks]
@@ -80,15 +80,15 @@ class MoEModel(nn.Module):
         self._router_logits: list[Tensor] = []  # of the forward that is running, by MoE layer
         for block in blocks:
             block.router.register_forward_hook(self._keep_logits)
-        self._scoring: Scoring | None = None  # found out in the first `loss`
+        self._scoring: Scoring | None = None  # found out in the first `routed`
         self._routing: tuple[Tensor, Tensor] | None = None  # until then: index and weights of the first MoE layer
-        self._watch = self._all_shards[0].register_forward_pre_hook(self._keep_routing)
+        self._watch = self.all_shards[0].register_forward_pre_hook(self._keep_routing)
         self.eval()
 
     def place(self, device: torch.device) -> None:
         """Compute on `device` from now on. Optimizers are to be made afterwards."""
         self.network.to(device)
-        for shard in self._all_shards:
+        for shard in self.all_shards:
             shard.place(device)
 
     @functools.cached_property
@@ -128,16 +128,12 @@ class MoEModel(nn.Module):
             balance_coef, z_coef: weights in `total` only.
             sum_counts: adds the counts of others who compute the same step; the result's are all of theirs.
         """
-        self._router_logits.clear()
-        logits_BSV: Tensor = self.network(input_ids=tokens, use_cache=False).logits
+        logits_BSV, router_logits = self.routed(lambda: self.network(input_ids=tokens, use_cache=False).logits)
         lm = nn.functional.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        counts_LE = torch.stack([shard.counts for shard in self._all_shards])
+        counts_LE = torch.stack([shard.counts for shard in self.all_shards])
         if sum_counts is not None:
             counts_LE = sum_counts(counts_LE)
-        balance, z = router_losses(
-            self._router_logits, counts_LE, scoring=self._find_scoring(), swarm_counts_LE=swarm_counts
-        )
-        self._router_logits.clear()
+        balance, z = router_losses(router_logits, counts_LE, scoring=self.scoring, swarm_counts_LE=swarm_counts)
         return Losses(lm, balance, z, lm + balance_coef * balance + z_coef * z, counts_LE)
 
     def experts_of(self, slot: int) -> list[OwnedExpert]:
@@ -158,19 +154,31 @@ class MoEModel(nn.Module):
         for shard in self.shards:
             shard.sketch_tap = tap
 
+    def routed(self, forward: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` returns, which runs this network or a part of it, and router logits (T, E) by MoE layer."""
+        self._router_logits.clear()
+        try:
+            result = forward()
+            if self._scoring is None:
+                assert self._routing is not None
+                self._scoring = scoring(self._router_logits[0], *self._routing)
+                self._routing = None
+                self._watch.remove()
+            return result, list(self._router_logits)
+        finally:
+            self._router_logits.clear()
+
+    @property
+    def scoring(self) -> Scoring:
+        """How the routers turn logits into probabilities. After the first `routed` or `loss`."""
+        assert self._scoring is not None
+        return self._scoring
+
     def _keep_logits(self, _router: nn.Module, _inputs: object, output: object) -> None:
         self._router_logits.append(router_logits(output))
 
     def _keep_routing(self, _shard: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._routing = inputs[1], inputs[2].detach()
-
-    def _find_scoring(self) -> Scoring:
-        if self._scoring is None:
-            assert self._routing is not None
-            self._scoring = scoring(self._router_logits[0], *self._routing)
-            self._routing = None
-            self._watch.remove()
-        return self._scoring
 
 
 def build_model(
@@ -202,19 +210,7 @@ def build_model(
     network = skeleton(spec.config)
     blocks = moe_blocks(network)
     private, _ = split_blocks(blocks, spec.private_layers)
-    shards = []
-    for depth, block in enumerate(blocks):
-        shard = ExpertShard(
-            layer=depth - len(private),  # below 0 for private ones, which nobody asks by number
-            num_experts=block.num_experts,
-            hidden=block.hidden,
-            width=block.width,
-            act=block.act,
-            capacity_factor=spec.capacity_factor,
-            expert=expert if depth >= len(private) else DenseExpert,
-        )
-        block.block.experts = shard
-        shards.append(shard)
+    shards = [put_shard(block, depth - len(private), spec, expert) for depth, block in enumerate(blocks)]
     start = start or Seeded(spec)
     start.fill(network)
     menu = menu_of(standin, shape.hidden, shape.width, start.bases)
@@ -229,3 +225,21 @@ def build_model(
             else:
                 shard.set_standin(slot, start.standin(shard.layer, slot, menu))
     return MoEModel(spec, network, blocks, shards, start, menu)
+
+
+def put_shard(block: MoEBlock, layer: int, spec: ModelSpec, expert: Form = DenseExpert) -> ExpertShard:
+    """Replace the experts of a block that is on the meta device by a shard, whose slots are still empty.
+
+    `layer` counts those that have slots; it is below 0 for private ones, which nobody asks by number.
+    """
+    shard = ExpertShard(
+        layer=layer,
+        num_experts=block.num_experts,
+        hidden=block.hidden,
+        width=block.width,
+        act=block.act,
+        capacity_factor=spec.capacity_factor,
+        expert=expert if layer >= 0 else DenseExpert,
+    )
+    block.block.experts = shard
+    return shard

@@ -177,6 +177,24 @@ def test_counts_of_others_weigh_on_the_balance_loss(swarm: Loopback) -> None:
     second.step()
 
 
+def test_counts_of_many_batches_are_told_as_of_one(swarm: Loopback) -> None:
+    """An island's step may be of more than one; others believe no more pairs than a batch has."""
+    first, second = swarm.peers
+
+    def of_four(composer: Composer) -> None:
+        composer.last_counts, composer.last_batches = 4 * torch.arange(LAYERS * SLOTS).view(LAYERS, SLOTS) + 3, 4
+        first.exchange.after_step(composer)
+
+    first.step()
+    first.ask(of_four)
+    swarm.until(
+        lambda: torch.equal(
+            second.exchange._others_counts[first.peer_id][1], torch.arange(LAYERS * SLOTS).view(LAYERS, SLOTS)
+        ),
+        "the counts have come",
+    )
+
+
 def counted(layers: int, slots: int, value: int) -> ExpertCounts:
     return ExpertCounts(1, tuple(tuple([value] * slots) for _ in range(layers)))
 

@@ -8,10 +8,15 @@ from harness import START_SECONDS, Peer, Swarm, owned_once
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_an_island_is_one_peer_and_outlives_its_members(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "batches"),
+    [((), 2), (("--island-every", "4"), 2), (("--island-form", "pipeline"), 1)],
+    ids=["data", "learners", "pipeline"],
+)
+def test_an_island_is_one_peer_and_outlives_its_members(form: tuple[str, ...], batches: int, tmp_path: Path) -> None:
     with Swarm(tmp_path) as swarm:
         swarm.found("--steps", "100000", "--min-composers", "2", "--lease-seconds", "4")
-        island = swarm.join("island", "--data-shard", "0/2", "--island", "2")
+        island = swarm.join("island", "--data-shard", "0/2", "--island", "2", *form)
         plain = swarm.join("plain", "--data-shard", "1/2")
         both = [island, plain]
         swarm.wait_for(
@@ -20,10 +25,11 @@ def test_an_island_is_one_peer_and_outlives_its_members(tmp_path: Path) -> None:
             START_SECONDS,
         )
         assert island.status()["processes"] == 2
-        assert _tokens_a_step(island) > 1.5 * _tokens_a_step(plain)
+        assert 0.75 * batches < _tokens_a_step(island) / _tokens_a_step(plain) < 1.25 * batches
         assert len([seen for seen in island.status()["peers"] if seen["role"] == "composer"]) == 2, (
             "members are no peers"
         )
+        swarm.wait_for("owners learn from it", lambda: _rows_sent(island) > 0, 30)
 
         member = island.child("member")
         member.kill()
@@ -33,6 +39,7 @@ def test_an_island_is_one_peer_and_outlives_its_members(tmp_path: Path) -> None:
         swarm.wait_for("the member is replaced", lambda: len(island.said("island.formed")) == 2, 60)
         swarm.wait_for("they compute together", lambda: island.status()["processes"] == 2, 30)
         assert owned_once(both)
+        assert "too-many-tokens" not in str(island.status()["sketches_lost"]), "owners take what it sends"
 
         member = island.child("member")
         assert set(swarm.stop(both).values()) == {0}
@@ -42,3 +49,8 @@ def test_an_island_is_one_peer_and_outlives_its_members(tmp_path: Path) -> None:
 def _tokens_a_step(peer: Peer) -> float:
     status = peer.status()
     return float(status["tokens"]) / float(status["step"])
+
+
+def _rows_sent(peer: Peer) -> float:
+    rows = peer.status()["sketch_rows"]
+    return float(rows.get("out", 0)) if isinstance(rows, dict) else 0.0

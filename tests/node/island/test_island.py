@@ -6,16 +6,17 @@ import copy
 import os
 import random
 import signal
-from collections.abc import Iterator
 
 import pytest
 import tiny
 import torch
+from comparing import same, same_gradient_sketches, same_rows
 from shoal.node.composer import Composer
 from shoal.node.expert_mode import ExpertMode
 from shoal.node.gradient_collecting import GradientCollector, GradientForm
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
+from shoal.node.island.merging import DataParallel
 from shoal.node.manifest import Manifest
 from shoal.node.sketching import SketchCollector
 
@@ -30,26 +31,8 @@ def alone(manifest: Manifest, size: int, seed: int, **more: object) -> Composer:
 
 def together(manifest: Manifest, size: int, seed: int, **more: object) -> Composer:
     composer = Composer(manifest, next_batch=tiny.batches(seed), **more)  # type: ignore[arg-type]
-    composer.island = Island(size, ["cpu"] * size, 1)
+    composer.island = DataParallel(size, ["cpu"] * size, 1)
     return composer
-
-
-@pytest.fixture
-def islands() -> Iterator[list[Island]]:
-    made: list[Island] = []
-    yield made
-    for island in made:
-        island.close()
-
-
-def same(one: Composer, other: Composer, tolerance: float = 2e-5) -> None:
-    for name, parameter in one.backbone.items():
-        torch.testing.assert_close(other.backbone[name], parameter, rtol=tolerance, atol=tolerance, msg=name)
-    assert one.owned == other.owned
-    for slot in one.owned:
-        for mine, theirs in zip(one.experts_of(slot), other.experts_of(slot), strict=True):
-            for a, b in zip(mine.trained, theirs.trained, strict=True):
-                torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -109,16 +92,7 @@ def test_rows_for_others_come_from_all_members(islands: list[Island]) -> None:
         composer.collector = SketchCollector(manifest.sketch, composer.shape, seed=0)
         composer.train_step()
         composer.train_step()
-    others = dict.fromkeys(range(1, one.num_slots), 1.0)
-    assert isinstance(one.collector, SketchCollector)
-    assert isinstance(many.collector, SketchCollector)
-    mine, theirs = one.collector.take(others), many.collector.take(others)
-    for slot in others:
-        assert (theirs[slot].tokens, theirs[slot].steps) == (mine[slot].tokens, mine[slot].steps)
-        for a, b in zip(mine[slot].layers, theirs[slot].layers, strict=True):
-            assert a.num_rows == b.num_rows
-            left, right = (rows.x.dense().T @ rows.dy.dense() for rows in (a, b))
-            torch.testing.assert_close(right, left, rtol=0.0, atol=0.02 * float(left.abs().max()))
+    same_rows(one, many, batches=2)  # owners take no more tokens a step than a batch has
 
 
 @pytest.mark.parametrize("owned", [{0}, set(range(tiny.SLOTS))])
@@ -128,21 +102,12 @@ def test_sketches_of_gradients_add_up_and_may_be_of_nothing(owned: set[int], isl
     many = together(manifest, 2, seed, owned=owned)
     assert many.island is not None
     islands.append(many.island)
-    found = []
     for composer in (one, many):
         collector = composer.collector = GradientCollector(GradientForm(run_id="r", shape=composer.shape, rank=4))
         composer.train_step()
         assert collector.steps == 1
-        layers = range(composer.shape.num_layers)
-        found.append(collector.take({slot: layers for slot in range(composer.num_slots) if slot not in owned}))
     assert many.island.together
-    mine, theirs = found
-    assert mine.keys() == theirs.keys()
-    for slot, sketch in mine.items():
-        assert theirs[slot].tokens == sketch.tokens
-        torch.testing.assert_close(
-            theirs[slot].flat, sketch.flat, rtol=1e-3, atol=1e-4 * float(sketch.flat.abs().max())
-        )
+    same_gradient_sketches(one, many)
 
 
 def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,13 +119,13 @@ def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monke
     islands.append(island)
     island._pause = 0.0
     tokens = many.train_step().tokens
-    os.kill(island._members[0].process.pid, signal.SIGKILL)
+    os.kill(island.members[0].process.pid, signal.SIGKILL)
     reports = [many.train_step() for _ in range(3)]
     assert not any(report.skipped for report in reports)
     assert {report.tokens for report in reports} == {tokens // 2, tokens}, "alone for a step, then together again"
     assert island.together
     assert many.step == 4
-    pids = [member.process.pid for member in island._members]
+    pids = [member.process.pid for member in island.members]
     island.close()
     for pid in pids:
         with pytest.raises(ProcessLookupError):

@@ -79,12 +79,12 @@ def some_tokens() -> Tensor:
 
 def all_experts(model: MoEModel) -> list[list[DenseExpert]]:
     """By MoE layer and expert, private ones too."""
-    return [[shard.expert(e) for e in range(EXPERTS)] for shard in model._all_shards]
+    return [[shard.expert(e) for e in range(EXPERTS)] for shard in model.all_shards]
 
 
 def all_private(model: MoEModel) -> list[list[DenseExpert]]:
     """By private layer and expert."""
-    return [[shard.expert(e) for e in range(EXPERTS)] for shard in model._all_shards[: model.spec.private_layers]]
+    return [[shard.expert(e) for e in range(EXPERTS)] for shard in model.all_shards[: model.spec.private_layers]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,7 +146,7 @@ def test_slots_begin_after_the_private_layers(seed: int) -> None:
 def test_nothing_of_private_layers_reaches_the_taps(seed: int) -> None:
     model = build(spec_of(1, seed=seed), range(1, 3))
     inputs: list[Tensor] = []
-    for shard in model._all_shards:
+    for shard in model.all_shards:
         shard.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach()))
     owned: dict[tuple[int, int], Tensor] = {}
     others: dict[tuple[int, int], Tensor] = {}
