@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from comparing import same, same_gradient_sketches, same_rows
+from shoal.kernels.bases import Bases
 from shoal.node.composer import Composer
 from shoal.node.expert_mode import ExpertMode
 from shoal.node.gradient_collecting import GradientCollector, GradientForm
@@ -18,6 +19,7 @@ from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.island.merging import DataParallel
 from shoal.node.manifest import Manifest
+from shoal.node.model.start import Seeded
 from shoal.node.sketching import SketchCollector
 
 pytestmark = pytest.mark.timeout(180)
@@ -80,6 +82,33 @@ def test_low_rank_experts_and_unused_ones(islands: list[Island]) -> None:
         one.train_step()
         many.train_step()
     same(one, many)
+
+
+class Upcycled(Seeded):
+    """Weights as seeded; every expert a variant of the first one of layer 0."""
+
+    @property
+    def bases(self) -> Bases:
+        return Bases([self.expert(0, 0)])
+
+
+@pytest.mark.parametrize("kind", ["shared", "chosen"])
+def test_members_run_whatever_forms_of_stand_ins_there_are(kind: str, islands: list[Island]) -> None:
+    spec = {"kind": kind, "base_rank": 4, "bytes_per_weight": 4.0, "flops_fraction": 1.0}
+    manifest, seed = tiny.manifest_of(standin=spec), random.randrange(1 << 30)
+    composers = [make(manifest, 2, seed, owned={0}, start=Upcycled(manifest.model)) for make in (alone, together)]
+    assert composers[1].island is not None
+    islands.append(composers[1].island)
+    for step in range(4):
+        if step == 2:
+            for composer in composers:
+                forms = composer.menu.forms
+                experts = [expert.masters() for expert in composer.first_experts(1)]
+                composer.set_standins(1, [composer.menu.make(forms[-1], *weights) for weights in experts])
+        for composer in composers:
+            composer.train_step()
+        assert composers[1].island.together
+    same(*composers)
 
 
 def test_rows_for_others_come_from_all_members(islands: list[Island]) -> None:
