@@ -36,8 +36,9 @@ from .rows import Encoded, Raw, StepRows, give, wanted_by
 if TYPE_CHECKING:
     from ..composer import Composer
 
-# At most. Of 2 stages each then waits for a fifth of the time; every microbatch unpacks all stand-ins anew.
-MICROBATCHES_A_STAGE = 2
+# At most. Of 2 stages each then waits for a third of the time. More would overlap better, but experts cost by the call
+# more than by the token, and every microbatch unpacks all stand-ins anew.
+MICROBATCHES_A_STAGE = 1
 
 
 def microbatches(sequences: int, stages: int, capacity_factor: float) -> int:

@@ -147,5 +147,6 @@ def test_a_lost_stage_costs_a_batch_and_is_replaced(islands: list[Island], monke
 
 
 def test_microbatches_are_of_one_size() -> None:
-    assert [microbatches(n, 2, 0.0) for n in (1, 2, 7, 8, 12, 32)] == [1, 2, 1, 4, 4, 4]
+    assert [microbatches(n, 2, 0.0) for n in (1, 2, 7, 8, 12, 32)] == [1, 2, 1, 2, 2, 2]
+    assert [microbatches(n, 4, 0.0) for n in (1, 2, 7, 8, 12, 30)] == [1, 2, 1, 4, 4, 3]
     assert microbatches(8, 2, 1.25) == 1, "what is dropped depends on all tokens of a batch"
