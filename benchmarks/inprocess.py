@@ -27,7 +27,7 @@ from ..node.publishing import FIDELITY_EVERY, FIRST_FIDELITY
 from ..node.worker import Worker
 from ..protocol import radial
 from ..protocol.fragments import Fragment
-from ..protocol.merging import Facts, shares, weights
+from ..protocol.merging import Facts, outer_step, shares, weights
 from ..protocol.parts import PartCodec
 from ..protocol.robust import robust_mean
 from .delivery import GradientDelivery, RowDelivery, Sent
@@ -48,8 +48,8 @@ class Bytes:
 class InProcessSwarm:
     """`len(batches)` composers; composer i owns the slots of `owned[i]`, worker j those of `workers[j]`.
 
-    If every composer owns every slot this is DiLoCo with full replicas: experts are then averaged in each round too, in
-    the way that the manifest's `outer.merge` names.
+    If every composer owns every slot this is DiLoCo with full replicas: experts are then merged in each round too, by
+    the same codec and outer step as the backbone.
     Sketches are as `manifest.sketch` has them; without any, experts learn from their owner's tokens alone.
 
     Args:
@@ -97,8 +97,8 @@ class InProcessSwarm:
         self._deltas: deque[tuple[int, list[tuple[int, list[bytes]]]]] = deque()  # due step, by slot
         self._rounds: deque[tuple[int, int, list[Entry]]] = deque()  # due step, fragment, what was sent
         self._published = self._applied = 0  # versions of all stand-ins
-        self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
-        if self.replicas and manifest.outer.merge == "radial":
+        self._experts: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}  # of replicas: last merged, momentum
+        if self.replicas:
             self._note_experts()
         if frozen:
             self._copy_experts()
@@ -201,12 +201,8 @@ class InProcessSwarm:
             composer.commit_round(index, *composer.propose(index, average, facts))
         if self.frozen and index == 0:
             self._copy_experts()
-        if not self.replicas:
-            return
-        if self.manifest.outer.merge == "radial":
+        if self.replicas:
             self._merge_experts(entries)
-        else:
-            self._average_experts()
 
     def _copy_experts(self) -> None:
         for owner in self.owners:
@@ -217,16 +213,6 @@ class InProcessSwarm:
                 for composer in self.composers:
                     if slot not in composer.owned:
                         composer.set_standins(slot, copies)
-
-    @torch.no_grad()
-    def _average_experts(self) -> None:
-        for slot in range(self.composers[0].num_slots):
-            for copies in zip(*(composer.model.experts_of(slot) for composer in self.composers), strict=True):
-                for name in ("gate_up", "down"):
-                    mean = torch.stack([getattr(copy, name) for copy in copies]).mean(0)
-                    self.bytes.outer += 2 * mean.numel() * 2 * len(copies)
-                    for copy in copies:
-                        getattr(copy, name).copy_(mean)
 
     def _average(self, entries: Sequence[Entry]) -> tuple[Tensor, list[Facts]]:
         """What the all-reduce makes of the composers' entries, and who brought how much."""
@@ -248,22 +234,29 @@ class InProcessSwarm:
         for slot in range(self.composers[0].num_slots):
             for layer, expert in enumerate(self.composers[0].experts_of(slot)):
                 for name in ("gate_up", "down"):
-                    self._last_experts[slot, layer, name] = getattr(expert, name).detach().clone()
+                    common = getattr(expert, name).detach().clone()
+                    self._experts[slot, layer, name] = common, torch.zeros(common.numel())
 
     @torch.no_grad()
     def _merge_experts(self, entries: Sequence[Entry]) -> None:
-        """Radially, each expert's matrices on their own; by the weights of `entries`, with an outer step of 1."""
-        for (slot, layer, name), common in self._last_experts.items():
+        """As the backbone is merged, each expert's matrices on their own; by the weights of `entries`."""
+        outer = self.manifest.outer
+        for (slot, layer, name), (common, momentum) in self._experts.items():
             copies = [getattr(composer.experts_of(slot)[layer], name) for composer in self.composers]
+            learned = [(common - copy).flatten() for copy in copies]
             matrix = Fragment(0, (name,), (common.numel(),), common.numel())
-            sent = [
-                entry._replace(vector=vector, norms=norms)
-                for entry, copy in zip(entries, copies, strict=True)
-                for vector, norms in [radial.split(matrix, (common - copy).flatten())]
-            ]
-            common -= radial.combine(matrix, *self._average(sent)).view_as(common)
+            if outer.merge == "radial":
+                split = [radial.split(matrix, each) for each in learned]
+            else:
+                split = [(each, entry.norms) for each, entry in zip(learned, entries, strict=True)]
+            sent = [e._replace(vector=v, norms=norms) for e, (v, norms) in zip(entries, split, strict=True)]
+            average, facts = self._average(sent)
+            if outer.merge == "radial":
+                average = radial.combine(matrix, average, facts)
+            merged, moved = outer_step(common.flatten(), average, momentum, outer.learning_rate, outer.momentum)
+            self._experts[slot, layer, name] = merged.view_as(common), moved
             for copy in copies:
-                copy.copy_(common)
+                copy.copy_(merged.view_as(copy))
 
     def merged(self) -> Composer:
         """One composer that holds the merged model: the common backbone and every expert from its owner."""
