@@ -41,8 +41,9 @@ class Bytes:
     """What would have crossed the wire, summed over composers."""
 
     deltas: int = 0  # published once each; gossip's copies are not counted
-    outer: int = 0  # pseudo-gradients in and averages out, at the codec's width
-    sketches: int = 0
+    deltas_received: int = 0  # by all who run that stand-in
+    outer: int = 0  # pseudo-gradients in and averages out, at the codec's width: half of it up, half of it down
+    sketches: int = 0  # each sent once, to one owner
 
 
 class InProcessSwarm:
@@ -109,6 +110,19 @@ class InProcessSwarm:
             self.delivery = delivery(manifest, self.composers, owners)
 
     @property
+    def publishes(self) -> bool:
+        """Whether there are stand-ins that owners send."""
+        return not self.replicas and not self.frozen
+
+    @property
+    def outer_expert_bytes(self) -> int:
+        """What each replica needs for outer steps of its experts; none where experts are no more than averaged."""
+        outer = self.manifest.outer
+        if outer.merge == "mean" and outer.learning_rate == 1.0 and outer.momentum == 0.0:
+            return 0
+        return sum(tensor.nbytes for state in self._experts.values() for tensor in state)
+
+    @property
     def owners(self) -> list[ExpertOwner]:
         """Whoever may own slots."""
         return [*self.composers, *self.workers]
@@ -123,7 +137,7 @@ class InProcessSwarm:
         for step in range(1, steps + 1):
             losses = self._step(step)
             self._share_counts()
-            if step % publish_every == 0 and not self.replicas and not self.frozen:
+            if step % publish_every == 0 and self.publishes:
                 self._publish(step)
             self._apply_deltas(step)
             if len(self.composers) > 1:
@@ -180,6 +194,7 @@ class InProcessSwarm:
                 for receiver in self.composers:
                     if slot in receiver.owned:
                         continue
+                    self.bytes.deltas_received += sum(map(len, layers))
                     for standin, delta in zip(receiver.standins(slot), layers, strict=True):
                         standin.apply(delta)
 
@@ -209,9 +224,11 @@ class InProcessSwarm:
             for slot in owner.owned:
                 weights = [float_weights(expert) for expert in owner.experts_of(slot)]
                 copies = [NarrowStandIn({"gate_up": w.clone(), "down": v.clone()}) for w, v in weights]
-                self.bytes.deltas += sum(2 * (w.numel() + v.numel()) for w, v in weights)
+                nbytes = sum(2 * (w.numel() + v.numel()) for w, v in weights)
+                self.bytes.deltas += nbytes
                 for composer in self.composers:
                     if slot not in composer.owned:
+                        self.bytes.deltas_received += nbytes
                         composer.set_standins(slot, copies)
 
     def _average(self, entries: Sequence[Entry]) -> tuple[Tensor, list[Facts]]:

@@ -49,7 +49,7 @@ class ExpertOwner(ABC):
         self.num_slots = self.shape.num_experts
         self.step = 0
         self.publishers: dict[int, list[Publisher]] = {}
-        self._past = PastStandIns()
+        self.past = PastStandIns()
         self.recorder = StepRecorder()
         self._fit_seed = fit_seed
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
@@ -175,7 +175,7 @@ class ExpertOwner(ABC):
         return held
 
     def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
-        return self._past.at(slot, position, age)
+        return self.past.at(slot, position, age)
 
     @torch.no_grad()
     def _set_gradients(self, own_tokens: int, slots: Collection[int]) -> None:
@@ -214,7 +214,7 @@ class ExpertOwner(ABC):
                 self._settle(slot, position)  # it shows the publisher rows to fit on
                 publisher.refit(expert)
                 layers.append(publisher.delta(expert))
-            self._past.note(slot, self.publishers[slot])
+            self.past.note(slot, self.publishers[slot])
             deltas[slot] = layers
         return deltas
 
@@ -261,7 +261,7 @@ class ExpertOwner(ABC):
 
     def _begin_owning(self, slot: int, experts: Sequence[OwnedExpert], publishers: list[Publisher]) -> None:
         self.publishers[slot] = publishers
-        self._past.note(slot, publishers)
+        self.past.note(slot, publishers)
         group = self.optimizer.param_groups[0]  # matrices, with weight decay
         group["params"].extend(t for expert in experts for t in expert.trained)
 
@@ -386,6 +386,6 @@ class ExpertOwner(ABC):
             self._sums.pop((slot, position), None)
             self._fidelity.pop((slot, position), None)
         del self.publishers[slot]
-        self._past.forget(slot)
+        self.past.forget(slot)
         self._frozen.discard(slot)
         self._let_go(slot, published)
