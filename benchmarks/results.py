@@ -34,7 +34,7 @@ def markdown(results: Sequence[Result]) -> str:
     """One line a method, in the order in which they come first, each with its gap to the first.
 
     A gap is taken seed by seed; `±` is half of the way from the least to the most of the seeds. Bytes are sent and
-    received per token. Costs are those of the last seed; what was not measured stays empty.
+    received per token. Costs are those of the first seed; what was not measured stays empty.
     """
     methods = list(dict.fromkeys(result.method for result in results))
     of = {method: {r.seed: r for r in results if r.method == method} for method in methods}
@@ -52,17 +52,17 @@ def markdown(results: Sequence[Result]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in methods:
         runs = list(of[method].values())
-        losses, last = [run.loss for run in runs], runs[-1]
+        losses, first = [run.loss for run in runs], runs[0]
         gaps = gaps_to(of[methods[0]], runs)
         cells = [
             method,
             f"{statistics.mean(losses):.4f}{spread(losses, 4)}",
             f"{statistics.mean(losses) / math.log(2):.4f}",
             f"{statistics.mean(gaps):+.1f}%{spread(gaps, 1)}" if gaps else "",
-            f"{last.flops_per_token / 1e6:.2f}" if last.flops_per_token else "",
-            *(_megabytes(n) for n in (last.state_bytes, last.expert_bytes, last.peak_bytes, last.resident_bytes)),
-            *(_per_token(last, kind) for kind in kinds),
-            "" if last.blocked_share is None else f"{100 * last.blocked_share:.1f}%",
+            f"{first.flops_per_token / 1e6:.2f}" if first.flops_per_token else "",
+            *(_megabytes(n) for n in (first.state_bytes, first.expert_bytes, first.peak_bytes, first.resident_bytes)),
+            *(_per_token(first, kind) for kind in kinds),
+            "" if first.blocked_share is None else f"{100 * first.blocked_share:.1f}%",
             f"{statistics.mean(run.seconds for run in runs):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

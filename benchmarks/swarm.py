@@ -102,7 +102,6 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
         tokens = [max(1, int(peer.get("tokens", 0))) for peer in composers]
         costs = [cost(peer, trained) for peer, trained in zip(composers, tokens, strict=True)]
         costs += [cost(peer, sum(tokens)) for peer in demo.peers if peer.get("role") == "worker"]
-        seconds = max(float(peer.get("phase_seconds", 0.0)) for peer in composers)
         demo.call("export", ["export", invite, str(folder / "checkpoint")])
     finally:
         demo.stop()
@@ -113,7 +112,7 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
     result = Result(
         method="shoal, real node",
         loss=evaluation.nats_per_token,
-        seconds=seconds,
+        seconds=max(steps),
         tokens=sum(tokens),
         up=total(costs, "out"),
         down=total(costs, "in"),
