@@ -147,3 +147,11 @@ def test_the_command_varies_one_thing(tmp_path: Path) -> None:
     refused = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
     assert "no fact of a manifest" in refused.stderr
+
+
+def test_a_quick_look(tmp_path: Path) -> None:
+    run("--quick", "--methods", "lone,shoal-narrow+rows", "--out", str(tmp_path))
+    lone, swarm = json.loads((tmp_path / "quality.json").read_text())
+    assert swarm["tokens"] == 2 * lone["tokens"] == 2 * 12 * 1024
+    assert max(lone["loss"], swarm["loss"]) < 4.8, "from 5.5 of a model that knows nothing"
+    assert min(swarm["up"].values()) > 0
