@@ -28,7 +28,7 @@ from ..node.publishing import FIDELITY_EVERY, FIRST_FIDELITY
 from ..node.worker import Worker
 from ..protocol import radial
 from ..protocol.fragments import Fragment
-from ..protocol.merging import Facts, shares, weights
+from ..protocol.merging import Facts, outer_step, shares, weights
 from ..protocol.parts import PartCodec
 from ..protocol.robust import robust_mean
 from .delivery import GradientDelivery, RowDelivery, Sent
@@ -50,15 +50,16 @@ class Bytes:
     """What would have crossed the wire, summed over composers."""
 
     deltas: int = 0  # published once each; gossip's copies are not counted, fetches of whole stand-ins are
-    outer: int = 0  # pseudo-gradients in and averages out, at the codec's width
-    sketches: int = 0
+    deltas_received: int = 0  # by all who run that stand-in
+    outer: int = 0  # pseudo-gradients in and averages out, at the codec's width: half of it up, half of it down
+    sketches: int = 0  # each sent once, to one owner
 
 
 class InProcessSwarm:
     """`len(batches)` composers; composer i owns the slots of `owned[i]`, worker j those of `workers[j]`.
 
-    If every composer owns every slot this is DiLoCo with full replicas: experts are then averaged in each round too, in
-    the way that the manifest's `outer.merge` names.
+    If every composer owns every slot this is DiLoCo with full replicas: experts are then merged in each round too, by
+    the same codec and outer step as the backbone.
     Sketches are as `manifest.sketch` has them; without any, experts learn from their owner's tokens alone.
 
     Args:
@@ -106,8 +107,8 @@ class InProcessSwarm:
         self._deltas: deque[tuple[int, list[Published]]] = deque()  # due step
         self._rounds: deque[tuple[int, int, list[Entry]]] = deque()  # due step, fragment, what was sent
         self._published = self._applied = 0  # versions of all stand-ins
-        self._last_experts: dict[tuple[int, int, str], Tensor] = {}  # of replicas with radial merges, as last merged
-        if self.replicas and manifest.outer.merge == "radial":
+        self._experts: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}  # of replicas: last merged, momentum
+        if self.replicas:
             self._note_experts()
         if frozen:
             self._copy_experts()
@@ -116,6 +117,19 @@ class InProcessSwarm:
             delivery = RowDelivery if manifest.sketch.kind == "rows" else GradientDelivery
             owners = {slot: owner for owner in self.owners for slot in owner.owned}
             self.delivery = delivery(manifest, self.composers, owners)
+
+    @property
+    def publishes(self) -> bool:
+        """Whether there are stand-ins that owners send."""
+        return not self.replicas and not self.frozen
+
+    @property
+    def outer_expert_bytes(self) -> int:
+        """What each replica needs for outer steps of its experts; none where experts are no more than averaged."""
+        outer = self.manifest.outer
+        if outer.merge == "mean" and outer.learning_rate == 1.0 and outer.momentum == 0.0:
+            return 0
+        return sum(tensor.nbytes for state in self._experts.values() for tensor in state)
 
     @property
     def owners(self) -> list[ExpertOwner]:
@@ -132,7 +146,7 @@ class InProcessSwarm:
         for step in range(1, steps + 1):
             losses = self._step(step)
             self._share_counts()
-            if step % publish_every == 0 and not self.replicas and not self.frozen:
+            if step % publish_every == 0 and self.publishes:
                 self._publish(step)
             self._apply_deltas(step)
             if len(self.composers) > 1:
@@ -191,6 +205,7 @@ class InProcessSwarm:
                 for receiver in self.composers:
                     if slot in receiver.owned:
                         continue
+                    self.bytes.deltas_received += sum(map(len, deltas)) + sum(map(len, whole))
                     if whole:
                         receiver.set_standins(slot, [receiver.menu.load(data) for data in whole])
                         continue
@@ -215,32 +230,20 @@ class InProcessSwarm:
             composer.commit_round(index, *composer.propose(index, average, facts))
         if self.frozen and index == 0:
             self._copy_experts()
-        if not self.replicas:
-            return
-        if self.manifest.outer.merge == "radial":
+        if self.replicas:
             self._merge_experts(entries)
-        else:
-            self._average_experts()
 
     def _copy_experts(self) -> None:
         for owner in self.owners:
             for slot in owner.owned:
                 weights = [float_weights(expert) for expert in owner.experts_of(slot)]
                 copies = [NarrowStandIn({"gate_up": w.clone(), "down": v.clone()}) for w, v in weights]
-                self.bytes.deltas += sum(2 * (w.numel() + v.numel()) for w, v in weights)
+                nbytes = sum(2 * (w.numel() + v.numel()) for w, v in weights)
+                self.bytes.deltas += nbytes
                 for composer in self.composers:
                     if slot not in composer.owned:
+                        self.bytes.deltas_received += nbytes
                         composer.set_standins(slot, copies)
-
-    @torch.no_grad()
-    def _average_experts(self) -> None:
-        for slot in range(self.composers[0].num_slots):
-            for copies in zip(*(composer.model.experts_of(slot) for composer in self.composers), strict=True):
-                for name in ("gate_up", "down"):
-                    mean = torch.stack([getattr(copy, name) for copy in copies]).mean(0)
-                    self.bytes.outer += 2 * mean.numel() * 2 * len(copies)
-                    for copy in copies:
-                        getattr(copy, name).copy_(mean)
 
     def _average(self, entries: Sequence[Entry]) -> tuple[Tensor, list[Facts]]:
         """What the all-reduce makes of the composers' entries, and who brought how much."""
@@ -262,22 +265,29 @@ class InProcessSwarm:
         for slot in range(self.composers[0].num_slots):
             for layer, expert in enumerate(self.composers[0].experts_of(slot)):
                 for name in ("gate_up", "down"):
-                    self._last_experts[slot, layer, name] = getattr(expert, name).detach().clone()
+                    common = getattr(expert, name).detach().clone()
+                    self._experts[slot, layer, name] = common, torch.zeros(common.numel())
 
     @torch.no_grad()
     def _merge_experts(self, entries: Sequence[Entry]) -> None:
-        """Radially, each expert's matrices on their own; by the weights of `entries`, with an outer step of 1."""
-        for (slot, layer, name), common in self._last_experts.items():
+        """As the backbone is merged, each expert's matrices on their own; by the weights of `entries`."""
+        outer = self.manifest.outer
+        for (slot, layer, name), (common, momentum) in self._experts.items():
             copies = [getattr(composer.experts_of(slot)[layer], name) for composer in self.composers]
+            learned = [(common - copy).flatten() for copy in copies]
             matrix = Fragment(0, (name,), (common.numel(),), common.numel())
-            sent = [
-                entry._replace(vector=vector, norms=norms)
-                for entry, copy in zip(entries, copies, strict=True)
-                for vector, norms in [radial.split(matrix, (common - copy).flatten())]
-            ]
-            common -= radial.combine(matrix, *self._average(sent)).view_as(common)
+            if outer.merge == "radial":
+                split = [radial.split(matrix, each) for each in learned]
+            else:
+                split = [(each, entry.norms) for each, entry in zip(learned, entries, strict=True)]
+            sent = [e._replace(vector=v, norms=norms) for e, (v, norms) in zip(entries, split, strict=True)]
+            average, facts = self._average(sent)
+            if outer.merge == "radial":
+                average = radial.combine(matrix, average, facts)
+            merged, moved = outer_step(common.flatten(), average, momentum, outer.learning_rate, outer.momentum)
+            self._experts[slot, layer, name] = merged.view_as(common), moved
             for copy in copies:
-                copy.copy_(common)
+                copy.copy_(merged.view_as(copy))
 
     def merged(self) -> Composer:
         """One composer that holds the merged model: the common backbone and every expert from its owner."""

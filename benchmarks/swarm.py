@@ -7,8 +7,12 @@ this process, and reports held-out loss, bytes by kind per token, where the wall
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,15 @@ from rich.console import Console
 from ..node.demo import START_SECONDS, Demo, Peer
 from ..node.evaluate import evaluate_checkpoint
 from ..node.manifest import verify
-from .quality import Comparison
+from .comparison import Comparison
 from .results import Result, markdown
+
+KINDS = {  # of messages, by what they are for
+    "sketch-batch": "sketches",
+    "gradient-sketch": "sketches",
+    "delta-batch": "deltas",
+    "outer": "rounds",
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +41,32 @@ class PeerCost:
     """What one composer or worker spent."""
 
     name: str
+    bytes: list[dict[str, Any]]  # each with kind, direction and bytes, as counted
     bytes_out_per_token: dict[str, float]  # by kind; over a composer's own tokens, or those of all for a worker
     step_seconds: dict[str, float]  # by part, summed
     blocked_seconds: float  # the training loop waited for the network
-    training_rss_bytes: int  # resident memory of the training process; all of torch and transformers included
+    training_rss_bytes: int  # most resident memory of the training process; all of torch and transformers included
     children_rss_bytes: int  # of its DHT, p2pd, averager and transport processes
     rounds: dict[str, float]
+
+
+def peak_rss(process: psutil.Process) -> int:
+    """The most that it ever had; where the kernel does not tell (other than Linux), what it has now."""
+    try:
+        told = Path(f"/proc/{process.pid}/status").read_text()
+    except FileNotFoundError:
+        return int(process.memory_info().rss)
+    [most] = re.findall(r"^VmHWM:\s+(\d+) kB$", told, re.MULTILINE)
+    return 1024 * int(most)
+
+
+def total(costs: Sequence[PeerCost], direction: str) -> dict[str, float]:
+    """Bytes of all peers by kind, by the names that `bench quality` has for them."""
+    bytes_by_kind: Counter[str] = Counter()
+    for each in itertools.chain.from_iterable(cost.bytes for cost in costs):
+        if each["direction"] == direction:
+            bytes_by_kind[KINDS.get(each["kind"], each["kind"])] += each["bytes"]
+    return dict(bytes_by_kind)
 
 
 def cost(peer: Peer, tokens: int) -> PeerCost:
@@ -45,10 +76,11 @@ def cost(peer: Peer, tokens: int) -> PeerCost:
     process = psutil.Process(peer.process.pid)
     return PeerCost(
         peer.name,
+        status["bytes"],
         sent,
         {part: values["sum"] for part, values in status["step_seconds"].items()},
         status["blocked_seconds"],
-        process.memory_info().rss,
+        peak_rss(process),
         sum(child.memory_info().rss for child in process.children(recursive=True)),
         (status.get("outer") or {}).get("rounds", {}),
     )
@@ -70,14 +102,24 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
         tokens = [max(1, int(peer.get("tokens", 0))) for peer in composers]
         costs = [cost(peer, trained) for peer, trained in zip(composers, tokens, strict=True)]
         costs += [cost(peer, sum(tokens)) for peer in demo.peers if peer.get("role") == "worker"]
-        seconds = max(float(peer.get("phase_seconds", 0.0)) for peer in composers)
         demo.call("export", ["export", invite, str(folder / "checkpoint")])
     finally:
         demo.stop()
     signed = folder / "bootstrap" / "manifest.signed"
     context = verify(signed.read_bytes()).data.context_length
     evaluation = evaluate_checkpoint(folder / "checkpoint", windows=arguments.windows, context_length=context)
-    return Result("shoal, real node", evaluation.nats_per_token, seconds), costs, signed
+    steps = [sum(each.step_seconds.values()) for each in costs[: len(tokens)]]
+    result = Result(
+        method="shoal, real node",
+        loss=evaluation.nats_per_token,
+        seconds=max(steps),
+        tokens=sum(tokens),
+        up=total(costs, "out"),
+        down=total(costs, "in"),
+        resident_bytes=max(each.training_rss_bytes for each in costs),
+        blocked_share=sum(each.blocked_seconds for each in costs[: len(tokens)]) / sum(steps),
+    )
+    return result, costs, signed
 
 
 def report(costs: list[PeerCost]) -> str:
@@ -123,9 +165,7 @@ def main() -> None:
         results.append(comparison.run(method, lambda step, loss: None))
         console.print(f"{method}: {results[-1].loss:.4f} nats/byte in {results[-1].seconds:.0f} s")
     results.append(result)
-    train_spec = manifest.train
-    tokens = arguments.composers * train_spec.steps * train_spec.batch_size * manifest.data.context_length
-    text = markdown(results, tokens=tokens) + "\n\n" + report(costs)
+    text = markdown(results) + "\n\n" + report(costs)
     print(text)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -162,7 +162,7 @@ class ExpertOwner(StandInOwner):
         return held
 
     def _taken_at(self, slot: int, position: int, age: int) -> StandIn:
-        return self._past.at(slot, position, age)
+        return self.past.at(slot, position, age)
 
     @torch.no_grad()
     def _set_gradients(self, own_tokens: int, slots: Collection[int]) -> None:

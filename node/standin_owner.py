@@ -32,7 +32,7 @@ class StandInOwner(ABC):
         self.manifest = manifest
         self.shape: ExpertShape = expert_shape(manifest.model)
         self.publishers: dict[int, list[Publisher]] = {}  # by slot and position
-        self._past = PastStandIns()
+        self.past = PastStandIns()
         self._fit_seed = fit_seed
         self._fidelity: dict[tuple[int, int], float] = {}  # as last measured
         self._chooser: Chooser | None = None  # made when it is first needed: the menu is known then
@@ -78,7 +78,7 @@ class StandInOwner(ABC):
                 if slot not in changed:
                     publisher.refit(expert)
                     deltas[slot].append(publisher.delta(expert))
-            self._past.note(slot, self.publishers[slot])
+            self.past.note(slot, self.publishers[slot])
         return deltas
 
     def _change_forms(self, slots: Collection[int]) -> set[int]:
@@ -142,13 +142,13 @@ class StandInOwner(ABC):
 
     def _begin_publishing(self, slot: int, publishers: list[Publisher]) -> None:
         self.publishers[slot] = publishers
-        self._past.note(slot, publishers)
+        self.past.note(slot, publishers)
 
     def _end_publishing(self, slot: int) -> None:
         for position in range(len(self.publishers.pop(slot))):
             self._fidelity.pop((slot, position), None)
             self._wanted.pop((slot, position), None)
-        self._past.forget(slot)
+        self.past.forget(slot)
 
     def _publisher_state(self, slot: int, position: int) -> SlotTensors:
         state = self.publishers[slot][position].state_dict(replay=False)

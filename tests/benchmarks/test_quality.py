@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from shoal.benchmarks.quality import METHODS, Comparison, Method
-from shoal.node.manifest import Manifest
+from shoal.benchmarks.comparison import Comparison, Method
+from shoal.benchmarks.quality import METHODS
+from shoal.node.manifest import Manifest, with_settings
 from shoal.node.manifest_errors import ManifestError
 from shoal.node.model.presets import preset
 
@@ -63,12 +64,23 @@ def test_every_seed_has_its_own_weights_and_batches() -> None:
     assert torch.equal(one.heldout, other.heldout)
 
 
-def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> None:
-    methods = ["centralized", "spes", "shoal-lowbit+rows", "extreme-lowbit+rows:sketch.kappa=0"]
-    command = [sys.executable, "-m", "shoal.benchmarks.quality", "--methods", ",".join(methods), "--out", str(tmp_path)]
-    size = ["--preset", "tiny", "--composers", "2", "--workers", "3", "--windows", "2"]
+def test_a_key_names_what_a_result_follows_from() -> None:
+    def key(text: str, *settings: str, composers: int = 2, chance: int = 0) -> str:
+        return Comparison(with_settings(manifest(), settings), composers, 1, chance=chance).key(text)
+
+    apart = [
+        *(key("diloco", setting) for setting in ("outer.every_steps=9", "train.steps=7", "model.seed=3")),
+        *(key(text) for text in ("diloco", "spes", "lone", "centralized", "shoal-lowbit", "shoal-lowbit@lora")),
+        *(key("diloco", composers=3), key("lone", composers=3), key("lone", chance=1)),
+    ]
+    assert len(set(apart)) == len(apart)
+    assert key("diloco:outer.every_steps=9") == key("diloco", "outer.every_steps=9")
+    assert key("lone", "outer.every_steps=9", "sketch.kappa=3") == key("lone"), "which merges nothing"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*command, *size, "--seed-steps", "1", "--steps", "2", "--set", "sketch.budget_bytes=5000"],
+        [sys.executable, "-m", "shoal.benchmarks.quality", *words],
         env={**os.environ, "PYTHONSAFEPATH": "1"},
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -76,6 +88,16 @@ def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> 
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+SIZE = ("--preset", "tiny", "--composers", "2", "--windows", "2")
+
+
+def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> None:
+    methods = ["centralized", "spes", "shoal-lowbit+rows", "extreme-lowbit+rows:sketch.kappa=0"]
+    start = ["--workers", "3", "--seed-steps", "1", "--steps", "2", "--set", "sketch.budget_bytes=5000"]
+    done = run(*SIZE, *start, "--methods", ",".join(methods), "--out", str(tmp_path))
     curves = json.loads((tmp_path / "curves.json").read_text())
     assert list(curves) == methods
     assert all([len(seed) for seed in seeds] == [2] for seeds in curves.values())
@@ -86,9 +108,51 @@ def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> 
     results = {result["method"]: result for result in told}
     whole, spes, owners, none = (results[name] for name in methods)
     assert whole["flops_per_token"] > spes["flops_per_token"] > none["flops_per_token"]
-    assert whole["state_bytes"] > spes["state_bytes"] > owners["state_bytes"] > none["state_bytes"]
+    for some in (spes, owners):
+        assert whole["state_bytes"] > some["state_bytes"] > none["state_bytes"]
+    assert all(r["peak_bytes"] > r["state_bytes"] > r["expert_bytes"] > 0 for r in (whole, spes, owners))
     tokens, headers = 2 * 2 * 4 * 256, 24 * 16 * 3
     for name in methods[2:]:
-        assert 0 < results[name]["sketch_bytes"] <= 2 * 2 * (5000 + headers)
-        assert f"| {results[name]['sketch_bytes'] / tokens:.1f} |" in done.stdout
-    assert whole["sketch_bytes"] == spes["sketch_bytes"] == 0
+        sent = results[name]["up"]["sketches"]
+        assert 0 < sent <= 2 * 2 * (5000 + headers)
+        assert results[name]["tokens"] == tokens
+        assert f"| {sent / tokens:.1f} / {sent / tokens:.1f} |" in done.stdout
+    assert whole["up"]["sketches"] == spes["up"]["sketches"] == 0
+    assert results[methods[3]]["down"]["deltas"] == 2 * results[methods[3]]["up"]["deltas"], "both composers read each"
+
+
+def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    words = [*SIZE, "--methods", "lone,spes", "--tune", "--tokens", "2049", "--out", str(tmp_path)]
+    run(*words)
+    sweep = (tmp_path / "tuning.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in sweep[2:]] == ["| lone", "| spes"]
+    assert all(line.count("**") == 2 for line in sweep[2:])
+    told = json.loads((tmp_path / "quality.json").read_text())
+    assert [(r["method"].split(":")[0], r["tokens"]) for r in told] == [("lone", 2 * 1024), ("spes", 2 * 2 * 1024)]
+    cells = (tmp_path / "cells.jsonl").read_text()
+    assert len(cells.splitlines()) >= 2 * 3 + 1 + 2
+    again = run(*words)
+    assert (tmp_path / "cells.jsonl").read_text() == cells
+    assert again.stdout == (tmp_path / "tuning.md").read_text() + (tmp_path / "quality.md").read_text()
+
+
+def test_the_command_varies_one_thing(tmp_path: Path) -> None:
+    done = run(
+        *SIZE, "--methods", "lone,diloco", "--steps", "2", "--vary", "outer.every_steps=1,2", "--out", str(tmp_path)
+    )
+    lines = done.stdout.splitlines()[-4:]
+    assert lines[0] == "| method | outer.every_steps 1 | outer.every_steps 2 |"
+    assert lines[2].count("(+0.0%)") == 2
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 3, "lone is the same at both"
+    wrong = [sys.executable, "-m", "shoal.benchmarks.quality", "--vary", "outer.every=1"]
+    refused = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 2
+    assert "no fact of a manifest" in refused.stderr
+
+
+def test_a_quick_look(tmp_path: Path) -> None:
+    run("--quick", "--methods", "lone,shoal-narrow+rows", "--out", str(tmp_path))
+    lone, swarm = json.loads((tmp_path / "quality.json").read_text())
+    assert swarm["tokens"] == 2 * lone["tokens"] == 2 * 12 * 1024
+    assert max(lone["loss"], swarm["loss"]) < 4.8, "from 5.5 of a model that knows nothing"
+    assert min(swarm["up"].values()) > 0
