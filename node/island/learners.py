@@ -175,11 +175,12 @@ class Learners(Island):
     @torch.no_grad()
     def _merge(self, composer: Composer, own_tokens: int) -> None:
         parameters, counted = trained_of(composer.model, composer.owned), shares(composer, own_tokens)
-        weighed = [p * share for p, share in zip(parameters, counted, strict=True)]
-        total = flat(weighed)
-        del weighed
+        total = flat(parameters)
+        pieces = list(zip(torch.split(total, [p.numel() for p in parameters]), counted, strict=True))
+        for piece, share in pieces:
+            piece.mul_(share)
         dist.reduce(total, 0)
-        for piece, share in zip(torch.split(total, [p.numel() for p in parameters]), counted, strict=True):
+        for piece, share in pieces:
             piece.div_(self.size - 1 + share)
         fill(parameters, total)
 
