@@ -12,7 +12,7 @@ from copy import copy
 
 from ..kernels.standin import Publisher, StandIn
 
-KEPT = 8  # versions of a slot
+KEPT = 4  # versions of a slot
 
 
 class PastStandIns:
