@@ -62,8 +62,7 @@ def step_alike(one: Composer, many: Composer) -> None:
     ("stages", "facts"),
     [
         (2, {}),
-        (2, {"tie_word_embeddings": True}),
-        (2, {"layers": 3, "private_layers": 1}),
+        (2, {"layers": 3, "private_layers": 1, "tie_word_embeddings": True}),
         (4, {"layers": 4}),
         (2, {"capacity_factor": 0.8}),
     ],
