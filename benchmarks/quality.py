@@ -1,17 +1,6 @@
 """`./dev bench quality`: the same model on the same tokens, trained in several ways, side by side.
 
-    centralized        one process, the joint batch of all composers
-    lone               one composer, its own share of the tokens
-    diloco             full replicas, everything merged every H steps
-    spes               full models, each peer trains its own experts, takes the others' from their owners every H steps
-                       (SPES, from its paper's description)
-    shoal-KIND         experts split among composers, stand-ins of that kind    (in one process, the node's own code)
-    extreme-KIND       experts split among workers; composers own none          (the same)
-
-KIND is lowbit, narrow, ternary or chosen; ternary trains experts ternary too, whose copies are then exact. `+rows` or
-`+gradient` after it sends sketches to owners, without it there are none. `@lora` or `@frozen` after that: owners train
-low-rank factors beside 4-bit weights, or nothing; `@lora4` names a rank. Facts of the manifest that differ for one
-method alone stand behind it: `shoal-narrow+rows:sketch.kappa=0:sketch.codec=float16`.
+The ways are those of `comparison.py`, which `--help` shows too.
 
 `--tune` finds each method's learning rate and outer step first. `--vary NAME=VALUE,VALUE` trains with all methods at
 each of these values: of `composers`, of `tokens`, or of a fact of the manifest (`outer.every_steps=2,8,24`).
@@ -37,6 +26,7 @@ import torch
 from ..node.manifest import Manifest, with_settings
 from ..node.manifest_errors import ManifestError
 from ..node.model.presets import preset
+from . import comparison
 from .cells import Cell, Cells
 from .comparison import PLAIN, Comparison, Method
 from .curves import draw
@@ -209,7 +199,9 @@ class Bench:
 def main() -> None:
     """Train with every method named, print and write the tables."""
     parser = argparse.ArgumentParser(
-        prog="./dev bench quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./dev bench quality",
+        description=f"{__doc__}\n{comparison.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arguments = arguments_of(parser)
     torch.set_num_threads(arguments.threads)

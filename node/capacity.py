@@ -16,14 +16,15 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..kernels.bases import Bases
 from ..kernels.lora import lora_bytes
-from ..kernels.standin import Form
 from .config import PeerConfig
 from .errors import ConfigError
 from .expert_mode import ExpertMode
 from .logs import get_logger
 from .manifest import ExpertShape, Manifest, ModelSpec, StandInSpec
 from .model.init import backbone_shapes, expert_shape
+from .standin_menu import menu_of
 
 log = get_logger(__name__)
 
@@ -122,9 +123,8 @@ def standin_bytes(shape: ExpertShape, standin: StandInSpec) -> int:
     if standin.kind == "chosen":
         each = standin.bytes_per_weight * weights
     else:
-        narrow = max(1, round(standin.width_fraction * shape.width))
-        size = {"narrow": narrow, "shared": min(standin.base_rank, shape.hidden, shape.width)}.get(standin.kind, 0)
-        each = Form(standin.kind, size).nbytes(shape.hidden, shape.width)
+        (form,) = menu_of(standin, shape.hidden, shape.width, Bases()).forms
+        each = form.nbytes(shape.hidden, shape.width)
     return int(each * shape.num_layers)
 
 

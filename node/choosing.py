@@ -17,17 +17,13 @@ from ..kernels.experts import OwnedExpert, run_expert
 from ..kernels.interface import Publisher, float_weights
 from ..kernels.narrow import NarrowPublisher, NarrowStandIn
 from ..kernels.standin import Form, Menu, StandIn
-from .logs import get_logger
 from .manifest import ExpertShape, StandInSpec
 from .standin_choice import Option, choose
-
-log = get_logger(__name__)
 
 Place = tuple[int, int]  # slot, position
 
 WORTH = 0.9  # another choice is made if the error falls to this part of what it was, at least
 JUDGED_ROWS = 16  # of fewer held-out rows all rows judge
-LEARNING_RATE = 3e-3  # of fits
 
 
 class Chooser:
@@ -117,7 +113,7 @@ class Chooser:
             publisher.replay,
             rank=1,
             refit_steps=self._spec.trial_steps,
-            learning_rate=LEARNING_RATE,
+            learning_rate=self._spec.refit_learning_rate,
             generator=torch.Generator().manual_seed(0),
             act=self._shape.act,
         )
