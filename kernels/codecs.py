@@ -18,6 +18,7 @@ from torch import Tensor
 LARGEST_CODE = 127
 SMALLEST_SCALE = 1e-15
 LARGEST_SCALE = 1e15
+LARGEST_VALUE = LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6)  # of a row that can be encoded
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,22 @@ def quantise_rows(x_ND: Tensor) -> Int8Rows:
     x_ND = x_ND.detach().float()
     if x_ND.numel() == 0:
         return Int8Rows(x_ND.to(torch.int8), x_ND.new_zeros(len(x_ND), dtype=torch.bfloat16))
-    exact = x_ND.abs().amax(1) / LARGEST_CODE
-    if not bool((exact <= LARGEST_SCALE / 2).all()):  # also false for NaN
+    largest = x_ND.abs().amax(1)
+    if not bool((largest <= LARGEST_VALUE).all()):  # also false for NaN
         raise ValueError("rows to quantise are not finite or too large")
+    return quantise_within(x_ND, largest)
+
+
+def quantise_within(x_ND: Tensor, largest_N: Tensor) -> Int8Rows:
+    """The same of float32 rows whose largest absolute values are known, none above `LARGEST_VALUE`. Nothing here waits
+    for a GPU."""
+    exact = largest_N / LARGEST_CODE
     rounded = exact.to(torch.bfloat16)
     # The next bfloat16 above a positive one is the next integer above its bits.
     scales = torch.where(rounded.float() < exact, (rounded.view(torch.int16) + 1).view(torch.bfloat16), rounded)
     scales = scales.masked_fill(scales < 2 * SMALLEST_SCALE, 0)
     divisor = scales.float().masked_fill(scales == 0, torch.inf).unsqueeze(1)
-    codes = (x_ND / divisor).round().clamp(-LARGEST_CODE, LARGEST_CODE)
-    return Int8Rows(codes.to(torch.int8), scales)
+    return Int8Rows((x_ND / divisor).round_().to(torch.int8), scales)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

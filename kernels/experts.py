@@ -26,7 +26,7 @@ the same number of rows (wastes work exactly when routing is uneven).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -34,17 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_aten = torch.ops.aten
-
-# name -> (act(h), act'(h) * grad)
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": (torch.nn.functional.silu, _aten.silu_backward),
-    "gelu": (torch.nn.functional.gelu, _aten.gelu_backward),
-    "gelu_pytorch_tanh": (
-        lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
-        lambda grad, h: _aten.gelu_backward(grad, h, approximate="tanh"),
-    ),
-}
+from .activations import ACTIVATIONS, check_activation, gated_backward
 
 
 class ExpertWeights(Protocol):
@@ -213,8 +203,7 @@ def apply_experts(
             f"x {tuple(x_TD.shape)}, index {tuple(shape)} and weights {tuple(top_k_weights_TK.shape)} "
             "are not (T, D), (T, K) and (T, K)"
         )
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"activation {act!r} is not one of {', '.join(_ACTIVATIONS)}")
+    check_activation(act)
     # Autograd must see as arguments whatever it may have to give a gradient for; the rest travels as objects.
     trained: list[Tensor] = []
     for expert in experts:
@@ -227,7 +216,7 @@ def apply_experts(
 def run_expert(x_ND: Tensor, gate_up: Tensor, down: Tensor, act: str = "silu") -> Tensor:
     """One expert on all rows, ungated, in plain differentiable torch: down (act(gate x) ⊙ up x), (N, D)."""
     hg, hu = torch.nn.functional.linear(x_ND, gate_up).chunk(2, dim=-1)
-    return torch.nn.functional.linear(_ACTIVATIONS[act][0](hg) * hu, down)
+    return torch.nn.functional.linear(ACTIVATIONS[act](hg) * hu, down)
 
 
 def drop_over_capacity(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_experts: int, capacity: int) -> Tensor:
@@ -267,7 +256,7 @@ class _Experts(torch.autograd.Function):
         num_experts = len(experts)
         device = x_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-        activate, _ = _ACTIVATIONS[act]
+        activate = ACTIVATIONS[act]
 
         index = index_TK.reshape(-1)
         order = index.argsort(stable=True)
@@ -291,8 +280,8 @@ class _Experts(torch.autograd.Function):
             gate_up, down = _weights(experts[expert], dtype)
             h = x_ND.to(dtype) @ gate_up.t()
             hg, hu = h.chunk(2, dim=-1)
-            y = (activate(hg) * hu) @ down.t()
-            torch.mul(y, gate_N.to(dtype).unsqueeze(1), out=y_PD[rows])
+            a_NF = activate(hg).mul_(hu).mul_(gate_N.to(dtype).unsqueeze(1))
+            torch.mm(a_NF, down.t(), out=y_PD[rows])
             pre_activations.append(h)
         y_PD[start:] = 0  # dropped pairs sort last
 
@@ -310,7 +299,7 @@ class _Experts(torch.autograd.Function):
         needs_x, needs_gates, needs_trained = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[6:]
         tap: RowTap | None = ctx.tap
         dtype: torch.dtype = ctx.dtype
-        activate, activate_backward = _ACTIVATIONS[ctx.act]
+        activate = ACTIVATIONS[ctx.act]
 
         grad_TD = grad_TD.to(dtype)
         dx_PD = x_TD.new_empty(len(order), x_TD.shape[1], dtype=dtype) if needs_x else None
@@ -341,12 +330,11 @@ class _Experts(torch.autograd.Function):
                 if dgates is not None:
                     dgates[rows] = torch.linalg.vecdot(u_NF, a_NF).to(dgates.dtype)
             if tap is not None or needs_weights:
-                dy_ND = g_ND * gate_N1
+                dy_ND = g_ND.mul_(gate_N1)
                 x_ND = x_TD.index_select(0, tokens[rows])
             elif dx_PD is None:
                 continue
-            da_NF = u_NF.mul_(gate_N1)
-            dh = torch.cat((activate_backward(da_NF * hu, hg), da_NF * act_NF), dim=-1)
+            dh = gated_backward(u_NF.mul_(gate_N1), hg, hu, act_NF, ctx.act)
             if tap is not None:
                 tap.backward_rows(expert, x_ND, dy_ND, a_NF, dh)
             if dx_PD is not None:
@@ -380,4 +368,4 @@ def _to_tokens(rows_PD: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor
     """Rows of pairs in sorted order -> sums over each token's K pairs, (T, D)."""
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    return rows_PD.index_select(0, place).view(*shape, rows_PD.shape[1]).sum(1)
+    return torch.nn.functional.embedding_bag(place.view(shape), rows_PD, mode="sum")  # never holds them in token order

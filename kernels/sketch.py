@@ -35,7 +35,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .codecs import LARGEST_CODE, LARGEST_SCALE, Int8Rows, quantise_rows, tensor_bytes
+from .codecs import LARGEST_VALUE, Int8Rows, quantise_within, tensor_bytes
 from .sampling import inclusion_probabilities, systematic
 
 RowCodec = Literal["int8", "float16"]
@@ -53,8 +53,7 @@ _MAX_WEIGHT_SUM = 64
 _HEADER = struct.Struct("<BBBxIQd")  # version, codec, weighted, rows, pairs, effective
 _VERSION = 1
 _CODECS: tuple[RowCodec, ...] = get_args(RowCodec)
-# The largest value that can be encoded; for int8 a hair below what `quantise_rows` refuses.
-_LARGEST = {"int8": LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6), "float16": 65504.0}
+_LARGEST = {"int8": LARGEST_VALUE, "float16": 65504.0}  # that can be encoded
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,10 @@ class RowBuffer:
         self.hidden, self.codec, self.max_rows = hidden, codec, max_rows
         self.refused = 0  # rows left out, ever: not finite, or too large for the codec
         self._generator = generator
-        parts, ones = _parts(_encode(torch.empty(0, hidden), codec)), torch.empty(0, dtype=torch.float64)
+        parts, ones = (
+            _parts(_encode(torch.empty(0, hidden), torch.empty(0), codec)),
+            torch.empty(0, dtype=torch.float64),
+        )
         # Parts of x, parts of dy, weight, size: everything that moves when a row moves.
         self._none = (*parts, *parts, ones, ones)
         self._clear()
@@ -320,26 +322,26 @@ def add_rows(buffers: Sequence[RowBuffer], counts: Sequence[int], x_PD: Tensor, 
         x_PD, dy_PD: on any device.
     """
     codec, ends = buffers[0].codec, list(itertools.accumulate(counts))
-    x_PD, dy_PD = x_PD.detach().float(), dy_PD.detach().float()
-    limit = LARGEST_SCALE / 2 * LARGEST_CODE * (1 - 1e-6) if codec == "int8" else torch.finfo(torch.float16).max
-    usable = (x_PD.abs().amax(1) <= limit) & (dy_PD.abs().amax(1) <= limit)  # also false for NaN
+    both = [rows_PD.detach().float() for rows_PD in (x_PD, dy_PD)]
+    largest = [rows_PD.abs().amax(1) for rows_PD in both]
+    usable = (largest[0] <= _LARGEST[codec]) & (largest[1] <= _LARGEST[codec])  # also false for NaN
     if not bool(usable.all()):
-        x_PD, dy_PD = x_PD[usable], dy_PD[usable]
+        both, largest = [rows_PD[usable] for rows_PD in both], [values_P[usable] for values_P in largest]
         kept = [int(part.sum()) for part in torch.split(usable.cpu(), list(counts))]
         for buffer, before, now in zip(buffers, counts, kept, strict=True):
             buffer.refused += before - now
         ends = list(itertools.accumulate(kept))
-    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in (x_PD, dy_PD)]
+    norms = [torch.linalg.vector_norm(rows_PD, dim=1).double() for rows_PD in both]
     sizes = (norms[0] * norms[1]).cpu()
-    parts = [part.cpu() for rows in (x_PD, dy_PD) for part in _parts(_encode(rows, codec))]
-    columns = [*parts, torch.ones_like(sizes), sizes]
+    encoded = [_encode(rows_PD, values_P, codec) for rows_PD, values_P in zip(both, largest, strict=True)]
+    columns = [*(part.cpu() for rows in encoded for part in _parts(rows)), torch.ones_like(sizes), sizes]
     for buffer, start, end in zip(buffers, [0, *ends], ends, strict=False):
         if end > start:
             buffer._keep([column[start:end].clone() for column in columns])
 
 
-def _encode(x_ND: Tensor, codec: RowCodec) -> Rows:
-    return quantise_rows(x_ND) if codec == "int8" else Float16Rows(x_ND.to(torch.float16))
+def _encode(x_ND: Tensor, largest_N: Tensor, codec: RowCodec) -> Rows:
+    return quantise_within(x_ND, largest_N) if codec == "int8" else Float16Rows(x_ND.to(torch.float16))
 
 
 def _parts(rows: Rows) -> tuple[Tensor, ...]:

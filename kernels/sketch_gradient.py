@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .activations import ACTIVATIONS, check_activation, gated_backward
 from .codecs import Int8Rows
-from .experts import _ACTIVATIONS
 from .sketch import FOLLOWS_FIDELITY, Curvature, Float16Rows, Rows, RowSketch, kappa_for
 
 
@@ -76,8 +76,7 @@ def sum_gradients(
         ValueError: shapes disagree, an unknown activation, a kappa that is negative, not finite or without a
             stand-in, or a result that is not finite.
     """
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"activation {act!r} is not one of {', '.join(_ACTIVATIONS)}")
+    check_activation(act)
     if curvature not in get_args(Curvature):
         raise ValueError(f"curvature {curvature!r} is not one of {', '.join(get_args(Curvature))}")
     for each in taught:
@@ -88,7 +87,7 @@ def sum_gradients(
             raise ValueError(
                 f"rows of {each.sketch.hidden} for an expert of {tuple(gate_up.shape)} and {tuple(down.shape)}"
             )
-    activate, activate_backward = _ACTIVATIONS[act]
+    activate = ACTIVATIONS[act]
     x_ND = _joined([each.sketch.x for each in taught], like=gate_up)
     dy_ND = _joined([each.sketch.dy for each in taught], like=gate_up)
 
@@ -101,8 +100,7 @@ def sum_gradients(
         dy_ND = dy_ND + _corrections(dy_ND, y_ND, error_ND, taught, curvature)
     if any(each.factor != 1.0 or each.sketch.weights_N is not None for each in taught):
         dy_ND = dy_ND * _counts(taught, like=dy_ND)
-    u_NF = dy_ND @ down
-    dh = torch.cat((activate_backward(u_NF * hu, hg), u_NF * act_NF), dim=-1)
+    dh = gated_backward(dy_ND @ down, hg, hu, act_NF, act)
     d_gate_up, d_down = dh.t() @ x_ND, dy_ND.t() @ a_NF
     if not math.isfinite(norm(d_gate_up, d_down)):
         raise ValueError("the gradient of a sketch is not finite")

@@ -23,7 +23,9 @@ from .manifest import ExpertShape, SketchSpec
 MAX_BUFFERED_ROWS = 2048
 # Nor does it hold more than travel in one message.
 MAX_BUFFERED_BYTES = MAX_SKETCH_BYTES - 4096
-MAX_WAITING = 1 << 24  # values of x that wait to be encoded together: 64 MB, and as much of dy
+# Values of x that wait to be encoded together, with as many of dy: few on a CPU, which still has them in its cache; 64
+# MB on a GPU, where every operation costs its launch.
+MAX_WAITING = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 class Collector(Protocol):
@@ -88,7 +90,9 @@ class SketchCollector:
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. They are encoded with those of the layer's other experts."""
-        if self._waiting and (self._waiting[-1][1] != layer or self._waiting_rows * x_ND.shape[1] > MAX_WAITING):
+        if self._waiting and (
+            self._waiting[-1][1] != layer or self._waiting_rows * x_ND.shape[1] > MAX_WAITING[x_ND.device.type]
+        ):
             self._encode()
         self._waiting.append((slot, layer, x_ND, dy_ND))
         self._waiting_rows += len(x_ND)
