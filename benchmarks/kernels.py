@@ -1,13 +1,13 @@
 """`./dev bench kernels`: what experts and stand-ins cost on this machine.
 
-Three tables. Experts: forward and backward of `apply_experts` with all experts owned, against the eager experts of
-transformers, against a dense SwiGLU of the width that every token activates (K F: the same FLOPs without routing), and
-against itself with three in four experts replaced by stand-ins. Stand-ins: the time of every operation on one of them,
-and its bytes. Gradient sketches: time, size and error, beside the best that any matrix of the rank can do, for the
-gradient of a random expert that should do another's work, on inputs whose k-th direction has variance 1 / k.
+Three tables. Experts: forward and backward of `apply_experts` with all experts owned, against the experts of
+transformers in each way that it has, against a dense SwiGLU of the width that every token activates (K F: the same
+FLOPs without routing), and against itself with three in four experts replaced by stand-ins. Stand-ins: the time of
+every operation on one of them, and its bytes. Gradient sketches: time, size and error, beside the best that any matrix
+of the rank can do, for the gradient of a random expert that should do another's work, on inputs whose k-th direction
+has variance 1 / k.
 
-What is compared runs interleaved, one after the other in every round, and a ratio is the median of the rounds' ratios:
-a neighbour who takes a core away slows both sides of it. Times by themselves move with the machine's load.
+`timing.py` says how it is compared.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ import json
 import math
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ..kernels.bases import Bases
-from ..kernels.experts import DenseExpert, ExpertWeights, apply_experts, run_expert
+from ..kernels.experts import DenseExpert, apply_experts, run_expert
 from ..kernels.gradient_sketch import GradientSketcher, Projections
-from ..kernels.standin import KINDS, StandIn, initial_standin, make_publisher, standin_from_bytes
+from ..kernels.standin import KINDS, make_publisher, standin_from_bytes
+from .layer import FULL, QUICK, RANK, THEIRS, EmptyTap, ExpertsResult, Shape, bench_experts, first_standin
+from .timing import interleaved, medians
 
-RANK = 8
 SKETCH_RANKS = (4, 16, 64)
 SKETCH_ROWS = 1024
 TRAINED_STEP = 0.02  # how far weights move between two deltas, over their size: 8 steps of AdamW at 1e-4 for D = 512
@@ -40,44 +38,6 @@ CAVEAT = (
     "Medians of interleaved rounds. Ratios are medians of each round's ratio and survive a busy machine; "
     "milliseconds do not: compare them only within one run."
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One layer of routed experts, in float32."""
-
-    tokens: int  # T
-    hidden: int  # D
-    width: int  # F
-    experts: int  # E
-    top_k: int  # K
-
-    def __str__(self) -> str:
-        return f"{self.tokens} x {self.hidden}, {self.experts} experts of {self.width}, top {self.top_k}"
-
-    @property
-    def narrow_width(self) -> int:
-        """F of a narrow stand-in: a quarter."""
-        return max(1, self.width // 4)
-
-
-FULL = (
-    Shape(64, 64, 64, 16, 2),
-    Shape(1024, 64, 64, 16, 2),
-    Shape(1024, 64, 64, 64, 4),
-    Shape(1024, 512, 256, 32, 4),
-)
-QUICK = (Shape(64, 64, 64, 8, 2),)
-
-
-@dataclass(frozen=True)
-class ExpertsResult:
-    """One shape: median milliseconds of forward and backward by what ran, and ratios to `owned` (above 1: slower)."""
-
-    shape: Shape
-    rounds: int
-    milliseconds: dict[str, float]
-    ratios: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -108,98 +68,6 @@ class SketchResult:
     sketch_numel: int
     error: float  # median over seeds
     best_error: float
-
-
-class _EmptyTap:
-    """What an owner of stand-ins asks for: all rows."""
-
-    def forward_rows(self, expert: int, x_ND: Tensor, gate_N: Tensor) -> None:
-        pass
-
-    def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
-        pass
-
-
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 5, most: int = 200
-) -> dict[str, list[float]]:
-    """Run all candidates in turn, round after round, for about `seconds`; the first round only warms up.
-
-    Returns:
-        milliseconds of every round, by candidate; the lists are equally long and in step.
-    """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    end = 0.0
-    for round_number in range(most + 1):
-        for name, run in candidates.items():
-            began = time.perf_counter()
-            run()
-            if round_number:
-                times[name].append(1e3 * (time.perf_counter() - began))
-        if not round_number:
-            end = time.perf_counter() + seconds
-        elif round_number >= least and time.perf_counter() > end:
-            break
-    return times
-
-
-def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Median of each list."""
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
-    """Forward and backward of one layer, gradients to inputs, gates and all weights that are trained."""
-    eager = _eager(shape)
-    owned = [
-        DenseExpert(
-            torch.nn.Parameter(eager.gate_up_proj[e].detach().clone()),
-            torch.nn.Parameter(eager.down_proj[e].detach().clone()),
-        )
-        for e in range(shape.experts)
-    ]
-    dense_width = shape.top_k * shape.width
-    dense = (
-        torch.nn.Parameter(torch.randn(2 * dense_width, shape.hidden) * shape.hidden**-0.5),
-        torch.nn.Parameter(torch.randn(shape.hidden, dense_width) * dense_width**-0.5),
-    )
-    x_TD = torch.randn(shape.tokens, shape.hidden, requires_grad=True)
-    gates_TK, index_TK = torch.randn(shape.tokens, shape.experts).softmax(-1).topk(shape.top_k)
-    gates_TK.requires_grad_()
-    grad_TD = torch.randn(shape.tokens, shape.hidden)
-    inputs = (x_TD, gates_TK)
-
-    def step(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward(), leaves, grad_TD)
-
-    def routed(experts: Sequence[ExpertWeights]) -> Callable[[], object]:
-        trained = [w for expert in experts if isinstance(expert, DenseExpert) for w in expert.dense()]
-        tap = None if len(trained) == 2 * len(experts) else _EmptyTap()
-        return step(lambda: apply_experts(x_TD, index_TK, gates_TK, experts, tap=tap), (*inputs, *trained))
-
-    candidates = {
-        "owned": routed(owned),
-        "eager": step(
-            lambda: eager(x_TD, index_TK, gates_TK), (*inputs, eager.gate_up_proj, eager.down_proj)
-        ),
-        "dense": step(lambda: run_expert(x_TD, *dense), (x_TD, *dense)),
-    }  # fmt: skip
-    bases = Bases([owned[0].dense()])
-    for kind in KINDS:
-        mixed = [expert if e % 4 == 0 else first_standin(kind, expert, shape, bases) for e, expert in enumerate(owned)]
-        candidates[kind] = routed(mixed)
-    times = interleaved(candidates, seconds)
-    ratios = {
-        name: statistics.median(other / ours for other, ours in zip(values, times["owned"], strict=True))
-        for name, values in times.items()
-        if name != "owned"
-    }
-    return ExpertsResult(shape, len(times["owned"]), medians(times), ratios)
-
-
-def first_standin(kind: str, expert: DenseExpert, shape: Shape, bases: Bases) -> StandIn:
-    """Of the sizes that are measured here."""
-    return initial_standin(kind, *expert.dense(), shape.narrow_width if kind == "narrow" else RANK, bases=bases)
 
 
 def bench_standin(kind: str, shape: Shape, seconds: float, generator: torch.Generator) -> StandInResult:
@@ -253,7 +121,7 @@ def bench_standin(kind: str, shape: Shape, seconds: float, generator: torch.Gene
     )
 
 
-class _KeptRows(_EmptyTap):
+class _KeptRows(EmptyTap):
     def backward_rows(self, expert: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         self.rows = x_ND, dy_ND, a_NF, dh_NH
 
@@ -310,11 +178,14 @@ def markdown(
     lines = [
         "Experts, forward and backward. T x D, E experts of F, top K; ratios to all experts owned (above 1: slower)",
         "",
-        f"| shape | rounds | owned, ms | transformers eager | dense of K F | {' | '.join(f'3/4 {k}' for k in KINDS)} |",
-        "|---|---|---|---|---|" + "---|" * len(KINDS),
+        "| shape | rounds | owned, ms | dense of K F | "
+        + " | ".join([*(f"transformers, {way}" for way in THEIRS), *(f"3/4 {kind}" for kind in KINDS)])
+        + " |",
+        "|---|---|---|---|" + "---|" * (len(THEIRS) + len(KINDS)),
     ]
     for result in experts:
-        ratios = " | ".join(f"{result.ratios[name]:.2f}" for name in ("eager", "dense", *KINDS))
+        told = (result.ratios.get(name) for name in ("dense", *THEIRS, *KINDS))
+        ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in told)
         lines.append(f"| {result.shape} | {result.rounds} | {result.milliseconds['owned']:.2f} | {ratios} |")
     operations = ("initial", "refit", "delta", "fidelity", "apply", "dense")
     lines += [
@@ -340,21 +211,6 @@ def markdown(
         sizes = f"{sketch.gradient_numel} | {sketch.sketch_numel} | {sketch.error:.3f} | {sketch.best_error:.3f}"
         lines.append(f"| {sketch.hidden} x {sketch.width} | {sketch.rank} | {costs} | {sizes} |")
     return "\n".join([*lines, "", CAVEAT])
-
-
-def _eager(shape: Shape) -> Qwen3MoeExperts:
-    config = Qwen3MoeConfig(
-        hidden_size=shape.hidden,
-        moe_intermediate_size=shape.width,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-    )
-    config._experts_implementation = "eager"
-    experts = Qwen3MoeExperts(config)
-    with torch.no_grad():
-        for weight in experts.parameters():
-            weight.normal_(0.0, weight.shape[-1] ** -0.5)
-    return experts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
