@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.bases import Bases
-from ..kernels.experts import DenseExpert, apply_experts, run_expert
+from ..kernels.experts import DenseExpert, run_expert
 from ..kernels.gradient_sketch import GradientSketcher, Projections
+from ..kernels.routed import apply_experts
 from ..kernels.standin import KINDS, make_publisher, standin_from_bytes
 from .layer import FULL, QUICK, RANK, THEIRS, EmptyTap, ExpertsResult, Shape, bench_experts, first_standin
 from .timing import interleaved, medians

@@ -13,7 +13,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from ..kernels.bases import Bases
-from ..kernels.experts import DenseExpert, ExpertWeights, apply_experts, run_expert
+from ..kernels.experts import DenseExpert, ExpertWeights, run_expert
+from ..kernels.routed import apply_experts
 from ..kernels.standin import KINDS, StandIn, initial_standin
 from .timing import interleaved, medians
 

@@ -145,6 +145,10 @@ class LoraExpert(OwnedExpert):
         return cls(base, alpha / rank, drawn(hidden), zeros[0], drawn(width), zeros[1])
 
     @property
+    def width(self) -> int:
+        return self.base.width
+
+    @property
     def trained(self) -> tuple[Tensor, ...]:
         return self.gate_up_a, self.gate_up_b, self.down_a, self.down_b
 

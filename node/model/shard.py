@@ -11,14 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...kernels.experts import DenseExpert, ExpertWeights, OwnedExpert, apply_experts, drop_over_capacity
+from ...kernels.experts import DenseExpert, ExpertWeights, OwnedExpert
+from ...kernels.routed import apply_experts, drop_over_capacity
 from ...kernels.standin import StandIn
 
 # Called as tap(layer, slot, x_ND, gate_N) with the rows routed to an owned expert, detached.
 OwnedRowsTap = Callable[[int, int, Tensor, Tensor], None]
 
 # Called as tap(layer, slot, x_ND, dy_ND, a_NF, dh_NH) in backward with the rows of an expert that is not owned; see
-# `kernels.experts.RowTap.backward_rows`.
+# `kernels.routed.RowTap.backward_rows`.
 SketchTap = Callable[[int, int, Tensor, Tensor, Tensor, Tensor], None]
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from shoal.kernels.experts import DenseExpert, apply_experts, drop_over_capacity
+from shoal.kernels import routed
+from shoal.kernels.experts import DenseExpert
+from shoal.kernels.routed import apply_experts, drop_over_capacity
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 from transformers import Qwen3MoeConfig
@@ -30,6 +32,7 @@ class Frozen:
 
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         self.gate_up, self.down, self.calls = gate_up, down, 0
+        self.width = down.shape[1]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         self.calls += 1
@@ -69,7 +72,7 @@ def case() -> tuple[Tensor, Tensor, Tensor, list[DenseExpert | Frozen]]:
     hidden, num_experts = random.randint(1, 9), random.randint(2, 8)
     top_k, num_tokens = random.randint(1, num_experts), random.randint(1, 12)
     experts: list[DenseExpert | Frozen] = [
-        owned(random.randint(1, 7), hidden) if random.random() < 0.5 else Frozen(*weights(random.randint(1, 7), hidden))
+        owned(random.randint(1, 3), hidden) if random.random() < 0.5 else Frozen(*weights(random.randint(1, 3), hidden))
         for _ in range(num_experts)
     ]
     index, gates = routing(num_tokens, num_experts, top_k)
@@ -78,8 +81,12 @@ def case() -> tuple[Tensor, Tensor, Tensor, list[DenseExpert | Frozen]]:
     return torch.randn(num_tokens, hidden, dtype=torch.float64, requires_grad=True), index, gates, experts
 
 
-@pytest.mark.parametrize("_", range(12))
-def test_outputs_and_gradients_equal_the_naive_sum(_: int) -> None:
+@pytest.mark.parametrize("together", [(1, 1), (20, 60), (1 << 16, 1 << 20)], ids=str)  # each alone, some, all
+@pytest.mark.parametrize("_", range(8))
+def test_outputs_and_gradients_equal_the_naive_sum(
+    _: int, together: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(routed.TOGETHER, "cpu", together)
     x, index, gates, experts = case()
     leaves = [x, gates, *(w for e in experts if isinstance(e, DenseExpert) for w in e.dense())]
     grad = torch.randn_like(x)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from shoal.kernels.codecs import quantise_rows
-from shoal.kernels.experts import DenseExpert, apply_experts
+from shoal.kernels.experts import DenseExpert
 from shoal.kernels.gradient_sketch import LARGEST_VALUE, GradientSketcher, Projections
+from shoal.kernels.routed import apply_experts
 from torch import Tensor
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from shoal.kernels.bnb import functional as bnb
-from shoal.kernels.experts import FrozenExpert, OwnedExpert, apply_experts, run_expert
+from shoal.kernels.experts import FrozenExpert, OwnedExpert, run_expert
 from shoal.kernels.lora import BLOCK, LoraExpert, Nf4Base, lora_bytes
+from shoal.kernels.routed import apply_experts
 from torch import Tensor
 
 HIDDEN, WIDTH, RANK, ALPHA = 20, 12, 5, 7.5

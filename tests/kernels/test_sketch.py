@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.kernels.experts import DenseExpert, apply_experts, run_expert
+from shoal.kernels.experts import DenseExpert, run_expert
+from shoal.kernels.routed import apply_experts
 from shoal.kernels.sketch import (
     FOLLOWS_FIDELITY,
     KAPPA_ROUGH,

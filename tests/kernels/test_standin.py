@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from shoal.kernels.bases import Bases
-from shoal.kernels.experts import DenseExpert, apply_experts
+from shoal.kernels.experts import DenseExpert
 from shoal.kernels.interface import LARGEST_WEIGHT, MARK_BYTES
+from shoal.kernels.routed import apply_experts
 from shoal.kernels.shared import SharedStandIn
 from shoal.kernels.standin import (
     KINDS,

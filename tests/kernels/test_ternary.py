@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoal.kernels.codecs import SMALLEST_SCALE
-from shoal.kernels.experts import DenseExpert, apply_experts, run_expert
+from shoal.kernels.experts import DenseExpert, run_expert
+from shoal.kernels.routed import apply_experts
 from shoal.kernels.ternary import (
     Ternary,
     TernaryExpert,

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from shoal.kernels.bases import Bases
-from shoal.kernels.experts import DenseExpert, apply_experts
+from shoal.kernels.experts import DenseExpert
 from shoal.kernels.interface import MARK_BYTES
+from shoal.kernels.routed import apply_experts
 from shoal.kernels.standin import KINDS, initial_standin, make_publisher, standin_from_bytes
 from shoal.kernels.ternary import TernaryExpert, ternarise
 from shoal.kernels.ternary_standin import TernaryStandIn
