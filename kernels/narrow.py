@@ -21,6 +21,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from .adamw import AdamW
 from .experts import DenseExpert, OwnedExpert, run_expert
 from .interface import Publisher, StandIn, check_tensor, float_weights, output_fidelity, prefixed, take
 from .lowrank import MAX_RANK, Factors, factor, factors_nbytes
@@ -142,7 +143,7 @@ class NarrowPublisher(Publisher):
         self.published: NarrowStandIn = published
         self._fitted = [matrix.cpu().clone().requires_grad_() for matrix in self.published.dense()]
         # Weight decay would pull towards a smaller expert than the one to be imitated.
-        self._optimizer = torch.optim.AdamW(self._fitted, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self._optimizer = AdamW(self._fitted, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         self.replay = replay
         self._rank, self._refit_steps, self._generator, self._act = rank, refit_steps, generator, act
 

@@ -116,6 +116,7 @@ class ComposerPeer:
             from .island.forms import island_of
 
             self.island = island_of(self.config, self.facts.manifest, device)
+            self.island.nursery()  # it has seconds of work to do, while the model is built here
             torch.set_num_threads(self.island.threads)
         self.state.enter(Phase.SYNCING, "building the model")
         assert library.handle_key is not None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sysconfig
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,14 +104,14 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [p for p in sorted(root.rglob("*.py")) if not STDLIB_SKIPPED & set(p.relative_to(root).parts)]
+        paths = [path for path in _files(root, STDLIB_SKIPPED.__contains__) if path.suffix == ".py"]
     else:
         root = Path(source).expanduser()
         if not root.exists():
             raise DataError(
                 f"no text at {source!r}: it does not exist", fix="point --data at a text file or a folder of them"
             )
-        paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p, root))
+        paths = [root] if root.is_file() else _files(root, lambda name: name.startswith("."))
     documents: dict[
         bytes, Document
     ] = {}  # by digest: the same text twice would otherwise be on both sides of the split
@@ -214,8 +215,13 @@ def _score(peer_id: str, digest: bytes) -> bytes:
     return hashlib.blake2b(digest + peer_id.encode(), digest_size=8, person=b"shoal-route").digest()
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _files(root: Path, skipped: Callable[[str], bool]) -> list[Path]:
+    """All below `root`, sorted; without files and folders of skipped names, which may hold far more than all others."""
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not skipped(name)]
+        found += [path for name in files if not skipped(name) and (path := Path(folder, name)).is_file()]
+    return sorted(found)
 
 
 def _read_text(path: Path) -> bytes:

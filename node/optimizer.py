@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..kernels.adamw import AdamW
 from ..kernels.interface import check_tensor
 from .manifest import TrainSpec
 
@@ -26,7 +27,7 @@ def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.opt
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=spec.learning_rate, betas=betas)
         return optimizer
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=betas, fused=True)
+    return AdamW(groups, lr=spec.learning_rate, betas=betas, fused=True)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:

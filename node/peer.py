@@ -163,6 +163,7 @@ class _Peer:
             run = founded or self._fetch_manifest(dht, run_id)
             state.identify(run_id=run.run_id)
             (config.data_dir / "manifest.signed").write_bytes(run.signed)
+            state.enter(Phase.JOINING, "loading what its role takes")
             if config.role == "composer":
                 from .composing import ComposerPeer
 

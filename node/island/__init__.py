@@ -7,8 +7,9 @@
         rows for others' experts         <--pipe--
 
 Only the leader has stand-ins to publish, text and a network, and only it is a peer: members are told of everything that
-changes, and can be lost at any time. Then the leader goes on alone, and starts them anew after a while. There are three
-forms, each with both sides in one file:
+changes, and can be lost at any time. Then the leader goes on alone, and starts them anew after a while. They are forked
+from a process that has imported what takes seconds (`nursery.py`). There are three forms, each with both sides in one
+file:
 
     merging.py      a batch each in every step, and gradients merged before it is taken
     learners.py     some steps each, by optimizers of their own, and then weights averaged

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +20,7 @@ from ...kernels.standin import StandIn
 from ..logs import get_logger
 from ..way_in import free_port
 from .meeting import meet
+from .nursery import Nursery, nursery
 from .orders import Form, Setup, Slot, receive, send
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ BROKEN = (EOFError, OSError, RuntimeError)  # what a member's death looks like f
 class Member:
     """One of the other processes."""
 
-    process: subprocess.Popen[bytes]
+    process: psutil.Process
     pipe: Connection
 
 
@@ -115,17 +113,21 @@ class Island(ABC):
         """End all members."""
         for member in self.members:
             member.pipe.close()
-        for member in self.members:
-            member.process.terminate()
-        for member in self.members:
-            try:
-                member.process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                member.process.kill()
-                member.process.wait()
+        processes = [member.process for member in self.members]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(processes, END_SECONDS)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+            process.wait()
         self.members, self._owned, self._standins = [], {}, {}
         with suppress(RuntimeError, AssertionError, ValueError):  # what is broken cannot always be taken apart
             dist.destroy_process_group()
+
+    def nursery(self) -> Nursery:
+        """Where members come from. It takes seconds to be ready: ask early."""
+        return nursery(gpus=any(torch.device(device).type == "cuda" for device in self._devices))
 
     def form_with(self, composer: Composer) -> bool:
         """Whether there are members; start them if it is time to."""
@@ -135,23 +137,21 @@ class Island(ABC):
             return False
         port = free_port("127.0.0.1")
         for rank in range(1, self.size):
-            ours, theirs = Pipe()
-            with theirs:
-                command = [sys.executable, "-m", "shoal.node.island.member", str(theirs.fileno()), str(os.getpid())]
-                process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], env=os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-                )
-            self.members.append(Member(process, ours))
-            send(ours, Setup(composer.manifest, composer.mode, self.form, rank, self.size, port, self._devices[rank],
-                             self.threads, self._timeout_seconds, composer.menu.bases))  # fmt: skip
+            member = Member(*self.nursery().fork())
+            self.members.append(member)
+            setup = Setup(
+                composer.manifest, composer.mode, self.form, rank, self.size, port, self._devices[rank],
+                self.threads, self._timeout_seconds, composer.menu.bases,
+            )  # fmt: skip
+            send(member.pipe, setup)
         meet(0, self.size, port, composer.device, self._timeout_seconds)
         log.info("island.formed", size=self.size, devices=self._devices)
         return True
 
     def tell(self, member: Member, order: object) -> None:
         """OSError if it is gone."""
-        if member.process.poll() is not None:
-            raise ChildProcessError(f"a member has ended with exit code {member.process.returncode}")
+        if not member.process.is_running():
+            raise ChildProcessError("a member has ended")
         send(member.pipe, order)
 
     def hear(self, member: Member) -> Any:

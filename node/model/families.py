@@ -45,6 +45,12 @@ class MoEBlock:
     act: str  # of the gate, a transformers activation name
 
 
+def load_families() -> None:
+    """Import what `skeleton` does, for any family: seconds, which somebody may have to spare before."""
+    import transformers.modeling_layers
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+
 def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     """The family's own causal language model on the meta device: shapes and names, no memory.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from shoal.benchmarks.comparison import Comparison, Method
-from shoal.benchmarks.quality import METHODS
+from shoal.benchmarks.quality import METHODS, main
 from shoal.node.manifest import Manifest, with_settings
 from shoal.node.manifest_errors import ManifestError
 from shoal.node.model.presets import preset
@@ -78,23 +78,24 @@ def test_a_key_names_what_a_result_follows_from() -> None:
     assert key("lone", "outer.every_steps=9", "sketch.kappa=3") == key("lone"), "which merges nothing"
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "shoal.benchmarks.quality", *words],
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The command in this process, which has imported what takes seconds; returns what it prints."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["quality", *words])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
 SIZE = ("--preset", "tiny", "--composers", "2", "--windows", "2")
 
 
-def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> None:
+def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path, run: Callable[..., str]) -> None:
     methods = ["centralized", "spes", "shoal-lowbit+rows", "extreme-lowbit+rows:sketch.kappa=0"]
     start = ["--workers", "3", "--seed-steps", "1", "--steps", "2", "--set", "sketch.budget_bytes=5000"]
     done = run(*SIZE, *start, "--methods", ",".join(methods), "--out", str(tmp_path))
@@ -116,12 +117,12 @@ def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path) -> 
         sent = results[name]["up"]["sketches"]
         assert 0 < sent <= 2 * 2 * (5000 + headers)
         assert results[name]["tokens"] == tokens
-        assert f"| {sent / tokens:.1f} / {sent / tokens:.1f} |" in done.stdout
+        assert f"| {sent / tokens:.1f} / {sent / tokens:.1f} |" in done
     assert whole["up"]["sketches"] == spes["up"]["sketches"] == 0
     assert results[methods[3]]["down"]["deltas"] == 2 * results[methods[3]]["up"]["deltas"], "both composers read each"
 
 
-def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path, run: Callable[..., str]) -> None:
     words = [*SIZE, "--methods", "lone,spes", "--tune", "--tokens", "2049", "--out", str(tmp_path)]
     run(*words)
     sweep = (tmp_path / "tuning.md").read_text().splitlines()
@@ -133,25 +134,29 @@ def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(cells.splitlines()) >= 2 * 3 + 1 + 2
     again = run(*words)
     assert (tmp_path / "cells.jsonl").read_text() == cells
-    assert again.stdout == (tmp_path / "tuning.md").read_text() + (tmp_path / "quality.md").read_text()
+    assert again == (tmp_path / "tuning.md").read_text() + (tmp_path / "quality.md").read_text()
 
 
-def test_the_command_varies_one_thing(tmp_path: Path) -> None:
+def test_the_command_varies_one_thing(
+    tmp_path: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run(
         *SIZE, "--methods", "lone,diloco", "--steps", "2", "--vary", "outer.every_steps=1,2", "--out", str(tmp_path)
     )
-    lines = done.stdout.splitlines()[-4:]
+    lines = done.splitlines()[-4:]
     assert lines[0] == "| method | outer.every_steps 1 | outer.every_steps 2 |"
     assert lines[2].count("(+0.0%)") == 2
     assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 3, "lone is the same at both"
-    wrong = [sys.executable, "-m", "shoal.benchmarks.quality", "--vary", "outer.every=1"]
-    refused = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
-    assert refused.returncode == 2
-    assert "no fact of a manifest" in refused.stderr
+    with pytest.raises(SystemExit, match="2"):
+        run("--vary", "outer.every=1")
+    assert "no fact of a manifest" in capsys.readouterr().err
 
 
 def test_a_quick_look(tmp_path: Path) -> None:
-    run("--quick", "--methods", "lone,shoal-narrow+rows", "--out", str(tmp_path))
+    words = ["--quick", "--methods", "lone,shoal-narrow+rows", "--out", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "shoal.benchmarks.quality", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
     lone, swarm = json.loads((tmp_path / "quality.json").read_text())
     assert swarm["tokens"] == 2 * lone["tokens"] == 2 * 12 * 1024
     assert max(lone["loss"], swarm["loss"]) < 4.8, "from 5.5 of a model that knows nothing"

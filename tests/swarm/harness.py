@@ -105,7 +105,8 @@ class Peer:
         # A forked child has its parent's command line.
         mine = " ".join(psutil.Process(self.process.pid).cmdline())
         averagers = [pid for pid, line in command.items() if line == mine and pid != dht]
-        members = [pid for pid, line in command.items() if "shoal.node.island.member" in line]
+        nursery = [pid for pid, line in command.items() if "shoal.node.island.nursery" in line]
+        members = [pid for pid in nursery if below[pid].ppid() in nursery]
         found = {
             "p2pd": [daemon], "dht": [dht], "transport": [host], "averager": averagers, "member": members,
         }[kind]  # fmt: skip
