@@ -24,7 +24,6 @@ from ..node.expert_mode import ExpertMode
 from ..node.manifest import Manifest
 from ..node.model.cut import cadences
 from ..node.owning import ExpertOwner
-from ..node.publishing import FIDELITY_EVERY, FIRST_FIDELITY
 from ..node.worker import Worker
 from ..protocol import radial
 from ..protocol.fragments import Fragment
@@ -190,8 +189,6 @@ class InProcessSwarm:
         self._published += 1
         published = []
         for sender in self.owners:
-            if self._published % FIDELITY_EVERY == FIRST_FIDELITY:
-                sender.fidelity()  # as the node measures it: before it publishes
             for slot, deltas in sender.publish().items():
                 whole = [] if deltas else [standin.to_bytes() for standin in sender.standins(slot)]
                 published.append(Published(slot, deltas, whole))

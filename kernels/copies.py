@@ -5,6 +5,8 @@ from __future__ import annotations
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from copy import copy
+from typing import Self
 
 from torch import Tensor
 
@@ -53,6 +55,9 @@ class CopyPublisher(Publisher):
 
     def fidelity(self, expert: OwnedExpert) -> float:
         return output_fidelity(expert, self.published, *self.replay.all_rows(), self._act)
+
+    def successor(self, replay: ReplayBuffer) -> Self:
+        return type(self)(copy(self.published), replay, act=self._act)
 
     def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:
         state = prefixed("published", {name: t.cpu().clone() for name, t in self.published.tensors.items()})

@@ -64,6 +64,11 @@ class OwnedExpert(ABC):
         """The same expert with all but `trained` on another device."""
         return self
 
+    def on_cpu(self) -> Self:
+        """A copy on the CPU of what it is now, which training it does not change."""
+        cpu = torch.device("cpu")
+        return self.to(cpu).with_trained([tensor.detach().to(cpu, copy=True) for tensor in self.trained])
+
     @property
     def nbytes(self) -> int:
         """Memory of all its tensors."""

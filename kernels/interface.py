@@ -134,8 +134,8 @@ class StandIn(ABC):
 class Publisher(ABC):
     """The owner's side of one expert's stand-in.
 
-    Per step `observe`; every few steps `refit`, `delta` and `fidelity`. All of it runs on the owner alone, so only what
-    `delta` returns has to be the same everywhere.
+    Per step `observe`; every few steps `refit`, `delta` and `fidelity`, of a `successor` where that is to be beside
+    training. All of it runs on the owner alone, so only what `delta` returns has to be the same everywhere.
 
     Attributes:
         published: the sum of what was sent; what every composer holds.
@@ -164,6 +164,10 @@ class Publisher(ABC):
     @abstractmethod
     def fidelity(self, expert: OwnedExpert) -> float:
         """How well `published` does the expert's work, in [0, 1]; see `output_fidelity`."""
+
+    @abstractmethod
+    def successor(self, replay: ReplayBuffer) -> Self:
+        """A publisher that goes on from here, to the bit, with these rows. What it does changes nothing here."""
 
     @abstractmethod
     def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:

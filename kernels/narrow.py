@@ -16,6 +16,7 @@ is the error feedback, and it needs no buffer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import ClassVar, Self
 
 import torch
@@ -176,6 +177,23 @@ class NarrowPublisher(Publisher):
 
     def fidelity(self, expert: OwnedExpert) -> float:
         return output_fidelity(expert, self.published, *self.replay.held_out_rows(), self._act)
+
+    def successor(self, replay: ReplayBuffer) -> Self:
+        successor = type(self)(
+            copy(self.published),
+            replay,
+            rank=self._rank,
+            refit_steps=self._refit_steps,
+            learning_rate=self._optimizer.defaults["lr"],
+            generator=torch.Generator().set_state(self._generator.get_state()),
+            act=self._act,
+        )
+        for mine, theirs in zip(self._fitted, successor._fitted, strict=True):
+            theirs.data.copy_(mine.data)
+            if mine in self._optimizer.state:
+                moments = {key: value.clone() for key, value in self._optimizer.state[mine].items()}
+                successor._optimizer.state[theirs] = moments
+        return successor
 
     def state_dict(self, *, replay: bool = True) -> dict[str, Tensor]:
         state = prefixed("published", {name: t.cpu().clone() for name, t in self.published.tensors.items()})

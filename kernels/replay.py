@@ -9,6 +9,7 @@ lose.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class ReplayBuffer:
         self._gate_C = torch.zeros(self.capacity)
         self._held_out_C = torch.arange(self.capacity) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         self._seen = 0  # rows ever added
-        self.offered = 0  # rows that there were, whether added or not; whoever reads it may set it back
+        self.offered = 0  # rows that there were since the last `taken`, whether added or not
 
     def __len__(self) -> int:
         return min(self._seen, self.capacity)
@@ -54,6 +55,13 @@ class ReplayBuffer:
         self._x_CD[slots] = x_ND
         self._gate_C[slots] = gate_N
         self._seen += len(x_ND)
+
+    def taken(self) -> ReplayBuffer:
+        """A copy as it is now, for another thread. What is offered is counted anew from here on."""
+        taken = copy(self)
+        taken._x_CD, taken._gate_C = self._x_CD.clone(), self._gate_C.clone()
+        self.offered = 0
+        return taken
 
     def fitting_rows(self) -> tuple[Tensor, Tensor]:
         """Rows to fit to: x (N, D) and gate (N,), float32."""

@@ -180,12 +180,16 @@ def make_publisher(
         ValueError: impossible sizes.
     """
     copy = published.with_state({name: tensor.cpu().clone() for name, tensor in published.tensors.items()})
+    if replay is None:
+        replay = ReplayBuffer(
+            min(replay_rows, JUDGED_ROWS) if isinstance(copy, CopyStandIn) else replay_rows, copy.hidden
+        )
     if isinstance(copy, CopyStandIn):
-        return CopyPublisher(copy, replay or ReplayBuffer(min(replay_rows, JUDGED_ROWS), copy.hidden), act=act)
+        return CopyPublisher(copy, replay, act=act)
     assert isinstance(copy, NarrowStandIn)
     return NarrowPublisher(
         copy,
-        replay or ReplayBuffer(replay_rows, copy.hidden),
+        replay,
         rank=rank,
         refit_steps=refit_steps,
         learning_rate=refit_learning_rate,

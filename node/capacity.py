@@ -2,6 +2,7 @@
 
 A slot's experts cost, for each weight, the master, two moments of AdamW and a gradient in float32, and what its
 stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
+While that is fitted beside training, it and its inputs are there twice, and a copy of the experts.
 Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
 memory. Low-rank factors cost that too, and are few; the 4-bit weights beside them, and weights that are frozen, have
 neither moments nor gradients. A composer holds the backbone and all stand-ins beside its slots, and what a batch leaves
@@ -30,6 +31,7 @@ log = get_logger(__name__)
 
 TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
 COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint
+FITTED_TO_BYTES = 4  # a weight: the copy that a narrow one is fitted to
 COPY_BYTES = 1  # a weight: a stand-in that is a copy
 BACKBONE_BYTES = 6 * 4  # a weight: master, two moments, gradient, and the state last merged with its momentum
 BASE_BYTES = 2 + 4  # a weight of a base
@@ -70,7 +72,7 @@ def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, m
         beside = weights * max(COPY_BYTES, standin.bytes_per_weight / 4 * NARROW_BYTES)
     else:
         beside = weights * (NARROW_BYTES * standin.width_fraction if fitted else COPY_BYTES)
-    rows = standin.replay_rows if fitted else min(standin.replay_rows, COPY_REPLAY_ROWS)
+    rows = 2 * standin.replay_rows if fitted else min(standin.replay_rows, COPY_REPLAY_ROWS)
     trained, kept = weights, 0
     if mode is not None and mode.mode == "lora":
         kept, trained = lora_bytes(shape.hidden, shape.width, mode.rank)
@@ -79,6 +81,8 @@ def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, m
     each = kept + TRAINED_BYTES * trained + beside
     if device.type == "cpu":
         each += kept + COPIED_BYTES * trained + beside
+    if fitted:
+        each += FITTED_TO_BYTES * weights + beside
     return int(SLACK * shape.num_layers * (each + rows * (2 * shape.hidden + 4)))
 
 

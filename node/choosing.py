@@ -8,7 +8,8 @@ changed, so one that saves little is not made.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ JUDGED_ROWS = 16  # of fewer held-out rows all rows judge
 
 
 class Chooser:
-    """Belongs to the training thread.
+    """Belongs to whoever makes a publication; for the next one there is a `successor`.
 
     Args:
         shape: of the experts.
@@ -37,31 +38,54 @@ class Chooser:
         self._spec, self._shape, self._menu = spec, shape, menu
         self._published: Counter[int] = Counter()  # by slot
         self._since = 0  # the last choice, publications of all slots
+        self._routed: Counter[Place] = Counter()  # rows since it was last tried
         self._tried: dict[Place, list[Option]] = {}
+        self._wanted: dict[Place, Form] = {}  # chosen, and not published yet
+
+    def successor(self) -> Chooser:
+        """One that goes on from here. What it does changes nothing here."""
+        successor = copy(self)
+        successor._published, successor._routed = self._published.copy(), self._routed.copy()
+        successor._tried, successor._wanted = dict(self._tried), dict(self._wanted)
+        return successor
+
+    def forget(self, slot: int) -> None:
+        """The slot is not owned any more."""
+        for of_place in (self._routed, self._tried, self._wanted):
+            for place in [place for place in of_place if place[0] == slot]:
+                del of_place[place]
 
     def next_forms(
         self, experts: Mapping[int, Sequence[OwnedExpert]], publishers: Mapping[int, Sequence[Publisher]],
-        slots: Collection[int],
+        check: Callable[[], None] = lambda: None,
     ) -> dict[Place, Form]:  # fmt: skip
-        """What is to have another form from now on. Called before each publication of `slots`; tries what is due.
+        """Which of `experts` are to have another form from now on; what was chosen for others waits for their turn.
+        Called for each publication; tries what is due.
 
         Args:
-            experts, publishers: of all owned slots, by position.
+            experts: of the slots to publish, by position.
+            publishers: of all owned slots, by position.
+            check: called before each try; what it raises ends this.
         """
         every = self._spec.choose_every
-        for slot in slots:
-            if self._published[slot] % every == slot % every:
-                for position, (publisher, expert) in enumerate(zip(publishers[slot], experts[slot], strict=True)):
-                    self._tried[slot, position] = self._try(publisher, expert)
-                    publisher.replay.offered = 0
+        for slot, of_slot in experts.items():
+            for position, (publisher, expert) in enumerate(zip(publishers[slot], of_slot, strict=True)):
+                place = slot, position
+                self._routed[place] += publisher.replay.offered
+                if self._published[slot] % every == slot % every:
+                    check()
+                    self._tried[place] = self._try(publisher, expert, self._routed.pop(place))
             self._published[slot] += 1
-        self._since += len(slots)
-        self._tried = {place: options for place, options in self._tried.items() if place[0] in publishers}
-        places = [(slot, position) for slot in sorted(publishers) for position in range(len(publishers[slot]))]
-        if self._since < every * len(publishers) or any(place not in self._tried for place in places):
-            return {}
-        self._since = 0
-        return self._choose({place: Form.of(publishers[place[0]][place[1]].published) for place in places})
+        self._since += len(experts)
+        present = {
+            (slot, position): Form.of(publisher.published)
+            for slot in sorted(publishers)
+            for position, publisher in enumerate(publishers[slot])
+        }
+        if self._since >= every * len(publishers) and all(place in self._tried for place in present):
+            self._since = 0
+            self._wanted |= self._choose(present)
+        return {place: self._wanted.pop(place) for place in list(self._wanted) if place[0] in experts}
 
     def _choose(self, present: Mapping[Place, Form]) -> dict[Place, Form]:
         places = list(present)
@@ -80,12 +104,11 @@ class Chooser:
             return {}
         return {p: option.form for p, option in zip(places, found, strict=True) if option.form != present[p]}
 
-    def _try(self, publisher: Publisher, expert: OwnedExpert) -> list[Option]:
-        """Every form's cost and error on the rows of late."""
+    def _try(self, publisher: Publisher, expert: OwnedExpert, routed: int) -> list[Option]:
+        """Every form's cost and error on the rows of late, of which there were `routed`."""
         x_ND, gate_N = publisher.replay.held_out_rows()
         if len(x_ND) < JUDGED_ROWS:
             x_ND, gate_N = publisher.replay.all_rows()
-        routed = publisher.replay.offered
         wanted_ND = run_expert(x_ND, *float_weights(expert), self._shape.act)
         options = []
         for form in self._menu.forms:

@@ -139,6 +139,7 @@ class ComposerPeer:
             raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         composer.island = self.island
+        composer.processes = 1 if self.island is None else self.island.size
         held, saved = self._restore(composer, order)
         self.composer = composer
         self.trainer = Trainer(composer, self._after_step)
@@ -295,9 +296,11 @@ class ComposerPeer:
         """Drain: stop training, hand over, checkpoint."""
         log.info("peer.leaving", drain_seconds=self.config.drain_seconds)
         self.trainer.pause_training()
+        self.state.enter(Phase.LEAVING, "publishing the last stand-ins")
+        left = self.config.drain_seconds - await self.exchange.settle(self.config.drain_seconds / 2)
         self.state.enter(Phase.LEAVING, "handing over slots")
         await self.member.announce(Phase.LEAVING)
-        await self.keeper.drain(self.config.drain_seconds)
+        await self.keeper.drain(left)
         keeper_task.cancel()
         self.state.enter(Phase.LEAVING, "writing a checkpoint")
         tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))

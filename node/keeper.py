@@ -307,7 +307,7 @@ class SlotKeeper(Generic[O]):
         def freeze(owner: O) -> None:
             owner.freeze(slot)
             if not full:  # what is published may be all that travels
-                self._exchange.publish(owner, [slot])
+                self._exchange.publish_now(owner, [slot])
 
         await asyncio.wrap_future(self._trainer.ask(freeze))
         old = self._granted.pop(slot, None)

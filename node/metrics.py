@@ -105,10 +105,7 @@ METRICS: tuple[MetricSpec, ...] = (
         read=lambda s: [((phase.value,), int(phase.value == s["phase"])) for phase in Phase],
     ),
     MetricSpec(
-        name="shoal_start_time_seconds",
-        kind="gauge",
-        help="When the peer started, unix time.",
-        read=_value("started_at"),
+        name="shoal_start_time_seconds", kind="gauge", help="Start of the peer, unix time.", read=_value("started_at")
     ),
     MetricSpec(
         name="shoal_heartbeat_age_seconds",
@@ -169,6 +166,18 @@ METRICS: tuple[MetricSpec, ...] = (
         help="Time between steps on what the network's side asked for: stand-ins put in place, commits, copies taken. "
         "What other threads take from training is not in it.",
         read=_value("blocked_seconds"),
+    ),
+    MetricSpec(
+        name="shoal_fit_seconds",
+        kind="counter",
+        help="Fits of stand-ins beside training.",
+        read=_value("fits", "seconds"),
+    ),
+    MetricSpec(
+        name="shoal_fits_skipped",
+        kind="counter",
+        help="Fits of a slot's stand-ins that were due again before they had begun: they take longer than steps.",
+        read=_value("fits", "skipped"),
     ),
     MetricSpec(
         name="shoal_fidelity_ratio",

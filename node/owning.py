@@ -39,6 +39,7 @@ class ExpertOwner(StandInOwner):
     """Holds the experts of `owned` slots. All of it belongs to the training thread."""
 
     optimizer: torch.optim.Optimizer  # group 0 takes the experts
+    processes = 1  # that compute a step together on this machine
 
     def __init__(self, manifest: Manifest, *, fit_seed: int, mode: ExpertMode | None = None) -> None:
         super().__init__(manifest, fit_seed=fit_seed)
@@ -189,7 +190,7 @@ class ExpertOwner(StandInOwner):
     def _show_rows(self, slot: int, position: int) -> None:
         self._settle(slot, position)
 
-    def _published_by_default(self) -> set[int]:
+    def published_by_default(self) -> set[int]:
         return self.owned - self._frozen
 
     # -- ownership -------------------------------------------------------------------------------------------------
@@ -243,6 +244,7 @@ class ExpertOwner(StandInOwner):
         if slot not in self.publishers:
             raise ValueError(f"slot {slot} is not owned")
         self._frozen.add(slot)
+        self._set_aside(slot)  # its next owner goes on from what is published now
 
     def thaw(self, slot: int) -> None:
         """The handover did not happen: train on."""

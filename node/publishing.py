@@ -1,14 +1,18 @@
 """Owned slots towards the outside: publishing their stand-ins, giving them away, taking them over.
 
 The same for composers and workers; what only composers do, following the stand-ins of others, is in `exchange.py`.
-Everything here that touches an owner runs on the training thread; the loop's side sends.
+Everything here that touches an owner runs on the training thread; the loop's side sends. Publications that take long
+are made on a thread of their own (`fitting.py`), one at a time; between two steps, or after the last one, the training
+thread puts what was made in place, numbers it and has it sent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -21,16 +25,19 @@ from ..protocol.messages import StandInSnapshot, SurrogateDelta
 from ..protocol.surrogate_book import SurrogateBook
 from ..protocol.surrogates import SEED, Point, SlotPublisher, state_digest
 from .links import DELTA_TOPIC, Links
+from .logs import get_logger
 from .owning import ExpertOwner
+from .publication import Publication
 from .slot_formats import unpacked
 from .slot_order import SlotOrder, inverse, moved, renamed
 from .slot_state import SlotTensors
+from .state import Count
 from .trainer import Trainer
+
+log = get_logger(__name__)
 
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
-FIDELITY_EVERY = 4  # publications; measuring costs about as much as publishing
-FIRST_FIDELITY = 1
 ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is noticed
 
 
@@ -60,7 +67,8 @@ class Publishing(Generic[O]):
         self._load = menu.load
         self._book: SurrogateBook[StandIn] = SurrogateBook(self._load)
         self.updates: Mapping[int, int] = {}  # by slot, `ExpertOwner.updates` as of late; never changed
-        self._published = 0
+        self._making: Future[float] | None = None  # the publication that is being made
+        self._late: set[int] = set()  # slots that have fallen due meanwhile
         self._last_sent = -math.inf
 
     # -- training thread -------------------------------------------------------------------------------------------
@@ -75,30 +83,61 @@ class Publishing(Generic[O]):
         return None if publisher is None else publisher.point
 
     def publish(self, owner: O, slots: Collection[int] | None = None) -> None:
-        """Send deltas of all owned slots, or of these. Costs the refit and the deltas; sending is the loop's."""
-        if not owner.owned:
+        """Publish all owned slots, or these: here and now, or beside training if that takes long.
+
+        What falls due while a publication is being made is published when that is done, once.
+        """
+        due = set(owner.published_by_default() if slots is None else slots)
+        if not due:
             return
-        self._published += 1
+        if not owner.publishes_beside:
+            self.publish_now(owner, due)
+        elif self._making is not None:
+            skipped = due & self._late
+            self._links.state.count(Count.FITS_SKIPPED, by=len(skipped))
+            self._late |= due
+        else:
+            publication = self._begin(owner, due)
+            self._making = self._trainer.fits.begin(publication, owner)
+            self._making.add_done_callback(
+                lambda made: self._trainer.require(lambda owner: self._made(owner, publication, made))
+            )
+
+    def publish_now(self, owner: O, slots: Collection[int]) -> None:
+        """Publish these before the next step. What is being made of them is not published any more."""
+        publication = self._begin(owner, slots)
+        publication.make()
+        self._finish(owner, publication)
+
+    def _begin(self, owner: O, slots: Collection[int]) -> Publication:
         self.updates = {slot: owner.updates(slot) for slot in owner.owned}
-        measured = self._published % FIDELITY_EVERY == FIRST_FIDELITY
-        if measured:
-            self._links.state.set_fidelity({i: f for i, f in enumerate(owner.fidelity()) if math.isfinite(f)})
+        return owner.begin_publication(slots)
+
+    def _made(self, owner: O, publication: Publication, made: Future[float]) -> None:
+        """On the training thread, between steps. An error in what was made ends the training, as one in a step does."""
+        self._making = None
+        self._links.state.count(Count.FIT_SECONDS, by=made.result())
+        self._finish(owner, publication)
+        late, self._late = self._late & set(owner.published_by_default()), set()
+        self.publish(owner, late)
+
+    def _finish(self, owner: O, publication: Publication) -> None:
         deltas = []
-        for slot, layers in owner.publish(slots).items():
+        for slot, made in owner.finish_publication(publication).items():
             publisher = self._book.publishers[slot]
-            if not layers:  # a stand-in has another form now
-                deltas.append(publisher.replace(owner.step, owner.standins(slot)))
+            if not made.deltas:  # a stand-in has another form now
+                deltas.append(publisher.replace(publication.step, owner.standins(slot)))
                 continue
             outward = self.order.outward(slot, publisher.epoch)
-            fidelity = owner.fidelity_of(slot) if measured else ()
             deltas.append(
                 publisher.publish(
-                    owner.step,
-                    [layers[position] for position in outward],
+                    publication.step,
+                    [made.deltas[position] for position in outward],
                     owner.standins(slot),
-                    [fidelity[position] for position in outward] if fidelity else (),
+                    [made.fidelity[position] for position in outward] if made.fidelity else (),
                 )
             )
+        self._links.state.set_fidelity({i: f for i, f in enumerate(owner.fidelity()) if math.isfinite(f)})
         self._links.loop.call_soon_threadsafe(self._send_soon, deltas)
 
     def adopt(
@@ -175,6 +214,20 @@ class Publishing(Generic[O]):
         return [p.announce(owner.step, owner.standins(slot)) for slot, p in self._book.publishers.items()]
 
     # -- asyncio loop ----------------------------------------------------------------------------------------------
+
+    async def settle(self, seconds: float) -> float:
+        """Wait until all that was due is published, for so long at most; returns the seconds that it took.
+
+        Nothing else may fall due meanwhile: training is paused.
+        """
+        began = time.monotonic()
+        while (making := await asyncio.wrap_future(self._trainer.ask(lambda _: self._making))) is not None:
+            left = began + seconds - time.monotonic()
+            done, _ = await asyncio.wait([asyncio.wrap_future(making)], timeout=left)
+            if not done:
+                log.warning("standin.not_published", waited_seconds=seconds)
+                break
+        return time.monotonic() - began
 
     def rebuilt(self, owner: O, slot: int) -> tuple[SlotTensors, Published] | None:
         """A state for a slot that nobody holds, in the wire's order of what is published; None if there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -13,20 +14,26 @@ from ..kernels.experts import OwnedExpert
 from ..kernels.interface import take
 from ..kernels.replay import ReplayBuffer
 from ..kernels.standin import Form, Menu, Publisher, StandIn, make_publisher, standin_of
-from .choosing import Chooser, Place
+from .choosing import Chooser
 from .logs import get_logger
 from .manifest import ExpertShape, Manifest
 from .model.init import expert_shape
 from .past_standins import PastStandIns
+from .publication import Made, Publication, Source
 from .slot_state import SlotTensors
 
 log = get_logger(__name__)
+
+FIDELITY_EVERY = 4  # publications of a slot; measuring costs about as much as making a copy's delta
+FIRST_FIDELITY = 1
 
 
 class StandInOwner(ABC):
     """What `ExpertOwner` is towards those who run stand-ins. All of it belongs to the training thread."""
 
     menu: Menu  # of the run's stand-ins
+    device: torch.device  # of the experts
+    step: int
 
     def __init__(self, manifest: Manifest, *, fit_seed: int) -> None:
         self.manifest = manifest
@@ -34,9 +41,9 @@ class StandInOwner(ABC):
         self.publishers: dict[int, list[Publisher]] = {}  # by slot and position
         self.past = PastStandIns()
         self._fit_seed = fit_seed
-        self._fidelity: dict[tuple[int, int], float] = {}  # as last measured
+        self._publications: Counter[int] = Counter()  # by slot
+        self._fidelity: dict[int, tuple[float, ...]] = {}  # by slot and position, as last measured
         self._chooser: Chooser | None = None  # made when it is first needed: the menu is known then
-        self._wanted: dict[Place, Form] = {}  # chosen, and not published yet
 
     @property
     def owned(self) -> set[int]:
@@ -56,8 +63,13 @@ class StandInOwner(ABC):
         """Let the publisher see the rows that have come by sketches."""
 
     @abstractmethod
-    def _published_by_default(self) -> Collection[int]:
+    def published_by_default(self) -> Collection[int]:
         """Slots to publish where none are named."""
+
+    @property
+    def publishes_beside(self) -> bool:
+        """Whether publications take so long that they are to be made of copies, beside training."""
+        return not self.manifest.standin.whole
 
     def publish(self, slots: Collection[int] | None = None) -> dict[int, list[bytes]]:
         """Refit the stand-ins of owned `slots` (all but frozen ones) and return, per slot, one delta per position.
@@ -66,54 +78,67 @@ class StandInOwner(ABC):
         which a stand-in has another form from now on has no deltas, an empty list: others are to fetch what is
         published.
         """
-        slots = sorted(self._published_by_default() if slots is None else slots)
+        publication = self.begin_publication(slots)
+        publication.make()
+        return {slot: made.deltas for slot, made in self.finish_publication(publication).items()}
+
+    def begin_publication(self, slots: Collection[int] | None = None) -> Publication:
+        """What `publish` does, in three parts of which the second, `Publication.make`, may be done on any thread if
+        this owner `publishes_beside`."""
+        slots = sorted(self.published_by_default() if slots is None else slots)
         for slot in slots:
             for position in range(len(self.publishers[slot])):
                 self._show_rows(slot, position)
-        changed = self._change_forms(slots)
-        deltas: dict[int, list[bytes]] = {}
-        for slot in slots:
-            deltas[slot] = []
-            for publisher, expert in zip(self.publishers[slot], self.experts_of(slot), strict=True):
-                if slot not in changed:
-                    publisher.refit(expert)
-                    deltas[slot].append(publisher.delta(expert))
-            self.past.note(slot, self.publishers[slot])
-        return deltas
+            self._publications[slot] += 1
+        if self.manifest.standin.kind == "chosen" and self._chooser is None:
+            self._chooser = Chooser(self.manifest.standin, self.shape, self.menu)
+        return Publication(
+            self.step,
+            {slot: self._sources(slot) for slot in slots},
+            dict(self.publishers),
+            measured=[slot for slot in slots if self._publications[slot] % FIDELITY_EVERY == FIRST_FIDELITY],
+            chooser=None if self._chooser is None else self._chooser.successor(),
+            publisher=self._publisher,
+        )
 
-    def _change_forms(self, slots: Collection[int]) -> set[int]:
-        """Slots of `slots` of which a stand-in has another form now. Those of others change when they are published."""
-        if self.manifest.standin.kind != "chosen":
-            return set()
-        self._chooser = self._chooser or Chooser(self.manifest.standin, self.shape, self.menu)
-        experts = {slot: self.experts_of(slot) for slot in self.publishers}
-        self._wanted |= self._chooser.next_forms(experts, self.publishers, slots)
-        changed = set()
-        for slot, position in [place for place in self._wanted if place[0] in slots]:
-            form = self._wanted.pop((slot, position))
-            old, expert = self.publishers[slot][position], experts[slot][position]
-            standin = self._chooser.make(form, old, expert)
-            self.publishers[slot][position] = self._publisher(slot, position, standin, old)
-            changed.add(slot)
-            log.info("standin.form", slot=slot, position=position, was=str(Form.of(old.published)), now=str(form))
-        return changed
+    def _sources(self, slot: int) -> list[Source]:
+        pairs = zip(self.publishers[slot], self.experts_of(slot), strict=True)
+        if self.publishes_beside:
+            return [Source(publisher, expert.on_cpu(), publisher.replay.taken()) for publisher, expert in pairs]
+        return [Source(publisher, expert, publisher.replay) for publisher, expert in pairs]
+
+    def finish_publication(self, publication: Publication) -> dict[int, Made]:
+        """Publish what has been made, by slot.
+
+        Slots that were let go of, frozen, or published by another publication since this one began are left out.
+        """
+        gone = {slot for slot, publishers in publication.held.items() if self.publishers.get(slot) is not publishers}
+        published = {slot: made for slot, made in publication.made.items() if slot not in gone}
+        for slot, made in published.items():
+            for position, (old, new) in enumerate(zip(self.publishers[slot], made.publishers, strict=True)):
+                new.replay = old.replay
+                was, now = Form.of(old.published), Form.of(new.published)
+                if was != now:
+                    log.info("standin.form", slot=slot, position=position, was=str(was), now=str(now))
+            self.publishers[slot] = made.publishers
+            self.past.note(slot, made.publishers)
+            if made.fidelity:
+                self._fidelity[slot] = made.fidelity
+        if publication.chooser is not None:
+            self._chooser = publication.chooser
+            for slot in gone:
+                self._chooser.forget(slot)
+        return published
+
+    def _set_aside(self, slot: int) -> None:
+        """What is being made of the slot is not to be published."""
+        self.publishers[slot] = list(self.publishers[slot])
 
     def fidelity(self) -> list[float]:
-        """Per position: mean over owned slots of 1 - ||E(x) - S(x)|| / ||E(x)||; nan where nothing is owned."""
-        found: list[list[float]] = [[] for _ in range(self.shape.num_layers)]
-        for slot, publishers in self.publishers.items():
-            for position, (publisher, expert) in enumerate(zip(publishers, self.experts_of(slot), strict=True)):
-                value = publisher.fidelity(expert)
-                if math.isfinite(value):
-                    found[position].append(value)
-                    self._fidelity[slot, position] = value
-        return [sum(values) / len(values) if values else math.nan for values in found]
-
-    def fidelity_of(self, slot: int) -> tuple[float, ...]:
-        """One slot's, by position, as last measured; empty before that."""
-        values = [self._fidelity.get((slot, position)) for position in range(self.shape.num_layers)]
-        known = tuple(value for value in values if value is not None)
-        return known if len(known) == len(values) else ()
+        """Per position: mean over owned slots of 1 - ||E(x) - S(x)|| / ||E(x)||, as last measured; nan before that."""
+        if not self._fidelity:
+            return [math.nan] * self.shape.num_layers
+        return [sum(values) / len(values) for values in zip(*self._fidelity.values(), strict=True)]
 
     def _make_publishers(self, slot: int, published: Sequence[StandIn]) -> list[Publisher]:
         """Of what others hold, by position. ValueError if that cannot be what stands in for a slot of this run."""
@@ -122,7 +147,7 @@ class StandInOwner(ABC):
         checked = [self.menu.check(standin) for standin in published]
         return [self._publisher(slot, position, standin) for position, standin in enumerate(checked)]
 
-    def _publisher(self, slot: int, position: int, standin: StandIn, old: Publisher | None = None) -> Publisher:
+    def _publisher(self, slot: int, position: int, standin: StandIn, replay: ReplayBuffer | None = None) -> Publisher:
         spec = self.manifest.standin
         return make_publisher(
             standin,
@@ -132,7 +157,7 @@ class StandInOwner(ABC):
             refit_learning_rate=spec.refit_learning_rate,
             act=self.shape.act,
             generator=torch.Generator().manual_seed(self._fit_seed * 1_000_003 + slot * 1009 + position),
-            replay=self._replay() if old is None else old.replay,
+            replay=self._replay() if replay is None else replay,
         )
 
     def _replay(self) -> ReplayBuffer | None:
@@ -145,10 +170,12 @@ class StandInOwner(ABC):
         self.past.note(slot, publishers)
 
     def _end_publishing(self, slot: int) -> None:
-        for position in range(len(self.publishers.pop(slot))):
-            self._fidelity.pop((slot, position), None)
-            self._wanted.pop((slot, position), None)
+        del self.publishers[slot]
+        self._publications.pop(slot, None)
+        self._fidelity.pop(slot, None)
         self.past.forget(slot)
+        if self._chooser is not None:
+            self._chooser.forget(slot)
 
     def _publisher_state(self, slot: int, position: int) -> SlotTensors:
         state = self.publishers[slot][position].state_dict(replay=False)

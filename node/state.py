@@ -58,6 +58,8 @@ class Count(StrEnum):
     SKETCHES_LOST = "sketches_lost"  # (reason,): slots' sketches that were sent and not taken
     AUDITS = "audits"  # (outcome,): of other peers' slots, see protocol/auditing.py
     STEPS_SKIPPED = "steps_skipped"  # (reason,): e.g. non-finite gradients
+    FIT_SECONDS = "fit_seconds"  # (): stand-ins were fitted, and their deltas made, beside training
+    FITS_SKIPPED = "fits_skipped"  # (): of a slot, due again before they had begun
 
 
 class StepPart(StrEnum):
@@ -168,8 +170,7 @@ class PeerState:
             now = self._clock()
             if phase != self._phase:
                 self._phase, self._phase_since = phase, now
-            self._detail = detail
-            self._beat = now
+            self._detail, self._beat = detail, now
 
     @property
     def phase(self) -> Phase:
@@ -210,8 +211,7 @@ class PeerState:
         """
         with self._lock:
             now = self._clock()
-            self._beat = now
-            self._step = step
+            self._beat, self._step = now, step
             self._steps_done += steps
             self._tokens += tokens
             self._rate.add(now, tokens)
@@ -348,6 +348,7 @@ class PeerState:
                 "rows_per_second": self._row_rate.per_second(now),
                 "loss": self._loss(),
                 "step_seconds": {part.value: histogram.snapshot() for part, histogram in self._parts.items()},
+                "fits": {"seconds": self._total(Count.FIT_SECONDS), "skipped": self._total(Count.FITS_SKIPPED)},
                 "steps_skipped": self._labelled(Count.STEPS_SKIPPED),
                 "slots": {
                     "owned": [lease.slot for lease in self._leases],

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
+from .fitting import FitThread
 from .owning import ExpertOwner
 
 T = TypeVar("T")
@@ -37,7 +38,8 @@ class Trainer(Generic[O]):
         self._owner = owner
         self._on_step = on_step
         self._served_seconds = 0.0
-        self._mailbox: queue.SimpleQueue[tuple[Callable[[O], Any], Future[Any]]] = queue.SimpleQueue()
+        self.fits = FitThread()
+        self._mailbox: queue.SimpleQueue[tuple[Callable[[O], Any], Future[Any] | None]] = queue.SimpleQueue()
         self._training = threading.Event()
         self._stop = threading.Event()
         self._closed = False
@@ -52,6 +54,12 @@ class Trainer(Generic[O]):
                 return future
             self._mailbox.put((work, future))
         return future
+
+    def require(self, work: Callable[[O], None]) -> None:
+        """Run `work(owner)` between two steps, as a part of training: an error in it ends `run`."""
+        with self._closing:
+            if not self._closed:
+                self._mailbox.put((work, None))
 
     def take_served_seconds(self) -> float:
         """Time spent between steps on what was asked for, since the last call. For the training thread only."""
@@ -87,8 +95,11 @@ class Trainer(Generic[O]):
         finally:
             with self._closing:
                 self._closed = True
+            self.fits.close()
             while not self._mailbox.empty():
-                self._mailbox.get_nowait()[1].cancel()
+                _, future = self._mailbox.get_nowait()
+                if future is not None:
+                    future.cancel()
 
     def _serve(self, *, block: bool) -> None:
         """Run everything in the mailbox; if `block`, wait a little for the first."""
@@ -96,7 +107,9 @@ class Trainer(Generic[O]):
             work, future = self._mailbox.get(block=block, timeout=IDLE_SECONDS if block else None)
             began = time.perf_counter()
             while True:
-                if future.set_running_or_notify_cancel():
+                if future is None:
+                    work(self._owner)
+                elif future.set_running_or_notify_cancel():
                     try:
                         future.set_result(work(self._owner))
                     except Exception as error:  # noqa: BLE001 - carried to whoever asked, by the future

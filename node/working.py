@@ -212,9 +212,11 @@ class WorkerPeer:
         """Drain: stop stepping, hand over, write down what nobody took."""
         log.info("peer.leaving", drain_seconds=self.config.drain_seconds)
         self.trainer.pause_training()
+        self.state.enter(Phase.LEAVING, "publishing the last stand-ins")
+        left = self.config.drain_seconds - await self.publishing.settle(self.config.drain_seconds / 2)
         self.state.enter(Phase.LEAVING, "handing over slots")
         await self.member.announce(Phase.LEAVING)
-        await self.keeper.drain(self.config.drain_seconds)
+        await self.keeper.drain(left)
         if self.keeper.held:
             log.warning("slot.not_taken", slots=sorted(self.keeper.held), kept_in=str(self.writer.store.folder))
             self.state.enter(Phase.LEAVING, "writing a checkpoint")

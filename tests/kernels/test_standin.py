@@ -262,6 +262,29 @@ def test_state_continues_to_the_bit(kind: str) -> None:
 
 
 @kinds
+def test_a_successor_does_the_same_and_changes_nothing(kind: str) -> None:
+    expert = new_expert()
+    owner = publisher(kind, expert)
+    for _ in range(2):
+        step(owner, expert)
+    before = {name: tensor.clone() for name, tensor in owner.state_dict().items()}
+    rows, expert = owner.replay.taken(), moved(expert)
+    owner.observe(torch.randn(9, owner.published.hidden), torch.ones(9))  # the copy has none of these
+    successor = owner.successor(rows)
+    deltas = []
+    for _ in range(2):
+        successor.refit(expert)
+        deltas.append(successor.delta(expert))
+    assert successor.published.digest() != owner.published.digest()
+    after = owner.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("replay"))
+    owner.replay = rows
+    for delta in deltas:
+        owner.refit(expert)
+        assert owner.delta(expert) == delta
+
+
+@kinds
 def test_a_state_is_a_copy_and_may_leave_out_the_rows(kind: str) -> None:
     expert = new_expert()
     owner = publisher(kind, expert)

@@ -76,7 +76,6 @@ def case_of(
         hear(worker, 7 * seed + step)
         worker.train_step()
     worker.publish([SLOT])
-    worker.fidelity()
     records: list[StepRecord] = []
 
     def finish(record: StepRecord | None) -> None:

@@ -194,8 +194,8 @@ def test_ternary_experts_publish_what_they_compute() -> None:
         gate_up, down = standin.dense()
         assert torch.equal(gate_up, weights[f"{position}.gate_up"])
         assert torch.equal(down, weights[f"{position}.down"])
-    worker.fidelity()
-    assert worker.fidelity_of(0) == (1.0,) * LAYERS
+    pairs = zip(worker.publishers[0], worker.experts_of(0), strict=True)
+    assert [publisher.fidelity(expert) for publisher, expert in pairs] == [1.0] * LAYERS
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
