@@ -38,6 +38,9 @@ log = get_logger(__name__)
 
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
+# Times that slots may fall due again before the fits that they wait for have begun; then training waits too. Else a
+# machine without a core to spare would go on with stand-ins of any age, and so would everybody who runs them.
+MOST_SKIPPED = 3
 ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is noticed
 
 
@@ -69,6 +72,7 @@ class Publishing(Generic[O]):
         self.updates: Mapping[int, int] = {}  # by slot, `ExpertOwner.updates` as of late; never changed
         self._making: Future[float] | None = None  # the publication that is being made
         self._late: set[int] = set()  # slots that have fallen due meanwhile
+        self._skipped = 0  # times that some of them did again
         self._last_sent = -math.inf
 
     # -- training thread -------------------------------------------------------------------------------------------
@@ -85,7 +89,8 @@ class Publishing(Generic[O]):
     def publish(self, owner: O, slots: Collection[int] | None = None) -> None:
         """Publish all owned slots, or these: here and now, or beside training if that takes long.
 
-        What falls due while a publication is being made is published when that is done, once.
+        What falls due while a publication is being made is published when that is done, once; training waits for it
+        where it has fallen due `MOST_SKIPPED` times too often.
         """
         due = set(owner.published_by_default() if slots is None else slots)
         if not due:
@@ -93,8 +98,10 @@ class Publishing(Generic[O]):
         if not owner.publishes_beside:
             self.publish_now(owner, due)
         elif self._making is not None:
-            skipped = due & self._late
-            self._links.state.count(Count.FITS_SKIPPED, by=len(skipped))
+            again = due & self._late
+            self._links.state.count(Count.FITS_SKIPPED, by=len(again))
+            self._skipped += bool(again)
+            self._trainer.held = self._skipped >= MOST_SKIPPED
             self._late |= due
         else:
             publication = self._begin(owner, due)
@@ -115,7 +122,7 @@ class Publishing(Generic[O]):
 
     def _made(self, owner: O, publication: Publication, made: Future[float]) -> None:
         """On the training thread, between steps. An error in what was made ends the training, as one in a step does."""
-        self._making = None
+        self._making, self._skipped, self._trainer.held = None, 0, False
         self._links.state.count(Count.FIT_SECONDS, by=made.result())
         self._finish(owner, publication)
         late, self._late = self._late & set(owner.published_by_default()), set()

@@ -39,6 +39,7 @@ class Trainer(Generic[O]):
         self._on_step = on_step
         self._served_seconds = 0.0
         self.fits = FitThread()
+        self.held = False  # no steps are taken meanwhile; for the training thread only
         self._mailbox: queue.SimpleQueue[tuple[Callable[[O], Any], Future[Any] | None]] = queue.SimpleQueue()
         self._training = threading.Event()
         self._stop = threading.Event()
@@ -88,7 +89,7 @@ class Trainer(Generic[O]):
         os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
         try:
             while not self._stop.is_set():
-                busy = self._training.is_set() and self._owner.has_work()
+                busy = self._training.is_set() and not self.held and self._owner.has_work()
                 self._serve(block=not busy)
                 if busy and not self._stop.is_set():
                     self._on_step(self._owner, self._owner.train_step())

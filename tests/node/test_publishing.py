@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 from shoal.kernels.experts import OwnedExpert
 from shoal.kernels.narrow import NarrowPublisher
 from shoal.node.manifest import StandInSpec
+from shoal.node.publishing import MOST_SKIPPED
 from shoal.protocol.surrogates import Point, state_digest
 from tiny import LAYERS, SLOTS, manifest_of
 
@@ -91,6 +93,22 @@ def test_steps_go_on_while_a_fit_runs(swarm: Loopback) -> None:
     assert told["seconds"] > 0
     for slot in (0, 1):
         swarm.until(lambda s=slot: digest(first, s) == digest(second, s), "the other runs what was published")
+
+
+def test_training_waits_for_fits_that_are_far_behind(swarm: Loopback) -> None:
+    """And goes on by itself: stand-ins do not get older and older where fits take longer than steps."""
+    first, _ = swarm.peers
+    with held_fits() as held:
+        first.trainer.start_training()
+        assert held.begun.wait(SECONDS)
+        last = 1 + 1 + MOST_SKIPPED  # it begins, another falls due, and so often again
+        swarm.until(lambda: first.composer.step == last, "it waits")
+        time.sleep(0.5)
+        assert first.composer.step == last
+        assert first.ask(lambda composer: composer.step) == last  # others are still served
+        held.leave.set()
+        swarm.until(lambda: first.composer.step > 3 * last, "it goes on")
+        first.trainer.pause_training()
 
 
 def test_a_slot_that_changes_hands_meanwhile_is_not_published(swarm: Loopback) -> None:
