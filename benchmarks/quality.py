@@ -121,6 +121,7 @@ class Bench:
             flippers=said.flippers,
             late=said.late,
             chance=chance,
+            folder=self.out,
         )
 
     def outcome(self, text: str, chance: int, varied: str = "", *, costs: bool = True) -> Cell:

@@ -78,6 +78,29 @@ def test_a_key_names_what_a_result_follows_from() -> None:
     assert key("lone", "outer.every_steps=9", "sketch.kappa=3") == key("lone"), "which merges nothing"
 
 
+def test_a_common_start_is_trained_once_and_kept(tmp_path: Path) -> None:
+    def made(*settings: str, folder: Path | None = tmp_path) -> Comparison:
+        facts = with_settings(manifest(), ["train.steps=3", "train.batch_size=1", "data.context_length=16", *settings])
+        return Comparison(facts, 2, 1, seed_steps=2, folder=folder)
+
+    def losses(comparison: Comparison) -> tuple[list[float], float]:
+        seeding: list[float] = []
+        comparison.seed(lambda step, loss: seeding.append(loss))
+        return seeding, comparison.run("shoal-lowbit+rows", lambda step, loss: None, costs=False).loss
+
+    first, again, anew, other = made(), made("sketch.kappa=3"), made(folder=None), made("train.learning_rate=0.01")
+    (trained, found), (none, with_kappa), (trained_anew, found_anew) = map(losses, (first, again, anew))
+    assert len(trained) == 2
+    assert trained_anew == trained
+    assert none == [], "other sketches start from the same"
+    assert found == found_anew
+    assert losses(made()) == ([], found)
+    assert with_kappa != found
+    text = "lone:train.learning_rate=0.003"
+    assert first.key(text) == again.key(text) != other.key(text), "which starts from something else"
+    assert len(losses(other)[0]) == 2
+
+
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", "shoal.benchmarks.quality", *words],
