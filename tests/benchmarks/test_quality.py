@@ -160,13 +160,13 @@ def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_the_command_varies_one_thing(tmp_path: Path) -> None:
-    done = run(
-        *SIZE, "--methods", "lone,diloco", "--steps", "2", "--vary", "outer.every_steps=1,2", "--out", str(tmp_path)
-    )
+    words = ("--methods", "lone,diloco", "--steps", "2", "--first-seed", "3", "--vary", "outer.every_steps=1,2")
+    done = run(*SIZE, *words, "--out", str(tmp_path))
     lines = done.stdout.splitlines()[-4:]
     assert lines[0] == "| method | outer.every_steps 1 | outer.every_steps 2 |"
     assert lines[2].count("(+0.0%)") == 2
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 3, "lone is the same at both"
+    cells = [json.loads(line)["result"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [cell["seed"] for cell in cells] == [3, 3, 3], "lone is the same at both"
     wrong = [sys.executable, "-m", "shoal.benchmarks.quality", "--vary", "outer.every=1"]
     refused = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
