@@ -21,6 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -94,6 +95,7 @@ class Comparison:
         late: steps that sketches and deltas are under way.
         chance: what initial weights and batches are drawn by.
         seed_steps: centralized steps before anybody starts. `manifest.train.steps` has them too; optimizers start anew.
+        folder: keeps what they came to, for the next comparison that starts there.
     """
 
     def __init__(
@@ -107,12 +109,13 @@ class Comparison:
         flippers: int = 0,
         late: int = 0,
         chance: int = 0,
+        folder: Path | None = None,
     ) -> None:
         model = msgspec.structs.replace(manifest.model, seed=manifest.model.seed + chance)
         self.manifest = msgspec.structs.replace(manifest, model=model)
         self.flippers, self.late, self.chance = flippers, late, chance
         self.num_composers, self.num_workers = composers, workers
-        self.seed_steps = seed_steps
+        self.seed_steps, self._folder = seed_steps, folder
         corpus = load_corpus(manifest.data.corpus)
         self.heldout = corpus.heldout(windows, manifest.data.context_length, seed=HELDOUT_SEED)
         self._shards = [corpus.shard(i, composers) for i in range(composers)]
@@ -153,23 +156,33 @@ class Comparison:
         return composer
 
     def seed(self, report: Callable[[int, float], None]) -> Seed | None:
-        """The common start, trained once."""
-        if self.seed_steps and self._seed is None:
-            composer = self._alone(self.manifest, self.num_composers, seed=None)
-            for step in range(1, self.seed_steps + 1):
-                report(step, composer.train_step().loss)
-            self._seed = Seed.of(composer)
+        """The common start, trained once: by `manifest`, whatever a method's own facts are."""
+        if not self.seed_steps or self._seed is not None:
+            return self._seed
+        kept = None if self._folder is None else self._folder / f"seed-{self._seed_key()}.pt"
+        if kept is not None and kept.exists():
+            self._seed = Seed.load(kept)
+            return self._seed
+        composer = self._alone(self.manifest, self.num_composers, seed=None)
+        for step in range(1, self.seed_steps + 1):
+            report(step, composer.train_step().loss)
+        self._seed = Seed.of(composer)
+        if kept is not None:
+            self._seed.save(kept)
         return self._seed
 
     def key(self, text: str) -> str:
         """Names what one method's result follows from; the same on every machine that has the same text."""
         method = Method.parse(text, self.manifest)
-        facts = method.manifest
-        if not method.merges:  # then nothing is fitted or sketched either
-            facts = msgspec.structs.replace(facts, outer=OuterSpec(), standin=StandInSpec(), sketch=SketchSpec())
-        who = [self.num_composers, self.num_workers, self.flippers, self.late, self.seed_steps, self.chance]
-        how = [text.split(":")[0], *map(str, who), str(len(self.heldout)), canonical_bytes(facts).hex()]
-        return hashlib.sha256(" ".join(how).encode()).hexdigest()[:16]
+        facts = method.manifest if method.merges else _unmerged(method.manifest)
+        who = [self.num_composers, self.num_workers, self.flippers, self.late, self.chance]
+        return _digest(text.split(":")[0], *who, self._seed_key(), len(self.heldout), canonical_bytes(facts).hex())
+
+    def _seed_key(self) -> str:
+        if not self.seed_steps:
+            return ""
+        facts = canonical_bytes(_unmerged(self.manifest)).hex()
+        return _digest(self.seed_steps, self.num_composers, self.chance, facts)
 
     def run(self, text: str, report: Callable[[int, float], None], *, costs: bool = True) -> Result:
         """Train with one method and evaluate; `report(step, loss)` after every step. Costs are measured unless told."""
@@ -239,6 +252,15 @@ class Comparison:
             frozen=method.plain == "spes",
             mode=method.mode,
         )
+
+
+def _unmerged(manifest: Manifest) -> Manifest:
+    """Without what matters only where something is merged, fitted or sketched."""
+    return msgspec.structs.replace(manifest, outer=OuterSpec(), standin=StandInSpec(), sketch=SketchSpec())
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256(" ".join(map(str, facts)).encode()).hexdigest()[:16]
 
 
 class _Memory(NamedTuple):

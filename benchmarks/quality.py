@@ -45,6 +45,7 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     horizon.add_argument("--steps", type=int, default=1000, help="of each composer")
     horizon.add_argument("--tokens", type=int, help="of all composers together, in place of --steps")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method, with other weights and batches")
+    parser.add_argument("--first-seed", type=int, default=0, help=f"number of the first of them; --tune has {CHANCE}")
     parser.add_argument("--tune", action="store_true", help="each method at its own learning rate and outer step")
     parser.add_argument("--vary", metavar="NAME=VALUES", help="composers, tokens, or a fact of the manifest")
     parser.add_argument("--seed-steps", type=int, default=0, help="centralized steps that everybody starts from")
@@ -73,6 +74,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.out: Path | None = arguments.out
+        self.seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
         self.cells = Cells(None if self.out is None else self.out / "cells.jsonl")
         self._comparison = functools.lru_cache(maxsize=1)(self._make_comparison)
 
@@ -121,6 +123,7 @@ class Bench:
             flippers=said.flippers,
             late=said.late,
             chance=chance,
+            folder=self.out,
         )
 
     def outcome(self, text: str, chance: int, varied: str = "", *, costs: bool = True) -> Cell:
@@ -160,8 +163,8 @@ class Bench:
         """All methods, all seeds: the table of them."""
         results: list[Result] = []
         curves: dict[str, list[Sequence[float]]] = {}  # by method and seed, of every step
-        for chance, text in itertools.product(range(self.arguments.seeds), methods):
-            cell = self.outcome(text, chance, costs=chance == 0)  # which differ little between seeds
+        for chance, text in itertools.product(self.seeds, methods):
+            cell = self.outcome(text, chance, costs=chance == self.seeds[0])  # which differ little between seeds
             results.append(cell.result)
             curves.setdefault(text, []).append(cell.curve)
             self._write("quality.md", markdown(results))
@@ -179,8 +182,7 @@ class Bench:
             columns.append({})
             base: dict[int, Result] = {}
             for text in methods:
-                seeds = range(self.arguments.seeds)
-                runs = [self.outcome(text, chance, f"{name}={value}", costs=False).result for chance in seeds]
+                runs = [self.outcome(text, chance, f"{name}={value}", costs=False).result for chance in self.seeds]
                 base = base or {run.seed: run for run in runs}
                 losses, gaps = [run.loss for run in runs], gaps_to(base, runs)
                 mean, gap = sum(losses) / len(losses), sum(gaps) / len(gaps)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ class Seed:
                 for name, weights in zip(("gate_up", "down"), expert.masters(), strict=True)
             }
         return cls([composer.local_fragment(i) for i in range(len(composer.fragments))], slots, composer.step)
+
+    def save(self, path: Path) -> None:
+        """Keep it in a file that is whole or not there."""
+        torn = path.with_suffix(".torn")
+        torch.save(asdict(self), torn)
+        torn.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Seed:
+        """What `save` wrote. Raises OSError."""
+        return cls(**torch.load(path, weights_only=True))
 
     def start(self, composer: Composer, owned: Collection[int]) -> None:
         """Make a composer that owns nothing go on from here: `owned` in full, stand-ins of all others."""

@@ -78,6 +78,29 @@ def test_a_key_names_what_a_result_follows_from() -> None:
     assert key("lone", "outer.every_steps=9", "sketch.kappa=3") == key("lone"), "which merges nothing"
 
 
+def test_a_common_start_is_trained_once_and_kept(tmp_path: Path) -> None:
+    def made(*settings: str, folder: Path | None = tmp_path) -> Comparison:
+        facts = with_settings(manifest(), ["train.steps=3", "train.batch_size=1", "data.context_length=16", *settings])
+        return Comparison(facts, 2, 1, seed_steps=2, folder=folder)
+
+    def losses(comparison: Comparison) -> tuple[list[float], float]:
+        seeding: list[float] = []
+        comparison.seed(lambda step, loss: seeding.append(loss))
+        return seeding, comparison.run("shoal-lowbit+rows", lambda step, loss: None, costs=False).loss
+
+    first, again, anew, other = made(), made("sketch.kappa=3"), made(folder=None), made("train.learning_rate=0.01")
+    (trained, found), (none, with_kappa), (trained_anew, found_anew) = map(losses, (first, again, anew))
+    assert len(trained) == 2
+    assert trained_anew == trained
+    assert none == [], "other sketches start from the same"
+    assert found == found_anew
+    assert losses(made()) == ([], found)
+    assert with_kappa != found
+    text = "lone:train.learning_rate=0.003"
+    assert first.key(text) == again.key(text) != other.key(text), "which starts from something else"
+    assert len(losses(other)[0]) == 2
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The command in this process, which has imported what takes seconds; returns what it prints."""
@@ -140,13 +163,12 @@ def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path, run: Callabl
 def test_the_command_varies_one_thing(
     tmp_path: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run(
-        *SIZE, "--methods", "lone,diloco", "--steps", "2", "--vary", "outer.every_steps=1,2", "--out", str(tmp_path)
-    )
-    lines = done.splitlines()[-4:]
+    words = ("--methods", "lone,diloco", "--steps", "2", "--first-seed", "3", "--vary", "outer.every_steps=1,2")
+    lines = run(*SIZE, *words, "--out", str(tmp_path)).splitlines()[-4:]
     assert lines[0] == "| method | outer.every_steps 1 | outer.every_steps 2 |"
     assert lines[2].count("(+0.0%)") == 2
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 3, "lone is the same at both"
+    cells = [json.loads(line)["result"] for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [cell["seed"] for cell in cells] == [3, 3, 3], "lone is the same at both"
     with pytest.raises(SystemExit, match="2"):
         run("--vary", "outer.every=1")
     assert "no fact of a manifest" in capsys.readouterr().err
