@@ -45,7 +45,7 @@ class Imports:
     kind: str
     seconds: float
     cpu_seconds: float
-    resident_bytes: int  # the most
+    resident_bytes: int  # when all is imported
     modules: int
 
 
@@ -58,8 +58,8 @@ class Start:
     cpu_seconds: float  # of it and its children, until then
 
 
-def timed(command: Sequence[str]) -> tuple[float, float, int, str]:
-    """Seconds, CPU seconds, most resident bytes, and output of a command that must succeed."""
+def timed(command: Sequence[str]) -> tuple[float, float, str]:
+    """Seconds, CPU seconds, and output of a command that must succeed."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=peer_environment(1))
     assert process.stdout is not None
@@ -69,7 +69,7 @@ def timed(command: Sequence[str]) -> tuple[float, float, int, str]:
     process.returncode = os.waitstatus_to_exitcode(code)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, told)
-    return time.perf_counter() - began, used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss, told
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime, told
 
 
 def help_seconds(rounds: int) -> float:
@@ -79,10 +79,12 @@ def help_seconds(rounds: int) -> float:
 
 def imports(kind: str, rounds: int) -> Imports:
     """What a process of this kind imports."""
-    code = f"{KINDS[kind]}; import sys; print(len(sys.modules))"
+    # Not the peak that `wait4` tells: a child begins with what its parent had at the fork.
+    code = f"{KINDS[kind]}; import sys, psutil; print(psutil.Process().memory_info().rss, len(sys.modules))"
     runs = [timed([sys.executable, "-c", code]) for _ in range(rounds)]
-    seconds, cpu, resident = (statistics.median(run[i] for run in runs) for i in range(3))  # type: ignore[type-var]
-    return Imports(kind, float(seconds), float(cpu), int(resident), int(runs[0][3].split()[-1]))
+    seconds, cpu = (statistics.median(times) for times in zip(*(run[:2] for run in runs), strict=True))
+    resident, modules = (int(number) for number in runs[0][2].split()[-2:])
+    return Imports(kind, seconds, cpu, resident, modules)
 
 
 def until_ready(role: str, peer: Peer, began: float) -> Start:
