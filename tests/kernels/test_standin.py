@@ -276,8 +276,7 @@ def test_a_successor_does_the_same_and_changes_nothing(kind: str) -> None:
         successor.refit(expert)
         deltas.append(successor.delta(expert))
     assert successor.published.digest() != owner.published.digest()
-    after = owner.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("replay"))
+    assert all(torch.equal(now, before[n]) for n, now in owner.state_dict().items() if not n.startswith("replay"))
     owner.replay = rows
     for delta in deltas:
         owner.refit(expert)
