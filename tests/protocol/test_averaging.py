@@ -118,7 +118,8 @@ def test_a_group_with_a_quorum_waits_for_the_others_as_long_as_its_leader_grants
     assert statuses(outcomes) == ["complete"] * 2, reasons(outcomes)
     assert all(0.5 <= outcome["matchmaking_seconds"] < 5.0 for outcome in outcomes), "it did not wait for the window"
     assert all(outcome["quorum_seconds"] <= outcome["matchmaking_seconds"] for outcome in outcomes)
-    assert min(outcome["quorum_seconds"] + 0.5 for outcome in outcomes) <= outcomes[0]["matchmaking_seconds"]
+    # By the clock of its leader, whoever that is: the other one began a little earlier or later.
+    assert any(outcome["quorum_seconds"] + 0.499 <= outcome["matchmaking_seconds"] for outcome in outcomes)
 
     for peer in peers[:2]:
         peer.submit(np.full(5000, 1.0), round=1, expected=4, grace=6.0)
