@@ -40,7 +40,7 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 # Times that slots may fall due again before the fits that they wait for have begun; then training waits too. Else a
 # machine without a core to spare would go on with stand-ins of any age, and so would everybody who runs them.
-MOST_SKIPPED = 3
+MOST_SKIPPED = 1
 ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is noticed
 
 
