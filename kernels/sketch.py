@@ -199,10 +199,8 @@ class RowBuffer:
         self.hidden, self.codec, self.max_rows = hidden, codec, max_rows
         self.refused = 0  # rows left out, ever: not finite, or too large for the codec
         self._generator = generator
-        parts, ones = (
-            _parts(_encode(torch.empty(0, hidden), torch.empty(0), codec)),
-            torch.empty(0, dtype=torch.float64),
-        )
+        parts = _parts(_encode(torch.empty(0, hidden), torch.empty(0), codec))
+        ones = torch.empty(0, dtype=torch.float64)
         # Parts of x, parts of dy, weight, size: everything that moves when a row moves.
         self._none = (*parts, *parts, ones, ones)
         self._clear()

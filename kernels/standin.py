@@ -181,9 +181,8 @@ def make_publisher(
     """
     copy = published.with_state({name: tensor.cpu().clone() for name, tensor in published.tensors.items()})
     if replay is None:
-        replay = ReplayBuffer(
-            min(replay_rows, JUDGED_ROWS) if isinstance(copy, CopyStandIn) else replay_rows, copy.hidden
-        )
+        rows = min(replay_rows, JUDGED_ROWS) if isinstance(copy, CopyStandIn) else replay_rows
+        replay = ReplayBuffer(rows, copy.hidden)
     if isinstance(copy, CopyStandIn):
         return CopyPublisher(copy, replay, act=act)
     assert isinstance(copy, NarrowStandIn)
