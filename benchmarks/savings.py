@@ -27,6 +27,7 @@ from ..node.manifest import Manifest, SketchSpec, with_settings
 from ..node.model.presets import preset
 from .costs import Flops, counting
 from .inprocess import InProcessSwarm
+from .seeding import Seed
 
 METHODS = (
     "centralized",
@@ -70,11 +71,42 @@ def manifest_of(experts: int, top_k: int, width: int, steps: int) -> Manifest:
     )
 
 
-def measure(text: str, manifest: Manifest, composers: int, workers: int, windows: int) -> Saving:
-    """Train in one way, and measure.
+class Texts:
+    """What everybody reads: each composer's batches, and held-out windows."""
+
+    def __init__(self, manifest: Manifest, composers: int, windows: int) -> None:
+        self._batch_size, self._length = manifest.train.batch_size, manifest.data.context_length
+        corpus = load_corpus(manifest.data.corpus)
+        self._shards = [corpus.shard(i, composers) for i in range(composers)]
+        self.heldout = corpus.heldout(windows, self._length, seed=HELDOUT_SEED)
+
+    def sources(self, start: int) -> list[Callable[[], torch.Tensor]]:
+        """Each composer's next batch, from number `start` on."""
+        batches = [Batches(shard, self._batch_size, self._length, seed=i) for i, shard in enumerate(self._shards)]
+        for each in batches:
+            each.position = start
+        return [each.next for each in batches]
+
+    def joint(self, start: int) -> Callable[[], torch.Tensor]:
+        """All composers' next batches in one."""
+        sources = self.sources(start)
+        return lambda: torch.cat([source() for source in sources])
+
+
+def train_seed(manifest: Manifest, texts: Texts, steps: int) -> Seed:
+    """What everybody starts from: a model after `steps` on the joint batch, without its optimizer's state."""
+    alone = Composer(manifest, owned=range(_experts(manifest)), next_batch=texts.joint(0))
+    for _ in range(steps):
+        alone.train_step()
+    return Seed.of(alone)
+
+
+def measure(text: str, manifest: Manifest, texts: Texts, composers: int, workers: int, seed: Seed | None) -> Saving:
+    """Train in one way for what is left of the manifest's steps, and measure.
 
     Args:
         text: `centralized`; or `shoal` or `workers`, who own the experts, and facts of the manifest behind it.
+        seed: what it starts from; by default the run's initial weights.
 
     Raises ValueError or ManifestError for a text that is none.
     """
@@ -82,30 +114,32 @@ def measure(text: str, manifest: Manifest, composers: int, workers: int, windows
     if who not in ("centralized", "shoal", "workers"):
         raise ValueError(f"{who!r} is neither centralized, shoal nor workers")
     manifest = with_settings(manifest, settings)
-    data, train = manifest.data, manifest.train
-    corpus = load_corpus(data.corpus)
-    sources = [
-        Batches(corpus.shard(i, composers), train.batch_size, data.context_length, seed=i).next
-        for i in range(composers)
-    ]
-    heldout = corpus.heldout(windows, data.context_length, seed=HELDOUT_SEED)
-    tokens = composers * min(train.steps, COUNTED_STEPS) * train.batch_size * data.context_length
-    slots = list(range(int(manifest.model.config["num_experts"])))
+    start = 0 if seed is None else seed.step
+    steps = manifest.train.steps - start
+    tokens = composers * min(steps, COUNTED_STEPS) * manifest.train.batch_size * manifest.data.context_length
+    slots = list(range(_experts(manifest)))
     if who == "centralized":
-        alone = Composer(manifest, owned=slots, next_batch=lambda: torch.cat([source() for source in sources]))
-        flops = _last_steps(train.steps, lambda: alone.train_step())
-        return Saving(text, heldout_loss(alone.model, heldout), 1.0, flops.total / tokens, 0.0)
+        alone = Composer(manifest, owned=slots if seed is None else (), next_batch=texts.joint(start))
+        if seed is not None:
+            seed.start(alone, slots)
+        flops = _last_steps(steps, lambda: alone.train_step())
+        return Saving(text, heldout_loss(alone.model, texts.heldout), 1.0, flops.total / tokens, 0.0)
     owned = [[] if who == "workers" else slots[i::composers] for i in range(composers)]
     lent = [slots[i::workers] for i in range(workers)] if who == "workers" else []
-    swarm = InProcessSwarm(manifest, sources, owned, workers=lent)
+    swarm = InProcessSwarm(manifest, texts.sources(start), owned, workers=lent, seed=seed)
     own = _own_flops(swarm.composers)
-    running = swarm.run(train.steps)
-    flops = _last_steps(train.steps, lambda: next(running), own)
+    running = swarm.run(steps)
+    flops = _last_steps(steps, lambda: next(running), own)
     theirs = flops.total - own.total if lent else 0
     list(running)  # what is left of it: the last merge
-    loss = heldout_loss(swarm.merged().model, heldout)
-    as_it_runs = sum(heldout_loss(composer.model, heldout) for composer in swarm.composers) / composers
+    loss = heldout_loss(swarm.merged().model, texts.heldout)
+    as_it_runs = sum(heldout_loss(composer.model, texts.heldout) for composer in swarm.composers) / composers
     return Saving(text, loss, loss / as_it_runs, (flops.total - theirs) / tokens, theirs / tokens)
+
+
+def _experts(manifest: Manifest) -> int:
+    """In a layer."""
+    return int(manifest.model.config["num_experts"])
 
 
 def _last_steps(steps: int, step: Callable[[], object], *begun: Flops) -> Flops:
@@ -167,16 +201,19 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--width", type=int, default=256, help="of an expert; the model is 128 wide")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed-steps", type=int, default=0, help="on the joint batch, that everybody starts from")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
     parser.add_argument("--set", action="append", default=[], metavar="PART.FIELD=VALUE", help="a fact of the manifest")
     parser.add_argument("--out", type=Path, default=None, help="folder for savings.md and savings.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    manifest = manifest_of(arguments.experts, arguments.top_k, arguments.width, arguments.steps)
+    manifest = manifest_of(arguments.experts, arguments.top_k, arguments.width, arguments.seed_steps + arguments.steps)
     manifest = with_settings(manifest, arguments.set)
+    texts = Texts(manifest, arguments.composers, arguments.windows)
+    seed = train_seed(manifest, texts, arguments.seed_steps) if arguments.seed_steps else None
     savings: list[Saving] = []
     for text in arguments.methods.split(","):
-        found = measure(text, manifest, arguments.composers, arguments.workers, arguments.windows)
+        found = measure(text, manifest, texts, arguments.composers, arguments.workers, seed)
         savings.append(found)
         print(f"{text}: {found.loss:.4f} nats/byte, forward accuracy {found.accuracy:.2%}", flush=True)
         if arguments.out is not None:
