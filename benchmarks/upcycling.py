@@ -33,7 +33,7 @@ from ..node.composer import Composer
 from ..node.data import Batches, Corpus, load_corpus
 from ..node.evaluate import HELDOUT_SEED, heldout_loss, mean_loss
 from ..node.manifest import DataSpec, Manifest, ModelSpec, StandInSpec, TrainSpec
-from ..node.optimizer import learning_rate, make_optimizer
+from ..node.optimizer import learning_rate, make_optimizer, set_rate
 from ..node.seed.split import Checkpoint
 from ..node.seed.start import FromSeed
 from ..node.seed.store import SeedStore
@@ -86,8 +86,7 @@ class Study:
         optimizer = make_optimizer(spec, dict(model.named_parameters()))
         flops = 0.0
         for step in range(spec.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(spec, step)
+            set_rate(optimizer, learning_rate(spec, step))
             tokens = batches.next()
             with counting() if step == spec.steps - 1 else nullcontext() as counted:
                 model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()

@@ -29,7 +29,7 @@ from .blobs import from_bytes
 from .expert_mode import SAVED, ExpertMode
 from .manifest import Manifest
 from .model.init import expert_shape
-from .optimizer import checked_state, put_state
+from .optimizer import checked_state, put_state, set_rate
 from .sketch_receiving import MAX_ROWS
 from .slot_state import SlotTensors, under
 from .worker import CLIP_EPSILON, Worker
@@ -188,8 +188,7 @@ class Replay(Worker):
         for weights in trained:
             assert weights.grad is not None
             weights.grad.mul_(self.record.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.record.learning_rate
+        set_rate(self.optimizer, self.record.learning_rate)
         self.optimizer.step()
         return Finding.PASSED
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,18 @@ from .manifest import TrainSpec
 
 _BLOCK = 256  # of the 8-bit optimizer's scales
 _MAX_STEP = 1 << 24  # float32 counts no further
+_RATIO = "rate_ratio"  # of a group: its learning rate, over the schedule's
 
 
 def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """AdamW over the backbone: group 0 holds matrices (decayed) and takes the experts, group 1 holds the rest."""
+    """AdamW over the backbone, in two groups: matrices, which are decayed, and the rest. A third takes experts."""
     matrices = [p for p in backbone.values() if p.ndim >= 2]
     others = [p for p in backbone.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": spec.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": [], "weight_decay": spec.weight_decay, _RATIO: spec.expert_rate},
+    ]
     betas = (spec.beta1, spec.beta2)
     if spec.optimizer == "adamw8bit":
         from ..kernels.bnb import bitsandbytes
@@ -39,11 +45,21 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
     return spec.learning_rate * scale
 
 
+def experts_group(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The group of what `make_optimizer` returned that experts' parameters come into, and leave."""
+    return optimizer.param_groups[-1]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step: the backbone's, of which experts have their own share."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(_RATIO, 1.0)
+
+
 def take_step(optimizer: torch.optim.Optimizer, rate: float, max_norm: float, loss: float) -> bool:
     """Clip the gradients that are set and step by them, unless they or the `loss` are not finite: a bad batch must not
     poison weights that others merge. No gradients are left. Returns whether it stepped."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(optimizer, rate)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
     sound = math.isfinite(loss) and math.isfinite(norm.item())

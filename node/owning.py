@@ -28,7 +28,7 @@ from ..kernels.sketch import RowSketch
 from ..kernels.standin import Publisher, StandIn
 from .expert_mode import SAVED, ExpertMode
 from .manifest import Manifest, TrainSpec
-from .optimizer import checked_state, learning_rate, put_state
+from .optimizer import checked_state, experts_group, learning_rate, put_state
 from .sketch_sums import SketchSum
 from .slot_state import SlotTensors, optimizer_state, under, weights_as_trained
 from .standin_owner import StandInOwner
@@ -197,7 +197,7 @@ class ExpertOwner(StandInOwner):
 
     def _begin_owning(self, slot: int, experts: Sequence[OwnedExpert], publishers: list[Publisher]) -> None:
         self._begin_publishing(slot, publishers)
-        group = self.optimizer.param_groups[0]  # matrices, with weight decay
+        group = experts_group(self.optimizer)
         group["params"].extend(t for expert in experts for t in expert.trained)
 
     def snapshot(self, slot: int) -> SlotTensors:
@@ -308,8 +308,8 @@ class ExpertOwner(StandInOwner):
         published = self.standins(slot)
         experts = self.experts_of(slot)
         gone = {id(t) for expert in experts for t in expert.trained}
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        group = experts_group(self.optimizer)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
         for position, expert in enumerate(experts):
             for parameter in expert.trained:
                 self.optimizer.state.pop(parameter, None)

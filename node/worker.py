@@ -20,7 +20,7 @@ from ..kernels.sketch import RowSketch
 from ..kernels.standin import StandIn
 from .expert_mode import ExpertMode
 from .manifest import Manifest
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, set_rate
 from .owning import ExpertOwner
 from .standin_menu import menu_of
 from .step_record import StepRecord
@@ -138,8 +138,7 @@ class Worker(ExpertOwner):
         slots = self.ready()
         heard = [self._waiting.pop(slot) for slot in slots]
         lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(self.optimizer, lr)
         self._set_gradients(0, slots)
         stepped = [t for slot in slots for expert in self.experts_of(slot) for t in expert.trained]
         norm = torch.nn.utils.clip_grad_norm_(stepped, self.train.grad_clip)

@@ -35,7 +35,7 @@ from ..composer import Computed, StepReport
 from ..manifest import StandInSpec
 from ..model.balance import balance_biases
 from ..model.build import build_model
-from ..optimizer import checked_state, learning_rate, make_optimizer, put_state, take_state, take_step
+from ..optimizer import checked_state, experts_group, learning_rate, make_optimizer, put_state, take_state, take_step
 from .leader import BROKEN, Island
 from .merging import trained_of
 from .orders import Setup, Slot
@@ -233,7 +233,7 @@ class LearnerReplica(Replica):
         for parameter in (gone := self._experts(self.owned & order.slots.keys())):
             self._optimizer.state.pop(parameter, None)
         held = {id(parameter) for parameter in gone}
-        group = self._optimizer.param_groups[0]
+        group = experts_group(self._optimizer)
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in held]
         self.change(order.slots)
         for name, moments in order.backbone_moments.items():

@@ -92,7 +92,7 @@ class Wire:
     def _delta(manifest: Manifest, standin: StandIn, num_layers: int) -> float:
         """After as many steps of AdamW as lie between two publications, each weight by its learning rate at most."""
         spec = manifest.standin
-        moved = manifest.train.learning_rate * spec.publish_every
+        moved = manifest.train.learning_rate * manifest.train.expert_rate * spec.publish_every
         generator = torch.Generator().manual_seed(1)
         before = standin.dense()
         after = [w + moved * torch.randn(w.shape, generator=generator).clamp(-1, 1) for w in before]

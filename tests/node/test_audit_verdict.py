@@ -127,7 +127,7 @@ def with_sketches(record: AuditRecord, change: Callable[[list[Any]], list[Any]],
     [
         {"kind": "lowbit"},
         {"kind": "lowbit", "kappa": 4.0, "grad_clip": 1e-3},
-        {"kind": "narrow"},
+        {"kind": "narrow", "expert_rate": 2.0},
         {"kind": "ternary", "expert_weights": "ternary"},
         {"kind": "ternary", "expert_weights": "ternary", "kappa": 20.0},
     ],

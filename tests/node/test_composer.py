@@ -69,6 +69,21 @@ def test_learning_rate_schedule() -> None:
     assert rates[steps:] == pytest.approx([peak * final] * 10)
 
 
+def test_experts_follow_the_schedule_at_their_own_rate() -> None:
+    """AdamW's first step is the learning rate, but where a gradient is zero."""
+    manifest = manifest_of(train={"expert_rate": 3.0, "warmup_steps": 0, "learning_rate": 1e-3, "weight_decay": 0.0})
+    composer = composer_of(manifest)
+    trained = {"backbone": list(composer.backbone.values()), "experts": list(composer.experts_of(0)[0].trained)}
+    before = {who: [t.detach().clone() for t in tensors] for who, tensors in trained.items()}
+    composer.train_step()
+    moved = {
+        who: max(float((t.detach() - b).abs().max()) for t, b in zip(tensors, before[who], strict=True))
+        for who, tensors in trained.items()
+    }
+    assert moved["backbone"] == pytest.approx(1e-3, rel=0.01)
+    assert moved["experts"] == pytest.approx(3e-3, rel=0.01)
+
+
 def test_no_warmup_starts_at_the_peak() -> None:
     composer = composer_of(manifest_of(train={"learning_rate": 0.01, "warmup_steps": 0}))
     assert composer.learning_rate() == 0.01

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from shoal.node.manifest import TrainSpec
-from shoal.node.optimizer import checked_state, make_optimizer, put_state, take_state
+from shoal.node.optimizer import checked_state, experts_group, make_optimizer, put_state, set_rate, take_state
 from torch import Tensor, nn
 
 KINDS = ("adamw", "adamw8bit")
@@ -28,7 +28,23 @@ def steps(optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], gradient
 
 def test_only_matrices_decay() -> None:
     optimizer = make_optimizer(TrainSpec(weight_decay=0.5), parameters((4, 4)))
-    assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.5), (1, 0.0)]
+    assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.5), (1, 0.0), (0, 0.5)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_have_a_rate_of_their_own(kind: str) -> None:
+    """AdamW's first step is the learning rate, whatever the gradient."""
+    weights, expert = parameters((8, 8)), nn.Parameter(torch.zeros(8, 8))
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    optimizer = make_optimizer(TrainSpec(optimizer=kind, expert_rate=2.5, weight_decay=0.0), weights)
+    experts_group(optimizer)["params"].append(expert)
+    for weight in (*weights.values(), expert):
+        weight.grad = torch.ones_like(weight)
+    set_rate(optimizer, 1e-2)
+    optimizer.step()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.detach(), before[name] - 1e-2)
+    torch.testing.assert_close(expert.detach(), torch.full((8, 8), -2.5e-2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

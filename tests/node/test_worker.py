@@ -155,7 +155,9 @@ def test_strangers_have_no_say_and_steps_never_fall() -> None:
 @pytest.mark.parametrize("kind", ["full", "ternary"])
 def test_steps_equal_a_reference_adamw(kind: str) -> None:
     """In float64 but for the clip and the rounding of rows: three steps, two senders, weight decay."""
-    spec = manifest(learning_rate=1e-2, warmup_steps=0, grad_clip=0.5, weight_decay=0.3, expert_weights=kind)
+    spec = manifest(
+        learning_rate=1e-2, expert_rate=1.5, warmup_steps=0, grad_clip=0.5, weight_decay=0.3, expert_weights=kind
+    )
     worker = worker_of(spec, composers={FIRST: 0, SECOND: 0})
     masters = [w.double().requires_grad_() for w in weights_of(worker, 0)]
     optimizer = torch.optim.AdamW(masters, betas=(spec.train.beta1, spec.train.beta2), weight_decay=0.3)
@@ -170,7 +172,7 @@ def test_steps_equal_a_reference_adamw(kind: str) -> None:
             for weight, *grads in zip(pair, *both, strict=True):
                 weight.grad = sum(grads, torch.zeros(())) / 60
         torch.nn.utils.clip_grad_norm_(masters, 0.5)
-        optimizer.param_groups[0]["lr"] = worker.learning_rate()
+        optimizer.param_groups[0]["lr"] = 1.5 * worker.learning_rate()
         optimizer.step()
         worker.train_step()
         for got, wanted in zip(weights_of(worker, 0), masters, strict=True):
