@@ -91,6 +91,11 @@ def composed(manifest: Manifest, device: torch.device, batches: list[Tensor]) ->
     return step
 
 
+def of_preset(name: str) -> Manifest:
+    """A run of it. ValueError if there is none."""
+    return Manifest(name="bench", founder="none", created_at=0, **vars(preset(name)))
+
+
 def measure(manifest: Manifest, device: torch.device, steps: int) -> dict[str, float]:
     """Seconds a step, by part; `plain` is the whole of the other loop."""
     generator = torch.Generator().manual_seed(0)
@@ -135,17 +140,7 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = device_to_use(arguments.device)
-    chosen = preset(arguments.preset)
-    manifest = Manifest(
-        name="bench",
-        founder="none",
-        created_at=0,
-        model=chosen.model,
-        data=chosen.data,
-        train=chosen.train,
-        standin=chosen.standin,
-    )
-    manifest = with_settings(manifest, arguments.set)
+    manifest = with_settings(of_preset(arguments.preset), arguments.set)
     seconds = measure(manifest, device, arguments.steps)
     tokens = manifest.train.batch_size * manifest.data.context_length
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -157,7 +157,7 @@ def pack_trits(codes: Tensor) -> Tensor:
         raise ValueError("only int8 codes of -1, 0 and 1 can be packed")
     flat = codes.reshape(-1)
     padded = torch.cat([flat, flat.new_zeros(-len(flat) % TRITS_PER_BYTE)]).view(-1, TRITS_PER_BYTE)
-    digits = padded.remainder(3).to(torch.uint8)
+    digits = padded.add(padded < 0, alpha=3).view(torch.uint8)  # modulo 3
     packed = digits[:, -1]
     for place in range(TRITS_PER_BYTE - 2, -1, -1):
         packed = packed * 3 + digits[:, place]

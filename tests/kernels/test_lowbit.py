@@ -48,6 +48,19 @@ def test_codes_and_values_are_those_of_bitsandbytes(hidden: int) -> None:
                        .view(-1)[: len(flat)])  # fmt: skip
 
 
+def test_every_value_gets_its_nearest_level() -> None:
+    """Random values, and those at which a level or a cell of the table ends, with their neighbours."""
+    levels = bnb.get_4bit_type("nf4", device="cpu")
+    bounds = (levels[1:] + levels[:-1]) / 2
+    ends = torch.cat([bounds, torch.linspace(-1, 1, 129)])
+    near = [ends, ends.nextafter(torch.tensor(2.0)), ends.nextafter(torch.tensor(-2.0))]
+    values = torch.cat([torch.rand(10_000) * 2 - 1, *near]).clamp(-1, 1)
+    codes = lowbit._nearest(values).long()
+    assert torch.equal(codes, torch.bucketize(values, bounds))
+    distance = (values.double()[:, None] - levels.double()).abs()
+    torch.testing.assert_close(distance.gather(1, codes[:, None])[:, 0], distance.amin(1), rtol=0, atol=1e-7)
+
+
 def unpacked(standin: LowbitStandIn) -> torch.Tensor:
     codes = standin.tensors["codes"]
     return torch.stack([codes >> 4, codes & 15], dim=-1).view(-1, 64).long()
