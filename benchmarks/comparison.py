@@ -27,12 +27,12 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from ..node.composer import Composer
 from ..node.config import ExpertModeName
-from ..node.data import Batches, load_corpus
-from ..node.evaluate import HELDOUT_SEED, heldout_loss
-from ..node.expert_mode import ExpertMode
-from ..node.manifest import Manifest, OuterSpec, SketchSpec, StandInSpec, canonical_bytes, with_settings
+from ..node.learning.composer import Composer
+from ..node.learning.data import Batches, load_corpus
+from ..node.learning.evaluate import HELDOUT_SEED, heldout_loss
+from ..node.learning.expert_mode import ExpertMode
+from ..node.run.manifest import Manifest, OuterSpec, SketchSpec, StandInSpec, canonical_bytes, with_settings
 from .costs import counting, expert_bytes, peak_bytes, state_bytes
 from .inprocess import Bytes, InProcessSwarm
 from .results import Result

@@ -18,8 +18,8 @@ import torch
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..node.composer import Composer
-from ..node.owning import ExpertOwner
+from ..node.learning.composer import Composer
+from ..node.learning.owning import ExpertOwner
 
 _NOT_HELD = (types.ModuleType, types.FunctionType, types.MethodType, type)  # code, and the text behind `next_batch`
 

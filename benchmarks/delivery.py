@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.sketch import RowSketch
-from ..node.composer import Composer
-from ..node.gradient_collecting import CollectedGradient, GradientCollector, GradientForm
-from ..node.manifest import Manifest
-from ..node.owning import ExpertOwner
-from ..node.sketching import SketchCollector
+from ..node.learning.composer import Composer
+from ..node.learning.owning import ExpertOwner
+from ..node.run.manifest import Manifest
+from ..node.sketches.gradient_collecting import CollectedGradient, GradientCollector, GradientForm
+from ..node.sketches.sketching import SketchCollector
 
 MAX_ROWS = 1 << 16  # of one expert in one sketch
 GRADIENT_BYTES = 2  # a number, at float16's width

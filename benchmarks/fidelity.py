@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.standin import Publisher, initial_standin, make_publisher
-from ..node.composer import Composer
-from ..node.data import Batches, load_corpus
-from ..node.manifest import Manifest
+from ..node.learning.composer import Composer
+from ..node.learning.data import Batches, load_corpus
 from ..node.model.presets import preset
+from ..node.run.manifest import Manifest
 
 CYCLE = 8  # steps; every setting publishes at its end
 AGES = (0, 4, 7)  # steps into the cycle

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from ..kernels.interface import float_weights
 from ..kernels.narrow import NarrowStandIn
-from ..node.composer import Composer, Entry
-from ..node.expert_mode import ExpertMode
-from ..node.manifest import Manifest
+from ..node.learning.composer import Composer, Entry
+from ..node.learning.expert_mode import ExpertMode
+from ..node.learning.owning import ExpertOwner
+from ..node.learning.worker import Worker
 from ..node.model.cut import cadences
-from ..node.owning import ExpertOwner
-from ..node.worker import Worker
-from ..protocol import radial
-from ..protocol.fragments import Fragment
-from ..protocol.merging import Facts, outer_step, shares, weights
-from ..protocol.parts import PartCodec
-from ..protocol.robust import robust_mean
+from ..node.run.manifest import Manifest
+from ..protocol.averaging import radial
+from ..protocol.averaging.fragments import Fragment
+from ..protocol.averaging.merging import Facts, outer_step, shares, weights
+from ..protocol.averaging.parts import PartCodec
+from ..protocol.averaging.robust import robust_mean
 from .delivery import GradientDelivery, RowDelivery, Sent
 from .seeding import Seed
 

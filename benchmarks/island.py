@@ -24,17 +24,17 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..node.composer import Composer
-from ..node.data import Batches, load_corpus
-from ..node.evaluate import HELDOUT_SEED, heldout_loss
 from ..node.island.leader import Island
 from ..node.island.learners import Learners
 from ..node.island.merging import DataParallel
 from ..node.island.pipeline import Pipeline
-from ..node.manifest import Manifest, with_settings
+from ..node.learning.composer import Composer
+from ..node.learning.data import Batches, load_corpus
+from ..node.learning.evaluate import HELDOUT_SEED, heldout_loss
 from ..node.model.init import expert_shape
 from ..node.model.presets import preset
 from ..node.model.stages import spans
+from ..node.run.manifest import Manifest, with_settings
 
 MOST_WARM_UP = 8  # steps, a whole block of them
 EVALUATED = 64  # windows

@@ -9,8 +9,8 @@ from ..kernels.experts import run_expert
 from ..kernels.interface import float_weights, output_fidelity
 from ..kernels.replay import ReplayBuffer
 from ..kernels.standin import StandIn
-from ..node.data import Batches
-from ..node.evaluate import heldout_loss
+from ..node.learning.data import Batches
+from ..node.learning.evaluate import heldout_loss
 from ..node.model.build import MoEModel
 
 Rows = tuple[Tensor, Tensor]

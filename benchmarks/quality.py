@@ -23,9 +23,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from ..node.manifest import Manifest, with_settings
-from ..node.manifest_errors import ManifestError
 from ..node.model.presets import preset
+from ..node.run.manifest import Manifest, with_settings
+from ..node.run.manifest_errors import ManifestError
 from . import comparison
 from .cells import Cell, Cells
 from .comparison import PLAIN, Comparison, Method

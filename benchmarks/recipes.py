@@ -32,13 +32,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..node.data import Batches, load_corpus
-from ..node.evaluate import BATCH_WINDOWS, HELDOUT_SEED
-from ..node.manifest import Manifest, with_settings
-from ..node.manifest_errors import ManifestError
+from ..node.learning.data import Batches, load_corpus
+from ..node.learning.evaluate import BATCH_WINDOWS, HELDOUT_SEED
 from ..node.model.build import MoEModel
 from ..node.model.init import backbone_shapes, expert_shape
 from ..node.model.presets import preset
+from ..node.run.manifest import Manifest, with_settings
+from ..node.run.manifest_errors import ManifestError
 from .inprocess import InProcessSwarm
 
 RECIPES = (

@@ -20,11 +20,11 @@ from pathlib import Path
 import msgspec
 import torch
 
-from ..node.composer import Composer
-from ..node.data import Batches, load_corpus
-from ..node.evaluate import HELDOUT_SEED, heldout_loss
-from ..node.manifest import Manifest, SketchSpec, with_settings
+from ..node.learning.composer import Composer
+from ..node.learning.data import Batches, load_corpus
+from ..node.learning.evaluate import HELDOUT_SEED, heldout_loss
 from ..node.model.presets import preset
+from ..node.run.manifest import Manifest, SketchSpec, with_settings
 from .costs import Flops, counting
 from .inprocess import InProcessSwarm
 from .seeding import Seed

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..node.composer import Composer
-from ..node.slot_state import SlotTensors
-from ..node.worker import Worker
+from ..node.learning.composer import Composer
+from ..node.learning.worker import Worker
+from ..node.slots.slot_state import SlotTensors
 
 
 @dataclass(frozen=True)

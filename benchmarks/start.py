@@ -23,15 +23,15 @@ import psutil
 from rich.console import Console
 
 from ..node.demo import START_SECONDS, Demo, DemoFailed, Peer, peer_environment, shoal_command
-from ..node.state import IN_THE_RUN
+from ..node.watching.state import IN_THE_RUN
 
 POLL_SECONDS = 0.02
 NOTHING_YET = "interpreter and imports"  # nobody answers until then
 MODEL = "shoal.node.model.families import load_families; load_families()"
 KINDS = {  # what each imports until it is ready; forked processes have their parent's
-    "bootstrap, observer": "import shoal.node.peer",
-    "composer": f"import shoal.node.peer, shoal.node.composing; from {MODEL}",
-    "worker": "import shoal.node.peer, shoal.node.working",
+    "bootstrap, observer": "import shoal.node.peer.peer",
+    "composer": f"import shoal.node.peer.peer, shoal.node.peer.composing; from {MODEL}",
+    "worker": "import shoal.node.peer.peer, shoal.node.peer.working",
     "transport": "import shoal.protocol.transport.host",
     "island's nursery": "from shoal.node.island.nursery import load; load()",
     "torch alone": "import torch",

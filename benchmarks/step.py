@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..node.capacity import device_to_use
-from ..node.composer import Composer
-from ..node.manifest import Manifest, with_settings
+from ..node.learning.composer import Composer
 from ..node.model.init import expert_shape
 from ..node.model.presets import preset
-from ..node.sketching import SketchCollector
+from ..node.run.manifest import Manifest, with_settings
+from ..node.sketches.sketching import SketchCollector
 
 OWNED_PART = 8  # a composer's share of the experts is one in so many
 WARM_UP = 3

@@ -32,15 +32,15 @@ from ..kernels.shared import SharedStandIn
 from ..kernels.standin import Form as StandInForm
 from ..kernels.standin import StandIn
 from ..kernels.ternary_standin import TernaryStandIn
-from ..node.composer import Composer
-from ..node.data import Batches, load_corpus
-from ..node.evaluate import HELDOUT_SEED
-from ..node.manifest import Manifest, with_settings
+from ..node.learning.composer import Composer
+from ..node.learning.data import Batches, load_corpus
+from ..node.learning.evaluate import HELDOUT_SEED
 from ..node.model.build import MoEModel
 from ..node.model.init import expert_shape
 from ..node.model.presets import preset
+from ..node.run.manifest import Manifest, with_settings
 from ..node.seed.split import NEAR
-from ..node.standin_choice import Option, choose
+from ..node.standins.standin_choice import Option, choose
 from ..node.upcycling.form import Form
 from .probe import Probe, Rows
 from .upcycling import RECIPE, Study

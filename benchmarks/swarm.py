@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 
 from ..node.demo import START_SECONDS, Demo, Peer
-from ..node.evaluate import evaluate_checkpoint
-from ..node.manifest import verify
+from ..node.learning.evaluate import evaluate_checkpoint
+from ..node.run.manifest import verify
 from .comparison import Comparison
 from .results import Result, markdown
 

@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from ..node.composer import Composer
-from ..node.data import Batches, Corpus, load_corpus
-from ..node.evaluate import HELDOUT_SEED, heldout_loss, mean_loss
-from ..node.manifest import DataSpec, Manifest, ModelSpec, StandInSpec, TrainSpec
-from ..node.optimizer import learning_rate, make_optimizer, set_rate
+from ..node.learning.composer import Composer
+from ..node.learning.data import Batches, Corpus, load_corpus
+from ..node.learning.evaluate import HELDOUT_SEED, heldout_loss, mean_loss
+from ..node.learning.optimizer import learning_rate, make_optimizer, set_rate
+from ..node.run.manifest import DataSpec, Manifest, ModelSpec, StandInSpec, TrainSpec
 from ..node.seed.split import Checkpoint
 from ..node.seed.start import FromSeed
 from ..node.seed.store import SeedStore

@@ -29,9 +29,9 @@ from ..kernels.copies import CopyStandIn
 from ..kernels.formats import FORMATS, decode_expert, encode_expert
 from ..kernels.sketch import RowBuffer, RowCodec, RowSketch
 from ..kernels.standin import initial_standin
-from ..node.manifest import Manifest, with_settings
 from ..node.model.init import backbone_shapes, expert_shape
-from ..protocol.parts import PART_BYTES, CodecName, PartCodec
+from ..node.run.manifest import Manifest, with_settings
+from ..protocol.averaging.parts import PART_BYTES, CodecName, PartCodec
 from .step import OWNED_PART, measure, of_preset
 from .timing import interleaved, medians
 

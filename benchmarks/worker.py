@@ -20,8 +20,8 @@ import psutil
 from rich.console import Console
 
 from ..node.demo import POLL_SECONDS, START_SECONDS, Demo, DemoFailed, Peer
-from ..node.manifest import verify
 from ..node.model.init import expert_shape
+from ..node.run.manifest import verify
 
 TERNARY = ("train.expert_weights=ternary", "standin.kind=ternary")
 FORMATS: dict[str, tuple[str, ...]] = {

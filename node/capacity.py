@@ -21,11 +21,11 @@ from ..kernels.bases import Bases
 from ..kernels.lora import lora_bytes
 from .config import PeerConfig
 from .errors import ConfigError
-from .expert_mode import ExpertMode
+from .learning.expert_mode import ExpertMode
 from .logs import get_logger
-from .manifest import ExpertShape, Manifest, ModelSpec, StandInSpec
 from .model.init import backbone_shapes, expert_shape
-from .standin_menu import menu_of
+from .run.manifest import ExpertShape, Manifest, ModelSpec, StandInSpec
+from .standins.standin_menu import menu_of
 
 log = get_logger(__name__)
 

@@ -23,14 +23,14 @@ from . import logs
 from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
 from .errors import ConfigError, NoIdentity, exit_code
+from .peer.reviving import reap, reviving
 from .plan import plan
-from .reviving import reap, reviving
-from .runs import runs
+from .run.runs import runs
 from .simulation.command import simulate
 from .upcycling.command import branch, mix, upcycle
 
 if TYPE_CHECKING:
-    from .manifest import Manifest
+    from .run.manifest import Manifest
 
 RUN = Group("Run", sort_key=0)
 GLOBAL = Group("Settings file", sort_key=9)
@@ -127,7 +127,7 @@ def found(
         the schedule. Peers fetch from each other what they need of it.
     """
     config = replace(peer or PeerConfig(), role=role)
-    from .founding import new_manifest
+    from .run.founding import new_manifest
 
     manifest = new_manifest(
         config,
@@ -171,7 +171,7 @@ def join(
         `bootstrap` helps others to find the run, `observer` only looks.
     """
     if invite.startswith(("http://", "https://")):
-        from .status import fetch_invite
+        from .watching.status import fetch_invite
 
         invite = fetch_invite(invite)
     config = replace(peer or PeerConfig(), role=role, invite=invite)
@@ -198,8 +198,8 @@ def status(
     json:
         Print everything the peer says as JSON.
     """
-    from .presence import find_peer
-    from .status import fetch_status, render
+    from .storage.presence import find_peer
+    from .watching.status import fetch_status, render
 
     told = fetch_status(url or find_peer((data_dir or default_data_dir()).expanduser()))
     if json:
@@ -237,7 +237,7 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
     logs.configure(format=config.log_format, level=config.log_level)
     if out.exists():
         raise ConfigError(f"{out} exists already", fix="name a folder that does not")
-    from .gather import export_run
+    from .run.gather import export_run
 
     export_run(invite, out, config)
     print(out)
@@ -273,7 +273,7 @@ def evaluate(
         Print the numbers as JSON.
     """
     logs.configure()
-    from .evaluate import evaluate_checkpoint
+    from .learning.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(checkpoint, data=data, windows=windows, context_length=context_length)
     if json:
@@ -306,7 +306,7 @@ def show(*, data_dir: Path | None = None) -> int:
 @app.command
 def version() -> int:
     """Print the versions that matter in a bug report."""
-    from .manifest import PROTOCOL_VERSION
+    from .run.manifest import PROTOCOL_VERSION
 
     print(
         f"shoal {__version__}, protocol {PROTOCOL_VERSION}, Python {platform.python_version()}, {platform.platform()}"
@@ -323,7 +323,7 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
     logs.configure(format=config.log_format, level=config.log_level)
 
     def live() -> int:
-        from .peer import run_peer
+        from .peer.peer import run_peer
 
         code: int = run_peer(config, manifest)
         return code
@@ -331,8 +331,8 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
     if config.hours is None:
         reap()
         return reviving(live)
-    from .hours import Hours
-    from .resting import ByHours
+    from .peer.hours import Hours
+    from .peer.resting import ByHours
 
     return ByHours(config, Hours.parse(config.hours), live).run()
 

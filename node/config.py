@@ -19,8 +19,8 @@ from cyclopts import Group, Parameter
 
 from ..protocol.pacing import UNLIMITED, Pace, Rates
 from .errors import ConfigError
-from .hours import Hours
 from .logs import LogFormat, LogLevel
+from .peer.hours import Hours
 
 Role = Literal["composer", "worker", "bootstrap", "observer"]
 Reach = Literal["auto", "direct", "relay"]

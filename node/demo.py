@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .status import speed_text
+from .watching.status import speed_text
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -217,7 +217,7 @@ class Demo:
         log = self.folder / "lone.log"
         with log.open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.node.lone", str(self.folder / "bootstrap" / "manifest.signed"),
+                [sys.executable, "-m", "shoal.node.learning.lone", str(self.folder / "bootstrap" / "manifest.signed"),
                  "--shard", f"0/{self.arguments.composers}", "--out", str(out)],
                 stdout=err, stderr=subprocess.STDOUT, env=peer_environment(1),
             )  # fmt: skip
@@ -244,7 +244,7 @@ class Demo:
 
         from transformers.utils import logging as transformers_logging
 
-        from .evaluate import continuation, evaluate_checkpoint
+        from .learning.evaluate import continuation, evaluate_checkpoint
 
         transformers_logging.disable_progress_bar()
         merged = evaluate_checkpoint(checkpoint)

@@ -13,8 +13,8 @@ from cyclopts import Parameter
 from .config import ExpertModeName, parse_gib
 
 if TYPE_CHECKING:
-    from .expert_mode import ExpertMode
-    from .manifest import Manifest
+    from .learning.expert_mode import ExpertMode
+    from .run.manifest import Manifest
 
 GIB = 1 << 30
 PROCESSES = 1.5 * GIB  # libraries of a peer's processes, before any model
@@ -49,7 +49,7 @@ def plan_of(
     import torch
 
     from ..kernels.sketch import bytes_per_token
-    from ..protocol.parts import PartCodec
+    from ..protocol.averaging.parts import PartCodec
     from .capacity import BACKBONE_BYTES, bases_bytes, slot_bytes, standin_bytes, working_bytes
     from .model.init import backbone_shapes, expert_shape
 
@@ -138,7 +138,7 @@ def plan(
         Print the numbers as JSON.
     """
     manifest = _manifest(model, set_)
-    from .expert_mode import ExpertMode
+    from .learning.expert_mode import ExpertMode
 
     mode = ExpertMode(manifest.train, expert_mode, lora_rank)
     found = plan_of(manifest, memory, composers, mode=mode, device=device)
@@ -157,8 +157,8 @@ def plan(
 
 def _manifest(model: str, settings: tuple[str, ...]) -> Manifest:
     from .errors import ConfigError
-    from .manifest import Manifest, ModelSpec, with_settings
     from .model.presets import PRESETS, preset
+    from .run.manifest import Manifest, ModelSpec, with_settings
 
     if model in PRESETS:
         chosen = preset(model)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .metrics import reference as metrics_table
+from .watching.metrics import reference as metrics_table
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("protocol", "node")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...node import cli, composing
-from ...protocol.averaging import Outcome, OuterAverager
+from ...node import cli
+from ...node.peer import composing
+from ...protocol.averaging.averaging import Outcome, OuterAverager
 
 CLAIMED_MORE = 1_000_000
 

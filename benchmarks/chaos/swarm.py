@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...node.evaluate import evaluate_checkpoint
-from ...node.manifest import verify
+from ...node.learning.evaluate import evaluate_checkpoint
+from ...node.run.manifest import verify
 from .network import Network
 from .peers import Peers
 from .playing import POLL_SECONDS, Played, Player

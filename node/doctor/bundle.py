@@ -19,8 +19,8 @@ from typing import Any
 
 from ..config import PeerConfig
 from ..errors import ConfigError, NoPeerHere
-from ..presence import find_peer
-from ..status import fetch_status
+from ..storage.presence import find_peer
+from ..watching.status import fetch_status
 from .findings import Finding
 
 LOG_BYTES = 1 << 20  # of the log's end

@@ -19,7 +19,7 @@ from ...protocol.errors import ShoalError
 from ...protocol.identity import Identity
 from ..config import PeerConfig
 from ..errors import IdentityInUse, NoPeerHere
-from ..presence import find_peer, hold_data_dir
+from ..storage.presence import find_peer, hold_data_dir
 from .findings import Finding, fail, ok, warn
 
 GIB = 1 << 30

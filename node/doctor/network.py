@@ -13,18 +13,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ...protocol import resources
-from ...protocol.clocks import MAX_APART_SECONDS
-from ...protocol.dht import start_dht
-from ...protocol.directory import Directory
+from ...protocol.directory.clocks import MAX_APART_SECONDS
+from ...protocol.directory.dht import start_dht
+from ...protocol.directory.directory import Directory
+from ...protocol.directory.view import View
 from ...protocol.errors import ShoalError
 from ...protocol.identity import Identity
 from ...protocol.relay.borrower import probe
 from ...protocol.transport.client import Transport
-from ...protocol.view import View
 from ..config import PeerConfig
-from ..invite import Invite
-from ..manifest import Manifest, verify
-from ..way_in import free_port, interface_addresses
+from ..peer.way_in import free_port, interface_addresses
+from ..run.invite import Invite
+from ..run.manifest import Manifest, verify
 from .findings import Finding, fail, ok, warn
 
 DIAL_SECONDS = 5.0

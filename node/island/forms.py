@@ -10,8 +10,8 @@ import torch
 from ..capacity import device_of
 from ..config import PeerConfig
 from ..errors import ConfigError
-from ..manifest import Manifest
 from ..model.stages import spans
+from ..run.manifest import Manifest
 from .leader import Island
 from .learners import LearnerReplica, Learners
 from .merging import DataParallel, DataReplica

@@ -18,13 +18,13 @@ from torch import Tensor
 from ...kernels.experts import OwnedExpert
 from ...kernels.standin import StandIn
 from ..logs import get_logger
-from ..way_in import free_port
+from ..peer.way_in import free_port
 from .meeting import meet
 from .nursery import Nursery, nursery
 from .orders import Form, Setup, Slot, receive, send
 
 if TYPE_CHECKING:
-    from ..composer import Composer, Computed, StepReport
+    from ..learning.composer import Composer, Computed, StepReport
 
 log = get_logger(__name__)
 

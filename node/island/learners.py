@@ -31,11 +31,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..composer import Computed, StepReport
-from ..manifest import StandInSpec
+from ..learning.composer import Computed, StepReport
+from ..learning.optimizer import (
+    checked_state,
+    experts_group,
+    learning_rate,
+    make_optimizer,
+    put_state,
+    take_state,
+    take_step,
+)
 from ..model.balance import balance_biases
 from ..model.build import build_model
-from ..optimizer import checked_state, experts_group, learning_rate, make_optimizer, put_state, take_state, take_step
+from ..run.manifest import StandInSpec
 from .leader import BROKEN, Island
 from .merging import trained_of
 from .orders import Setup, Slot
@@ -43,7 +51,7 @@ from .replica import Answer, Replica, fill, flat, numel
 from .rows import Encoded, Raw, Wanted, put, wanted_by
 
 if TYPE_CHECKING:
-    from ..composer import Composer
+    from ..learning.composer import Composer
 
 Moments = dict[str, Tensor]  # of one parameter
 

@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..composer import Computed
-from ..manifest import StandInSpec
+from ..learning.composer import Computed
 from ..model.build import MoEModel, build_model
+from ..run.manifest import StandInSpec
 from .leader import Island
 from .orders import Setup, Step, packed_gradients, unpack_gradients
 from .replica import Answer, Replica, experts_in, fill, flat, numel
 from .rows import StepRows, give, wanted_by
 
 if TYPE_CHECKING:
-    from ..composer import Composer
+    from ..learning.composer import Composer
 
 
 def trained_of(model: MoEModel, owned: set[int]) -> list[nn.Parameter]:

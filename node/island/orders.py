@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...kernels.bases import Bases
 from ...kernels.experts import OwnedExpert
-from ..expert_mode import ExpertMode
-from ..manifest import Manifest
+from ..learning.expert_mode import ExpertMode
 from ..model.stages import Weighing
+from ..run.manifest import Manifest
 from .rows import Wanted
 
 Form = Literal["data", "learners", "pipeline"]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-from ..composer import Computed
+from ..learning.composer import Computed
 from ..model.stages import Span, Stage, Weighing, build_stage, spans
 from .leader import Island
 from .orders import Setup, StageStep, packed_gradients, unpack_gradients
@@ -34,7 +34,7 @@ from .replica import Answer, Replica, experts_in, fill, flat, numel
 from .rows import Encoded, Raw, StepRows, give, wanted_by
 
 if TYPE_CHECKING:
-    from ..composer import Composer
+    from ..learning.composer import Composer
 
 # At most. Of 2 stages each then waits for a third of the time. More would overlap better, but experts cost by the call
 # more than by the token, and every microbatch unpacks all stand-ins anew.

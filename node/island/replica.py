@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model.build import MoEModel
 from ..model.init import expert_shape
 from ..model.shard import ExpertShard
-from ..standin_menu import menu_of
+from ..standins.standin_menu import menu_of
 from .orders import Setup, Slot
 from .rows import StepRows
 

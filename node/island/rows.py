@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.sketch import RowBuffer
-from ..manifest import Manifest
 from ..model.init import expert_shape
 from ..model.shard import SketchTap
-from ..sketching import Collector, SketchCollector
+from ..run.manifest import Manifest
+from ..sketches.sketching import Collector, SketchCollector
 
 Encoded = dict[tuple[int, int], RowBuffer]  # by slot and layer
 Raw = list[tuple[int, int, Tensor, Tensor, Tensor, Tensor]]  # layer, slot, x (N, D), dy (N, D), a (N, F), dh (N, 2F)

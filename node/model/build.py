@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ...kernels.experts import DenseExpert, OwnedExpert
 from ...kernels.standin import Menu
-from ..manifest import ModelSpec, StandInSpec
-from ..standin_menu import menu_of
+from ..run.manifest import ModelSpec, StandInSpec
+from ..standins.standin_menu import menu_of
 from .balance import router_losses
 from .families import MoEBlock, Scoring, moe_blocks, router_logits, scoring, selection_bias, skeleton
 from .init import built_expert_shape, split_blocks

@@ -1,10 +1,10 @@
-"""The backbone's fragments, and when each is due: what `protocol/fragments.py` makes of a run's manifest."""
+"""The backbone's fragments, and when each is due: what `protocol/averaging/fragments.py` makes of a run's manifest."""
 
 from __future__ import annotations
 
-from ...protocol.cadence import Cadence
-from ...protocol.fragments import Fragment, Tier, partition, tier_of
-from ..manifest import Manifest, OuterSpec
+from ...protocol.averaging.cadence import Cadence
+from ...protocol.averaging.fragments import Fragment, Tier, partition, tier_of
+from ..run.manifest import Manifest, OuterSpec
 from .init import backbone_shapes
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..manifest import ModelSpec
+from ..run.manifest import ModelSpec
 from .families import MoEBlock, moe_blocks, skeleton
 from .init import materialise, private_names, split_blocks
 

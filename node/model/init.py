@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..manifest import ExpertShape, ModelSpec
+from ..run.manifest import ExpertShape, ModelSpec
 from .families import MoEBlock, initializer_range, moe_blocks, selection_bias, skeleton
 from .shard import parameter_names
 

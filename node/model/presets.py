@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..manifest import DataSpec, ModelSpec, OuterSpec, StandInSpec, TrainSpec
+from ..run.manifest import DataSpec, ModelSpec, OuterSpec, StandInSpec, TrainSpec
 
 
 @dataclass(frozen=True, kw_only=True)

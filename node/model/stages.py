@@ -31,8 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from ...kernels.bases import Bases
 from ...kernels.experts import DenseExpert
-from ..manifest import ModelSpec, StandInSpec
-from ..standin_menu import menu_of
+from ..run.manifest import ModelSpec, StandInSpec
+from ..standins.standin_menu import menu_of
 from .balance import router_losses
 from .build import MoEModel, put_shard
 from .families import Scoring, moe_blocks, skeleton

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.bases import Bases
 from ...kernels.standin import Menu, StandIn
-from ..manifest import ModelSpec
+from ..run.manifest import ModelSpec
 from .init import expert_weights, materialise, private_weights
 
 if TYPE_CHECKING:

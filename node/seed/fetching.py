@@ -8,8 +8,8 @@ from functools import partial
 
 from ...protocol import resources
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused
-from ..links import Links
 from ..logs import get_logger
+from ..peer.links import Links
 from .store import SeedMissing, SeedStore
 
 log = get_logger(__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from ..background import NetworkThread
-from ..links import Links
-from ..manifest import Manifest
 from ..model.init import backbone_shapes, expert_shape
 from ..model.start import Seeded, Start
+from ..peer.background import NetworkThread
+from ..peer.links import Links
+from ..run.manifest import Manifest
 from .fetching import fetch_parts
 from .start import FromSeed
 from .store import BACKBONE, TOKENIZER, SeedStore, bases_from, experts_of, standins_of

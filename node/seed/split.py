@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from ...kernels.bases import Bases, common_bases
 from ..errors import ConfigError
-from ..manifest import StandInSpec
 from ..model.families import MoEBlock, about_the_model, moe_blocks, with_weights_only
-from ..standin_menu import menu_of
+from ..run.manifest import StandInSpec
+from ..standins.standin_menu import menu_of
 from .store import write_part
 
 # Experts are variants of one another if they differ by no more than so much of their norm. Those of strangers differ by

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...kernels.bases import Bases
 from ...kernels.standin import Menu, StandIn
-from ..manifest import ModelSpec
 from ..model.init import expert_shape, materialise
+from ..run.manifest import ModelSpec
 from .store import BACKBONE, SeedStore, bases_from, experts_of, standins_of
 
 if TYPE_CHECKING:

@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ...protocol.records import LeaseRecord, PeerRecord, VoteRecord
-from ...protocol.standing import Standing, active_composers, standing_of
-from ...protocol.view import LeaseClaim, View, remember, resolve
+from ...protocol.directory.records import LeaseRecord, PeerRecord, VoteRecord
+from ...protocol.directory.standing import Standing, active_composers, standing_of
+from ...protocol.directory.view import LeaseClaim, View, remember, resolve
 from .engine import Engine
 from .wire import lease_record
 
 COHORTS = 32
 MANY_COHORTS = 8  # for more than MANY peers, who would need too many views
 MANY = 128
-VIEW_SECONDS = 1.0  # how old a shared view may get, as `node/links.py` has it
+VIEW_SECONDS = 1.0  # how old a shared view may get, as `node/peer/links.py` has it
 NEVER = math.inf
 
 

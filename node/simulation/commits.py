@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...protocol.merging import digest, outer_step
-from ...protocol.records import VoteRecord
-from ...protocol.rounds import latest_commit, majority, most_held, quorum, tally
-from ...protocol.standing import electorate, votes_of
+from ...protocol.averaging.merging import digest, outer_step
+from ...protocol.averaging.rounds import latest_commit, majority, most_held, quorum, tally
+from ...protocol.directory.records import VoteRecord
+from ...protocol.directory.standing import electorate, votes_of
 from .board import NEVER, Cohort
 from .wire import sealed_bytes, vote_record
 from .world import Held, VirtualPeer, World
 
 NUMEL = 256
-SPLIT_SECONDS = 30.0  # as in `node/common_state.py`
+SPLIT_SECONDS = 30.0  # as in `node/backbone/common_state.py`
 MAX_LISTED = 64  # members in a vote: more than a record holds are those of one's own row
 MEMBER_BYTES = 54  # of one of them
 
@@ -82,7 +82,7 @@ class Commits:
         return None if found is None else Held(number, found)
 
     def for_newcomer(self, cohort: Cohort) -> list[Held]:
-        """What a peer that joins starts from: as `node/joining.py` asks, more than half of the active ones' state."""
+        """What a newcomer starts from: the state of more than half of the active ones (`node/run/joining.py`)."""
         need = majority(self._world.board.num_active(cohort))
         found = [self.newest(cohort, fragment, need) for fragment in range(self._parts)]
         return [held or first for held, first in zip(found, self.first(), strict=True)]

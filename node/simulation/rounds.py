@@ -2,9 +2,9 @@
 
     open -> meet -> average in one group, or in rows and columns -> vote -> quorum -> commit
 
-What is due when, who may join, and what follows from an outcome is `node/outer.py` without its waiting; groups, sums,
-weights and the outer step are the very functions of `protocol/`. Up to 64 members average as the node does: who dies
-in it fails it for all. More of them average as `protocol/grouping.py` has it.
+What is due when, who may join, and what follows from an outcome is `node/backbone/outer.py` without its waiting;
+groups, sums, weights and the outer step are the very functions of `protocol/`. Up to 64 members average as the node
+does: who dies in it fails it for all. More of them average as `protocol/averaging/grouping.py` has it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...protocol.cadence import Grace
-from ...protocol.grouping import Grid, Sums, add, contributions, plan, sent_bytes
-from ...protocol.merging import Facts, shares, weights
-from ...protocol.robust import robust_mean
-from ...protocol.rounds import fragment_of
+from ...protocol.averaging.cadence import Grace
+from ...protocol.averaging.grouping import Grid, Sums, add, contributions, plan, sent_bytes
+from ...protocol.averaging.merging import Facts, shares, weights
+from ...protocol.averaging.robust import robust_mean
+from ...protocol.averaging.rounds import fragment_of
 from .commits import NUMEL, SPLIT_SECONDS, Commits, State
 from .world import VirtualPeer, World
 
-DECISION_SECONDS = 10.0  # these three as in `node/outer.py`
+DECISION_SECONDS = 10.0  # these three as in `node/backbone/outer.py`
 HOLD_SECONDS = SPLIT_SECONDS + 15.0
 RETRY_SECONDS = 1.0
 PROGRESS = 0.01  # of the way to where training leads, in one step

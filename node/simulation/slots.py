@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ...protocol.ownership import (
+from ...protocol.directory.standing import Standing, situated
+from ...protocol.directory.view import LeaseClaim, wins
+from ...protocol.experts.ownership import (
     COPY_RAISE,
     ClaimFree,
     Copy,
@@ -25,8 +27,6 @@ from ...protocol.ownership import (
     decide,
     grants_handover,
 )
-from ...protocol.standing import Standing, situated
-from ...protocol.view import LeaseClaim, wins
 from .board import Cohort
 from .world import VirtualPeer, World
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ...protocol.grouping import plan, sent_bytes
-from ...protocol.ownership import Copy
+from ...protocol.averaging.grouping import plan, sent_bytes
+from ...protocol.experts.ownership import Copy
 from .board import Board
 from .commits import Commits
 from .engine import Engine

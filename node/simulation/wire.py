@@ -9,16 +9,16 @@ from ...kernels.bases import Bases
 from ...kernels.gradient_sketch import sketch_numel
 from ...kernels.standin import StandIn
 from ...protocol import messages
+from ...protocol.averaging.facts import MAX_FACTS_BYTES
+from ...protocol.directory.records import Lease, LeaseRecord, PeerRecord, Record, VoteRecord
 from ...protocol.envelope import ENVELOPE_OVERHEAD
-from ...protocol.facts import MAX_FACTS_BYTES
 from ...protocol.messages import DeltaBatch, ExpertCounts, RoundOpen, SurrogateDelta
-from ...protocol.records import Lease, LeaseRecord, PeerRecord, Record, VoteRecord
-from ..manifest import Manifest, OwnershipSpec
 from ..model.cut import backbone_fragments, cadences
 from ..model.init import expert_shape
 from ..model.presets import preset
-from ..sketch_choice import traffic_of
-from ..standin_menu import menu_of
+from ..run.manifest import Manifest, OwnershipSpec
+from ..sketches.sketch_choice import traffic_of
+from ..standins.standin_menu import menu_of
 
 PEER_ID = "12D3KooW" + "A" * 44
 ELEMENT_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "int4": 4.25 / 8}

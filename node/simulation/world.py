@@ -7,11 +7,11 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from ...protocol.cadence import Grace
-from ...protocol.ownership import Copy, Watch
-from ...protocol.records import Lease
-from ...protocol.rounds import next_round
-from ..manifest import Manifest
+from ...protocol.averaging.cadence import Grace
+from ...protocol.averaging.rounds import next_round
+from ...protocol.directory.records import Lease
+from ...protocol.experts.ownership import Copy, Watch
+from ..run.manifest import Manifest
 from .board import NEVER, Board, Cohort
 from .engine import Engine
 from .scenario import Scenario

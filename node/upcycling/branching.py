@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
 from ..errors import ConfigError
+from ..learning.data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
+from ..learning.tokenizer import Encoder
 from ..model.families import moe_blocks
-from ..tokenizer import Encoder
 
 WARM_UP = 0.05  # of the steps
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..manifest import ModelSpec
 from ..model.export import write_checkpoint
 from ..model.families import moe_blocks, skeleton
+from ..run.manifest import ModelSpec
 from .dense import Dense
 from .form import Form
 

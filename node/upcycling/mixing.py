@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..data import Batches, load_corpus
 from ..errors import ConfigError
-from ..manifest import ModelSpec
+from ..learning.data import Batches, load_corpus
 from ..model.export import write_checkpoint
 from ..model.families import moe_blocks, skeleton
+from ..run.manifest import ModelSpec
 from .branching import encoder_of
 from .convert import ROUTER_STD, moe_config
 from .dense import Dense

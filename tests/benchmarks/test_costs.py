@@ -7,9 +7,9 @@ import pytest
 import torch
 from shoal.benchmarks.costs import counting, expert_bytes, held_bytes, peak_bytes, state_bytes
 from shoal.benchmarks.results import Result, markdown
-from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest
+from shoal.node.learning.composer import Composer
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import Manifest
 
 
 def test_products_are_counted_forward_and_backward() -> None:

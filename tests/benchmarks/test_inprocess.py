@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from shoal.benchmarks.inprocess import InProcessSwarm
-from shoal.node.composer import Composer
-from shoal.node.data import Batches, load_corpus
-from shoal.node.evaluate import HELDOUT_SEED, heldout_loss
-from shoal.node.manifest import DataSpec, Manifest, OuterSpec, SketchSpec, StandInSpec, TrainSpec
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.data import Batches, load_corpus
+from shoal.node.learning.evaluate import HELDOUT_SEED, heldout_loss
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import DataSpec, Manifest, OuterSpec, SketchSpec, StandInSpec, TrainSpec
 from torch import Tensor
 
 CONTEXT, SLOTS = 64, 16

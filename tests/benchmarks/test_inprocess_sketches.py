@@ -13,10 +13,10 @@ import torch
 from shoal.benchmarks.inprocess import InProcessSwarm
 from shoal.benchmarks.seeding import Seed
 from shoal.kernels.standin import initial_standin
-from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest, with_settings
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.owning import ExpertOwner
 from shoal.node.model.presets import preset
-from shoal.node.owning import ExpertOwner
+from shoal.node.run.manifest import Manifest, with_settings
 from torch import Tensor
 
 CONTEXT, SLOTS, LAYERS, STEPS, COMPOSERS = 32, 16, 3, 2, 3

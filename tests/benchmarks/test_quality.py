@@ -13,9 +13,9 @@ import pytest
 import torch
 from shoal.benchmarks.comparison import Comparison, Method
 from shoal.benchmarks.quality import METHODS, main
-from shoal.node.manifest import Manifest, with_settings
-from shoal.node.manifest_errors import ManifestError
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import Manifest, with_settings
+from shoal.node.run.manifest_errors import ManifestError
 
 
 def manifest() -> Manifest:

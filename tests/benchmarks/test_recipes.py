@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from shoal.benchmarks.recipes import RECIPES, held_out, loads, manifest_of, train, weights_of
-from shoal.node.evaluate import heldout_loss
-from shoal.node.manifest_errors import ManifestError
+from shoal.node.learning.evaluate import heldout_loss
 from shoal.node.model.build import build_model
 from shoal.node.model.init import expert_shape
+from shoal.node.run.manifest_errors import ManifestError
 
 
 def test_all_recipes_have_the_same_weights_and_work() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from shoal.benchmarks.savings import Saving, Texts, main, manifest_of, markdown, measure, train_seed
-from shoal.node.manifest import Manifest, with_settings
+from shoal.node.run.manifest import Manifest, with_settings
 
 HIDDEN, LAYERS, TOP_K, WIDTH = 128, 3, 2, 64
 PER_PAIR = 3 * 2 * HIDDEN * WIDTH * LAYERS  # FLOPs of an expert's forward on one row, in all layers

@@ -12,10 +12,10 @@ import torch
 from shoal.benchmarks.probe import Probe
 from shoal.benchmarks.surrogates import BUDGETS, kinds, main, nothing, rank_correlation
 from shoal.kernels.experts import run_expert
-from shoal.node.composer import Composer
-from shoal.node.data import Batches, load_corpus
-from shoal.node.manifest import Manifest
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.data import Batches, load_corpus
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from shoal.benchmarks.comparison import Method
 from shoal.benchmarks.tuning import FACTORS, FARTHEST, OUTER, table, tune
-from shoal.node.manifest import Manifest
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import Manifest
 
 
 def method(text: str) -> Method:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from shoal.benchmarks.upcycling import RECIPES, Study, markdown
-from shoal.node.data import load_corpus
+from shoal.node.learning.data import load_corpus
 
 
 @pytest.fixture(scope="module")

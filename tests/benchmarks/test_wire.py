@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from shoal.benchmarks.step import of_preset
 from shoal.benchmarks.wire import backbone_parts, main, sketch_rows, standin_deltas
-from shoal.node.manifest import Manifest, with_settings
+from shoal.node.run.manifest import Manifest, with_settings
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH = 64, 3, 16, 2, 64
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from deployed import DEPLOY, peers
-from shoal.node.state import Count, Lease, PeerState, Phase
+from shoal.node.watching.state import Count, Lease, PeerState, Phase
 
 SCRIPT = DEPLOY / "rolling_restart"
 

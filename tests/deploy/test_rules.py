@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from deployed import DEPLOY, ROOT, dashboard_queries, peers, read_yaml, rules, series_of
-from shoal.node.metrics import METRICS
+from shoal.node.watching.metrics import METRICS
 
 SCENES = Path(__file__).with_name("rules.yml")
 ALERTS = [rule for rule in rules() if "alert" in rule]

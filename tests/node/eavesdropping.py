@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from shoal.node.blobs import from_bytes
+from shoal.node.storage.blobs import from_bytes
 from shoal.protocol import messages
-from shoal.protocol.directory import Directory
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.directory.records import RECORD_TYPES
 from shoal.protocol.envelope import open_sealed
 from shoal.protocol.errors import Refused
 from shoal.protocol.messages import HandleTable, SlotState
-from shoal.protocol.records import RECORD_TYPES
 from shoal.protocol.transport import ipc
 from shoal.protocol.transport.client import Transport
 

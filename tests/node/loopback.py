@@ -16,31 +16,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from shoal.node.background import NetworkThread
-from shoal.node.common_state import CommonState, Held
-from shoal.node.composer import Composer, StepReport
-from shoal.node.exchange import Exchange
-from shoal.node.keeper import SlotKeeper
-from shoal.node.known_peers import KnownPeers
-from shoal.node.links import Links
-from shoal.node.manifest import Manifest
-from shoal.node.membership import Membership
+from shoal.node.backbone.common_state import CommonState, Held
+from shoal.node.backbone.outer import OuterDriver
+from shoal.node.learning.composer import Composer, StepReport
+from shoal.node.learning.trainer import Trainer
 from shoal.node.model.cut import cadences
-from shoal.node.outer import OuterDriver
-from shoal.node.serving import Library
-from shoal.node.sketch_sending import SketchSender
-from shoal.node.sketching import SketchCollector
-from shoal.node.slot_order import LayerOrder
-from shoal.node.state import PeerState, Phase
-from shoal.node.trainer import Trainer
-from shoal.protocol.dht import start_dht
-from shoal.protocol.directory import Directory
-from shoal.protocol.facts import RoundFacts, pack_norms
-from shoal.protocol.handles import Handles, new_key
+from shoal.node.peer.background import NetworkThread
+from shoal.node.peer.links import Links
+from shoal.node.peer.membership import Membership
+from shoal.node.peer.serving import Library
+from shoal.node.run.manifest import Manifest
+from shoal.node.sketches.sketch_sending import SketchSender
+from shoal.node.sketches.sketching import SketchCollector
+from shoal.node.slots.keeper import SlotKeeper
+from shoal.node.slots.slot_order import LayerOrder
+from shoal.node.standins.exchange import Exchange
+from shoal.node.storage.known_peers import KnownPeers
+from shoal.node.watching.state import PeerState, Phase
+from shoal.protocol.averaging.facts import RoundFacts, pack_norms
+from shoal.protocol.averaging.merging import digest, shares, weights
+from shoal.protocol.averaging.outcome import Outcome, Status
+from shoal.protocol.directory.dht import start_dht
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.directory.records import Lease, LeaseRecord
+from shoal.protocol.experts.handles import Handles, new_key
 from shoal.protocol.identity import Identity
-from shoal.protocol.merging import digest, shares, weights
-from shoal.protocol.outcome import Outcome, Status
-from shoal.protocol.records import Lease, LeaseRecord
 from shoal.protocol.transport.client import Transport
 from tiny import LAYERS, composer_of
 from torch import Tensor

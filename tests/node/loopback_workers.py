@@ -13,17 +13,17 @@ import msgspec
 import torch
 from loopback import HANDLE_KEY, RUN, SECONDS, Loopback, LoopbackPeer, loopback
 from shoal.node.config import PeerConfig
-from shoal.node.known_peers import KnownPeers
-from shoal.node.links import Links
-from shoal.node.manifest import Manifest, OwnershipSpec, SketchSpec
-from shoal.node.membership import Membership
-from shoal.node.peer import Run, StopRequest
-from shoal.node.serving import Library
-from shoal.node.slot_state import SlotTensors
-from shoal.node.state import Phase
-from shoal.node.worker import Worker
-from shoal.node.working import WorkerPeer
-from shoal.protocol.handles import Handles
+from shoal.node.learning.worker import Worker
+from shoal.node.peer.links import Links
+from shoal.node.peer.membership import Membership
+from shoal.node.peer.peer import Run, StopRequest
+from shoal.node.peer.serving import Library
+from shoal.node.peer.working import WorkerPeer
+from shoal.node.run.manifest import Manifest, OwnershipSpec, SketchSpec
+from shoal.node.slots.slot_state import SlotTensors
+from shoal.node.storage.known_peers import KnownPeers
+from shoal.node.watching.state import Phase
+from shoal.protocol.experts.handles import Handles
 from tiny import LAYERS, SLOTS, manifest_of
 
 T = TypeVar("T")

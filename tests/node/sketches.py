@@ -9,10 +9,10 @@ import torch
 from shoal.kernels.experts import run_expert
 from shoal.kernels.sketch import RowBuffer, RowCodec, RowSketch
 from shoal.kernels.standin import initial_standin
-from shoal.node.manifest import Manifest
-from shoal.node.owning import ExpertOwner
-from shoal.node.slot_state import SlotTensors
-from shoal.node.worker import Worker
+from shoal.node.learning.owning import ExpertOwner
+from shoal.node.learning.worker import Worker
+from shoal.node.run.manifest import Manifest
+from shoal.node.slots.slot_state import SlotTensors
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of
 from torch import Tensor
 

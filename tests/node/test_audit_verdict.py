@@ -12,15 +12,15 @@ import pytest
 import torch
 from shoal.kernels.sketch import RowBuffer, RowSketch
 from shoal.kernels.standin import Menu, initial_standin
-from shoal.node.audit_record import message_of
-from shoal.node.audit_verdict import Known, judge, judge_weights
-from shoal.node.blobs import from_bytes, to_bytes
-from shoal.node.expert_mode import ExpertMode
-from shoal.node.manifest import Manifest, SketchSpec
-from shoal.node.step_record import StepRecord
-from shoal.node.worker import Worker
-from shoal.protocol.auditing import Finding
+from shoal.node.audits.audit_record import message_of
+from shoal.node.audits.audit_verdict import Known, judge, judge_weights
+from shoal.node.audits.step_record import StepRecord
+from shoal.node.learning.expert_mode import ExpertMode
+from shoal.node.learning.worker import Worker
+from shoal.node.run.manifest import Manifest, SketchSpec
+from shoal.node.storage.blobs import from_bytes, to_bytes
 from shoal.protocol.errors import Refused
+from shoal.protocol.experts.auditing import Finding
 from shoal.protocol.messages import AuditRecord, SlotState, StandInSnapshot, decode, encode
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from loopback import HANDLE_KEY, SECONDS, Loopback, LoopbackPeer, loopback
 from loopback_workers import LEASE_SECONDS, LoopbackWorker
-from shoal.node.auditor import Auditor
-from shoal.node.deposing import Deposing
-from shoal.node.manifest import Manifest, OwnershipSpec, SketchSpec, TrustSpec
-from shoal.node.worker import Worker
+from shoal.node.audits.auditor import Auditor
+from shoal.node.learning.worker import Worker
+from shoal.node.run.manifest import Manifest, OwnershipSpec, SketchSpec, TrustSpec
+from shoal.node.slots.deposing import Deposing
 from shoal.protocol import resources
-from shoal.protocol.auditing import LIES, Finding
+from shoal.protocol.directory.records import Lease, LeaseRecord
 from shoal.protocol.errors import FetchFailed
+from shoal.protocol.experts.auditing import LIES, Finding
+from shoal.protocol.experts.ownership import COPY_RAISE
 from shoal.protocol.messages import Accusation
-from shoal.protocol.ownership import COPY_RAISE
-from shoal.protocol.records import Lease, LeaseRecord
 from tiny import SLOTS, manifest_of
 
 ALL = set(range(SLOTS))
@@ -253,7 +253,7 @@ def test_a_worker_that_shows_nothing_while_it_takes_sketches_is_deposed_in_the_e
     desk = worker.library._desk
     assert desk is not None
     monkeypatch.setattr(desk, "serve", nothing)
-    monkeypatch.setattr("shoal.node.auditor.PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("shoal.node.audits.auditor.PAUSE_SECONDS", 0.05)
     slot = max(worker.held)
     assert [said_of(it, slot) for _ in range(2)] == [Finding.NO_ANSWER] * 2
     assert it.owned(worker) == ALL

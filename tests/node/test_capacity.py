@@ -24,10 +24,10 @@ from shoal.node.capacity import (
 )
 from shoal.node.config import PeerConfig
 from shoal.node.errors import ConfigError
-from shoal.node.expert_mode import ExpertMode
-from shoal.node.manifest import ExpertShape, Manifest, StandInSpec, TrainSpec
+from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.init import backbone_shapes, expert_shape
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import ExpertShape, Manifest, StandInSpec, TrainSpec
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LARGE = ExpertShape(num_layers=48, num_experts=128, hidden=2048, width=768, act="silu", std=0.02)
@@ -112,14 +112,14 @@ import tiny
 tiny.HIDDEN, tiny.WIDTH = 256, 1024
 tiny.CONFIG |= {"hidden_size": tiny.HIDDEN, "moe_intermediate_size": tiny.WIDTH}
 from sketches import OTHER, rows, sketch_of
-from shoal.node.checkpoint import CheckpointStore
+from shoal.node.storage.checkpoint import CheckpointStore
 
 def anonymous() -> int:
     [line] = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
     return 1024 * int(line.split()[1])
 
-from shoal.node.expert_mode import ExpertMode
-from shoal.node.worker import Worker
+from shoal.node.learning.expert_mode import ExpertMode
+from shoal.node.learning.worker import Worker
 
 manifest = tiny.manifest_of(standin={"kind": sys.argv[3]})
 worker = Worker(manifest, composers=lambda: {OTHER: 0}, mode=ExpertMode(manifest.train, sys.argv[4]))

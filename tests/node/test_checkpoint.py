@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.node import checkpoint
-from shoal.node.checkpoint import CheckpointError, CheckpointStore, DiskFull
+from shoal.node.storage import checkpoint
+from shoal.node.storage.checkpoint import CheckpointError, CheckpointStore, DiskFull
 
 
 def state_of(step: int) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ WRITER = textwrap.dedent(
     """
     import os, sys, torch
     from pathlib import Path
-    from shoal.node.checkpoint import CheckpointStore
+    from shoal.node.storage.checkpoint import CheckpointStore
     torch.set_num_threads(1)
     store = CheckpointStore(Path(sys.argv[1]), keep=2)
     while sys.stdin.readline():  # one line: a life; forked, so that lives are cheap

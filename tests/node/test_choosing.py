@@ -10,10 +10,10 @@ import pytest
 import torch
 from shoal.kernels.bases import Bases
 from shoal.kernels.standin import Form, Menu, StandIn
-from shoal.node.composer import Composer
-from shoal.node.manifest import StandInSpec, canonical_bytes
-from shoal.node.manifest_errors import ManifestError
-from shoal.node.standin_menu import menu_of
+from shoal.node.learning.composer import Composer
+from shoal.node.run.manifest import StandInSpec, canonical_bytes
+from shoal.node.run.manifest_errors import ManifestError
+from shoal.node.standins.standin_menu import menu_of
 from tiny import HIDDEN, LAYERS, SLOTS, WIDTH, composer_of, manifest_of, train
 
 FAST = {"kind": "chosen", "choose_every": 2, "trial_steps": 4, "refit_steps": 2, "replay_rows": 128}

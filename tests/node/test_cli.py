@@ -14,10 +14,10 @@ import pytest
 from shoal import __version__
 from shoal.node import cli, logs
 from shoal.node.errors import IdentityInUse
-from shoal.node.http import StatusServer
 from shoal.node.model.presets import preset
-from shoal.node.presence import announce_here, find_peer, hold_data_dir
-from shoal.node.state import PeerState, Phase
+from shoal.node.storage.presence import announce_here, find_peer, hold_data_dir
+from shoal.node.watching.http import StatusServer
+from shoal.node.watching.state import PeerState, Phase
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,8 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
 
 def test_a_worker_knows_its_experts_without_what_only_backbones_need() -> None:
     program = (
-        "import sys\nfrom shoal.node import peer, working\nfrom shoal.node.model.init import expert_shape\n"
-        "from shoal.node.manifest import ExpertShape, ModelSpec\n"
+        "import sys\nfrom shoal.node.peer.peer import peer, working\nfrom shoal.node.model.init import expert_shape\n"
+        "from shoal.node.run.manifest import ExpertShape, ModelSpec\n"
         "shape = ExpertShape(num_layers=1, num_experts=2, hidden=4, width=4, act='silu', std=0.1)\n"
         "assert expert_shape(ModelSpec(config={}, experts=shape)) == shape\n"
         "assert 'transformers' not in sys.modules"

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from shoal.kernels.standin import initial_standin
-from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest
-from shoal.node.persistence import composer_tensors, restore_backbone
-from shoal.node.slot_state import SlotTensors
-from shoal.protocol.fragments import kind_of, unflatten
-from shoal.protocol.merging import Facts, digest
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.persistence import composer_tensors, restore_backbone
+from shoal.node.run.manifest import Manifest
+from shoal.node.slots.slot_state import SlotTensors
+from shoal.protocol.averaging.fragments import kind_of, unflatten
+from shoal.protocol.averaging.merging import Facts, digest
 from tiny import (
     CONTEXT,
     HIDDEN,

@@ -6,9 +6,9 @@ import secrets
 
 import pytest
 import torch
-from shoal.node.composer import Composer
-from shoal.node.persistence import composer_tensors, restore_backbone
-from shoal.node.sketching import SketchCollector
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.persistence import composer_tensors, restore_backbone
+from shoal.node.sketches.sketching import SketchCollector
 from tiny import SLOTS, composer_of, manifest_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.node import copies
-from shoal.node.copies import CopyStore, Snapshot
+from shoal.node.slots import copies
+from shoal.node.slots.copies import CopyStore, Snapshot
 from shoal.protocol.errors import Refused
+from shoal.protocol.experts.ownership import Copy
 from shoal.protocol.messages import StandInSnapshot
-from shoal.protocol.ownership import Copy
 
 
 def snapshot(epoch: int, version: int = 3) -> Snapshot:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shoal.node import data
-from shoal.node.data import Batches, Corpus, DataError, Document, load_corpus
-from shoal.node.tokenizer import byte_tokenizer
+from shoal.node.learning import data
+from shoal.node.learning.data import Batches, Corpus, DataError, Document, load_corpus
+from shoal.node.learning.tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.node.composer import Composer
-from shoal.protocol.merging import Facts
-from shoal.protocol.parts import PartCodec
+from shoal.node.learning.composer import Composer
+from shoal.protocol.averaging.merging import Facts
+from shoal.protocol.averaging.parts import PartCodec
 from tiny import composer_of, manifest_of
 from torch import Tensor
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from shoal.node.composer import Composer
-from shoal.node.data import load_corpus
 from shoal.node.errors import ConfigError
-from shoal.node.evaluate import HELDOUT_SEED, continuation, evaluate_checkpoint, heldout_loss
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.data import load_corpus
+from shoal.node.learning.evaluate import HELDOUT_SEED, continuation, evaluate_checkpoint, heldout_loss
+from shoal.node.learning.tokenizer import byte_tokenizer
 from shoal.node.model.export import write_checkpoint
-from shoal.node.tokenizer import byte_tokenizer
 from tiny import CONTEXT, composer_of, manifest_of, train
 
 WINDOWS = 5

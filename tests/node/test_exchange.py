@@ -11,10 +11,10 @@ import pytest
 import torch
 from loopback import SECONDS, Loopback, LoopbackPeer, loopback
 from shoal.kernels.standin import Form, initial_standin
-from shoal.node.composer import Composer
+from shoal.node.learning.composer import Composer
 from shoal.protocol import messages
+from shoal.protocol.experts.surrogates import state_digest
 from shoal.protocol.messages import ExpertCounts, StandInSnapshot
-from shoal.protocol.surrogates import state_digest
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import HIDDEN, LAYERS, SLOTS, WIDTH, manifest_of, train
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from shoal.kernels.lora import LoraExpert
-from shoal.node.checkpoint import CheckpointStore
-from shoal.node.composer import Composer
 from shoal.node.config import PeerConfig
 from shoal.node.errors import ConfigError
-from shoal.node.expert_mode import ExpertMode
-from shoal.node.manifest import Manifest
-from shoal.node.owning import ExpertOwner
-from shoal.node.persistence import composer_tensors, restore_backbone, saved_slots
-from shoal.node.worker import Worker
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.expert_mode import ExpertMode
+from shoal.node.learning.owning import ExpertOwner
+from shoal.node.learning.persistence import composer_tensors, restore_backbone, saved_slots
+from shoal.node.learning.worker import Worker
+from shoal.node.run.manifest import Manifest
+from shoal.node.storage.checkpoint import CheckpointStore
 from sketches import OTHER, rows, sketch_of, state_of
 from tiny import LAYERS, SLOTS, batches, manifest_of, train
 from torch import Tensor

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shoal.node.composer import Composer
-from shoal.node.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.learning.composer import Composer
 from shoal.node.model.init import expert_shape
+from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS, WIDTH, batches, composer_of, manifest_of
 from torch import Tensor
 

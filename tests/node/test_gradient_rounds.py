@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 from loopback import RUN, Loopback, LoopbackPeer, loopback
-from shoal.node.composer import Composer, StepReport
-from shoal.node.gradient_collecting import GradientCollector, GradientForm
-from shoal.node.gradient_receiving import GradientReceiver
-from shoal.node.gradient_rounds import GradientRounds
-from shoal.node.gradient_sending import GradientSender
-from shoal.node.state import Count
+from shoal.node.learning.composer import Composer, StepReport
+from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.gradient_receiving import GradientReceiver
+from shoal.node.sketches.gradient_rounds import GradientRounds
+from shoal.node.sketches.gradient_sending import GradientSender
+from shoal.node.watching.state import Count
+from shoal.protocol.averaging.facts import RoundFacts
+from shoal.protocol.averaging.outcome import Outcome, Status
 from shoal.protocol.errors import RoundFailed
-from shoal.protocol.facts import RoundFacts
+from shoal.protocol.experts.sketch_intervals import AHEAD
 from shoal.protocol.messages import SketchOpen
-from shoal.protocol.outcome import Outcome, Status
-from shoal.protocol.sketch_intervals import AHEAD
 from tiny import SLOTS, manifest_of
 from torch import Tensor
 

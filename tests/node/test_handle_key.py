@@ -10,15 +10,15 @@ import msgspec
 import pytest
 from loopback import HANDLE_KEY, SECONDS, Loopback, loopback
 from loopback_workers import LoopbackWorker
-from shoal.node.handle_key import HandleKeyMissing, fetch_key, found_key, kept_key
-from shoal.node.known_peers import KnownPeers
-from shoal.node.links import Links
-from shoal.node.manifest import PrivacySpec
-from shoal.node.membership import Membership
-from shoal.node.state import Phase
+from shoal.node.peer.links import Links
+from shoal.node.peer.membership import Membership
+from shoal.node.run.manifest import PrivacySpec
+from shoal.node.slots.handle_key import HandleKeyMissing, fetch_key, found_key, kept_key
+from shoal.node.storage.known_peers import KnownPeers
+from shoal.node.watching.state import Phase
 from shoal.protocol import resources
-from shoal.protocol.handles import KEY_BYTES, key_digest, new_key
-from shoal.protocol.records import Role
+from shoal.protocol.directory.records import Role
+from shoal.protocol.experts.handles import KEY_BYTES, key_digest, new_key
 from shoal.protocol.transport.downloads import FetchEnded
 from tiny import manifest_of
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.node.hours import Hours
-from shoal.node.presence import find_peer
-from shoal.node.status import fetch_status
+from shoal.node.peer.hours import Hours
+from shoal.node.storage.presence import find_peer
+from shoal.node.watching.status import fetch_status
 
 minutes = st.integers(0, 24 * 60 - 1)
 
@@ -54,10 +54,10 @@ SCRIPT = """
     from datetime import datetime
     from pathlib import Path
     from shoal.node.config import PeerConfig
-    from shoal.node.hours import Hours
-    from shoal.node.reviving import StartOver
+    from shoal.node.peer.hours import Hours
+    from shoal.node.peer.reviving import StartOver
     from shoal.protocol.errors import AveragerEnded
-    from shoal.node.resting import ByHours
+    from shoal.node.peer.resting import ByHours
 
     folder = Path(sys.argv[1])
     told = []

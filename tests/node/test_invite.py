@@ -2,7 +2,7 @@
 
 import pytest
 from shoal.node.errors import InviteError
-from shoal.node.invite import Invite
+from shoal.node.run.invite import Invite
 from shoal.protocol.addresses import Address, Reach
 from shoal.protocol.identity import Identity
 

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import torch
 from loopback import RUN, Loopback, LoopbackPeer, WallClock, loopback
-from shoal.node.keeper import PARALLEL_FETCHES
-from shoal.node.manifest import Manifest, OwnershipSpec
-from shoal.node.state import Phase
+from shoal.node.run.manifest import Manifest, OwnershipSpec
+from shoal.node.slots.keeper import PARALLEL_FETCHES
+from shoal.node.watching.state import Phase
+from shoal.protocol.directory.records import Lease, LeaseRecord, PeerRecord, seal_record
+from shoal.protocol.experts.ownership import COPY_RAISE, MAX_EPOCH, Copy, TakeOver
 from shoal.protocol.identity import Identity
-from shoal.protocol.ownership import COPY_RAISE, MAX_EPOCH, Copy, TakeOver
-from shoal.protocol.records import Lease, LeaseRecord, PeerRecord, seal_record
 from tiny import SLOTS, manifest_of
 
 LEASE_SECONDS = 4.0

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from shoal.node.known_peers import MAX_PEERS, KnownPeers
+from shoal.node.storage.known_peers import MAX_PEERS, KnownPeers
 from shoal.protocol.identity import Identity
 
 RUN = "demo-0123456789ab"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from shoal.node.config import PeerConfig
-from shoal.node.last_ports import keep_ports, with_last_ports
-from shoal.node.way_in import free_port
+from shoal.node.peer.way_in import free_port
+from shoal.node.storage.last_ports import keep_ports, with_last_ports
 
 HOST = "127.0.0.1"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from shoal.node.manifest import (
+from shoal.node.model.presets import preset
+from shoal.node.run.manifest import (
     PROTOCOL_VERSION,
     Manifest,
     ManifestError,
@@ -27,9 +28,8 @@ from shoal.node.manifest import (
     verify,
     with_settings,
 )
-from shoal.node.model.presets import preset
+from shoal.protocol.directory.records import open_manifest, open_signed_manifest, seal_manifest
 from shoal.protocol.identity import Identity
-from shoal.protocol.records import open_manifest, open_signed_manifest, seal_manifest
 
 FOUNDER = Identity(bytes(range(32)))
 
@@ -260,7 +260,7 @@ def test_radial_merges_of_fragments_whose_norms_fit_in_no_facts(monkeypatch: pyt
     good = manifest(model=model, outer=OuterSpec(merge="radial", fragments=1))
     assert verify(sign(FOUNDER, good)) == good
     assert run_id_of(good) != run_id_of(manifest(model=model, outer=OuterSpec(fragments=1)))
-    monkeypatch.setattr("shoal.protocol.facts.MAX_NORMS", 20)
+    monkeypatch.setattr("shoal.protocol.averaging.facts.MAX_NORMS", 20)
     with pytest.raises(ManifestError, match="28 tensors, more than 20") as refused:
         sign(FOUNDER, good)
     assert "outer.fragments" in refused.value.fix

@@ -13,10 +13,10 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from shoal import __version__
-from shoal.node.metrics import MAX_LABEL_SETS, METRICS, make_registry, reference
-from shoal.node.series import Histogram, History, Rate
-from shoal.node.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
-from shoal.protocol.sight import Sight
+from shoal.node.watching.metrics import MAX_LABEL_SETS, METRICS, make_registry, reference
+from shoal.node.watching.series import Histogram, History, Rate
+from shoal.node.watching.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
+from shoal.protocol.directory.sight import Sight
 
 
 def busy_state() -> PeerState:

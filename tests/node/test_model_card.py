@@ -3,9 +3,9 @@
 import msgspec
 import tiny
 from huggingface_hub import ModelCard
-from shoal.node.model_card import model_card
+from shoal.node.run.model_card import model_card
+from shoal.protocol.directory.records import PeerRecord
 from shoal.protocol.identity import Identity
-from shoal.protocol.records import PeerRecord
 
 
 def record(peer: str, role: str, **more: object) -> PeerRecord:

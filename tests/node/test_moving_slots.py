@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shoal.node.manifest import Manifest
-from shoal.node.owning import ExpertOwner
-from shoal.node.slot_state import SlotTensors
+from shoal.node.learning.owning import ExpertOwner
+from shoal.node.run.manifest import Manifest
+from shoal.node.slots.slot_state import SlotTensors
 from sketches import KINDS, OTHER, owner_of, rows, sketch_of, state_of, worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of, train
 

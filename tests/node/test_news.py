@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from shoal.node.links import News
+from shoal.node.peer.links import News
 
 
 def test_a_waiter_hears_of_changes_and_of_time_running_out() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shoal.node.manifest import TrainSpec
-from shoal.node.optimizer import checked_state, experts_group, make_optimizer, put_state, set_rate, take_state
+from shoal.node.learning.optimizer import checked_state, experts_group, make_optimizer, put_state, set_rate, take_state
+from shoal.node.run.manifest import TrainSpec
 from torch import Tensor, nn
 
 KINDS = ("adamw", "adamw8bit")

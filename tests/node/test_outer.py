@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from loopback import RUN, Loopback, LoopbackPeer, loopback
-from shoal.node import common_state
-from shoal.node.common_state import Held
-from shoal.node.composer import Composer
-from shoal.node.outer import MAX_ATTEMPT
+from shoal.node.backbone import common_state
+from shoal.node.backbone.common_state import Held
+from shoal.node.backbone.outer import MAX_ATTEMPT
+from shoal.node.learning.composer import Composer
+from shoal.protocol.averaging.merging import digest
+from shoal.protocol.directory.records import VoteRecord, seal_record
 from shoal.protocol.identity import Identity
-from shoal.protocol.merging import digest
 from shoal.protocol.messages import RoundOpen
-from shoal.protocol.records import VoteRecord, seal_record
 from tiny import manifest_of
 
 STEPS = 24

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 from loopback import Loopback, LoopbackPeer, loopback
-from shoal.node.common_state import Held
-from shoal.node.composer import Composer
-from shoal.protocol.merging import digest
+from shoal.node.backbone.common_state import Held
+from shoal.node.learning.composer import Composer
+from shoal.protocol.averaging.merging import digest
 from tiny import manifest_of
 from torch import Tensor
 

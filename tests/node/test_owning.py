@@ -12,9 +12,9 @@ import torch
 from shoal.kernels.experts import DenseExpert
 from shoal.kernels.sketch import RowSketch
 from shoal.kernels.sketch_gradient import expert_gradient
-from shoal.node.manifest import Manifest, SketchSpec
-from shoal.node.past_standins import KEPT
-from shoal.node.sketch_sums import SETTLE_ROWS
+from shoal.node.run.manifest import Manifest, SketchSpec
+from shoal.node.sketches.sketch_sums import SETTLE_ROWS
+from shoal.node.standins.past_standins import KEPT
 from sketches import KINDS, OTHER, gradient, owner_of, rows, sketch_of, worker_of
 from tiny import HIDDEN, WIDTH, manifest_of
 from torch import Tensor

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from shoal.node.checkpoint import CheckpointStore
-from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest
-from shoal.node.persistence import composer_tensors, restore_backbone, saved_slots
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.persistence import composer_tensors, restore_backbone, saved_slots
+from shoal.node.run.manifest import Manifest
+from shoal.node.storage.checkpoint import CheckpointStore
 from tiny import SLOTS, backbone_bits, batches, composer_of, expert_bits, manifest_of, train
 from torch import Tensor
 

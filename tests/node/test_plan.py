@@ -10,14 +10,14 @@ import torch
 from shoal.benchmarks.costs import state_bytes
 from shoal.node.capacity import BACKBONE_BYTES, COPIED_BYTES, slot_bytes, working_bytes
 from shoal.node.cli import main
-from shoal.node.composer import Composer
 from shoal.node.config import parse_gib
 from shoal.node.errors import ConfigError
-from shoal.node.expert_mode import ExpertMode
-from shoal.node.manifest import Manifest, ModelSpec, StandInSpec
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.init import expert_shape
 from shoal.node.model.presets import preset
 from shoal.node.plan import GIB, PROCESSES, plan_of
+from shoal.node.run.manifest import Manifest, ModelSpec, StandInSpec
 from transformers import MixtralConfig
 
 

@@ -23,12 +23,12 @@ from eavesdropping import WIDTHS, WINDOW, Ear, Text, ears, found_text, gossiped,
 from loopback import HANDLE_KEY, RUN, Loopback, loopback
 from loopback_workers import LEASE_SECONDS, LoopbackWorker
 from scipy.stats import chi2
-from shoal.node.links import NEWS_TOPIC
-from shoal.node.manifest import Manifest, ModelSpec, OwnershipSpec, SketchSpec
 from shoal.node.model.init import expert_weights
-from shoal.protocol.handles import Handles, new_key
+from shoal.node.peer.links import NEWS_TOPIC
+from shoal.node.run.manifest import Manifest, ModelSpec, OwnershipSpec, SketchSpec
+from shoal.protocol.directory.records import LeaseRecord, PeerRecord
+from shoal.protocol.experts.handles import Handles, new_key
 from shoal.protocol.messages import DeltaBatch, ExpertCounts, HandleTable, SketchBatch, SlotState
-from shoal.protocol.records import LeaseRecord, PeerRecord
 from tiny import BATCH, CONFIG, CONTEXT, SLOTS, manifest_of
 
 MIN_STEPS = 5  # under each distribution of slots

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 import torch
-from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.persistence import composer_tensors, restore_backbone
 from shoal.node.model.init import backbone_shapes
-from shoal.node.persistence import composer_tensors, restore_backbone
-from shoal.protocol.fragments import partition
+from shoal.node.run.manifest import Manifest
+from shoal.protocol.averaging.fragments import partition
 from tiny import LAYERS, SLOTS, backbone_bits, composer_of, expert_bits, manifest_of, train
 
 PRIVATE = LAYERS - 1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_server import Prometheus, prometheus_server, until
-from shoal.node.http import StatusServer
-from shoal.node.state import Count, PeerState, Phase, StepPart
+from shoal.node.watching.http import StatusServer
+from shoal.node.watching.state import Count, PeerState, Phase, StepPart
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.node.composer import Composer
-from shoal.node.owning import ExpertOwner
-from shoal.node.publication import Publication, Stopped
-from shoal.node.slot_state import SlotTensors
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.owning import ExpertOwner
+from shoal.node.slots.slot_state import SlotTensors
+from shoal.node.standins.publication import Publication, Stopped
 from tiny import LAYERS, SLOTS, composer_of, manifest_of, train
 
 NARROW = {"kind": "narrow", "refit_steps": 2, "replay_rows": 64, "rank": 2}

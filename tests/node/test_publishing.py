@@ -13,9 +13,9 @@ from loopback_workers import worked_manifest, working
 from msgspec.structs import replace
 from shoal.kernels.experts import OwnedExpert
 from shoal.kernels.narrow import NarrowPublisher
-from shoal.node.manifest import StandInSpec
-from shoal.node.publishing import MOST_SKIPPED
-from shoal.protocol.surrogates import Point, state_digest
+from shoal.node.run.manifest import StandInSpec
+from shoal.node.standins.publishing import MOST_SKIPPED
+from shoal.protocol.experts.surrogates import Point, state_digest
 from tiny import LAYERS, SLOTS, manifest_of
 
 NARROW = {"kind": "narrow", "publish_every": 1, "refit_steps": 2, "replay_rows": 64}

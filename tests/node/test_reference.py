@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from shoal.node import reference
 from shoal.node.errors import exit_code
-from shoal.node.manifest_errors import ManifestTampered
+from shoal.node.run.manifest_errors import ManifestTampered
 from shoal.protocol.errors import ShoalError
 
 ROOT = Path(__file__).resolve().parents[2]

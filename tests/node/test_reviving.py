@@ -8,7 +8,7 @@ from pathlib import Path
 SCRIPT = """
     import os, subprocess, sys
     from pathlib import Path
-    from shoal.node.reviving import StartOver, reap, reviving
+    from shoal.node.peer.reviving import StartOver, reap, reviving
     from shoal.protocol.errors import AveragerEnded
 
     folder, lives = Path(sys.argv[1]), int(sys.argv[2])

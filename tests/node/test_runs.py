@@ -8,9 +8,9 @@ import pytest
 from prometheus_server import free_port
 from shoal.node.cli import main
 from shoal.node.errors import NoPeerHere
-from shoal.node.http import StatusServer
-from shoal.node.runs import look
-from shoal.node.state import PeerSeen, PeerState
+from shoal.node.run.runs import look
+from shoal.node.watching.http import StatusServer
+from shoal.node.watching.state import PeerSeen, PeerState
 
 INVITE = "shoal://12D3KooWA4Xop1JaT3MHxwYMkCepYsv4iPVopMXwCz5iHYdBfeSB@203.0.113.5:4001/demo-0123456789ab?v=1"
 

@@ -9,15 +9,15 @@ import msgspec
 import pytest
 import torch
 from shoal.node import cli
-from shoal.node.checkpoint import CheckpointStore
-from shoal.node.composer import Composer
-from shoal.node.manifest import Manifest
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.persistence import composer_tensors, restore_backbone
 from shoal.node.model.export import write_checkpoint
 from shoal.node.model.init import backbone_shapes
-from shoal.node.persistence import composer_tensors, restore_backbone
+from shoal.node.run.manifest import Manifest
 from shoal.node.seed.split import Checkpoint
 from shoal.node.seed.start import FromSeed
 from shoal.node.seed.store import SeedStore
+from shoal.node.storage.checkpoint import CheckpointStore
 from tiny import CONFIG, HIDDEN, LAYERS, SLOTS, WIDTH, composer_of, manifest_of, train
 from transformers import AutoModelForCausalLM
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from loopback import HANDLE_KEY, MANIFEST_BYTES, SECONDS, Loopback, loopback
-from shoal.node.blobs import fragment_from_bytes, from_bytes
-from shoal.node.gather import _fetch_all
-from shoal.node.links import Links
-from shoal.node.slot_order import moved, renamed
+from shoal.node.peer.links import Links
+from shoal.node.run.gather import _fetch_all
+from shoal.node.slots.slot_order import moved, renamed
+from shoal.node.storage.blobs import fragment_from_bytes, from_bytes
 from shoal.protocol import messages, resources
-from shoal.protocol.handles import Handles
+from shoal.protocol.experts.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
 from shoal.protocol.transport.downloads import FetchEnded
 from shoal.protocol.transport.wire import Reason

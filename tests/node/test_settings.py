@@ -10,8 +10,8 @@ import pytest
 from shoal.node import cli
 from shoal.node.config import PeerConfig
 from shoal.node.errors import ConfigError
-from shoal.node.manifest import canonical_bytes, run_id_of, with_settings
-from shoal.node.manifest_errors import ManifestError
+from shoal.node.run.manifest import canonical_bytes, run_id_of, with_settings
+from shoal.node.run.manifest_errors import ManifestError
 from tiny import manifest_of
 
 

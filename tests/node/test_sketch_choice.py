@@ -8,8 +8,15 @@ from dataclasses import replace
 import pytest
 from shoal.kernels.gradient_sketch import Projections, sketch_numel
 from shoal.kernels.sketch import row_bytes
-from shoal.node.manifest import SketchSpec
-from shoal.node.sketch_choice import LEAST_ROWS, LONGEST_INTERVAL, Traffic, choose_sketches, traffic_of, within_budget
+from shoal.node.run.manifest import SketchSpec
+from shoal.node.sketches.sketch_choice import (
+    LEAST_ROWS,
+    LONGEST_INTERVAL,
+    Traffic,
+    choose_sketches,
+    traffic_of,
+    within_budget,
+)
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS, WIDTH, manifest_of
 
 # The large model of the design; the composer owns an eighth of the slots, and takes 4096 tokens in a step of 10 s.

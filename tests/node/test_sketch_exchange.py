@@ -12,13 +12,13 @@ import torch
 from loopback import RUN, SECONDS
 from loopback_workers import HANDLES, LoopbackWorker, Working, by_layer, counted, same, worked_manifest, working
 from shoal.kernels.sketch import RowBuffer
-from shoal.node import sketch_receiving
-from shoal.node.links import Links
+from shoal.node.peer.links import Links
+from shoal.node.sketches import sketch_receiving
 from shoal.protocol import messages
 from shoal.protocol.envelope import seal
 from shoal.protocol.errors import Refused
+from shoal.protocol.experts.surrogates import state_digest
 from shoal.protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSketch
-from shoal.protocol.surrogates import state_digest
 from sketches import rows, sketch_of
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS
 

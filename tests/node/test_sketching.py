@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shoal.kernels.sketch import row_bytes
-from shoal.node import sketching
-from shoal.node.manifest import SketchSpec
 from shoal.node.model.init import expert_shape
-from shoal.node.sketching import Collected, SketchCollector
+from shoal.node.run.manifest import SketchSpec
+from shoal.node.sketches import sketching
+from shoal.node.sketches.sketching import Collected, SketchCollector
 from sketches import rows
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS, WIDTH, composer_of, manifest_of
 from torch import Tensor

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from shoal.node.blobs import from_bytes, to_bytes
-from shoal.node.manifest import Manifest, OwnershipSpec
-from shoal.node.slot_formats import packed, unpacked
-from shoal.node.slot_state import SlotTensors
+from shoal.node.run.manifest import Manifest, OwnershipSpec
+from shoal.node.slots.slot_formats import packed, unpacked
+from shoal.node.slots.slot_state import SlotTensors
+from shoal.node.storage.blobs import from_bytes, to_bytes
 from shoal.protocol.errors import Refused
 from sketches import worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, manifest_of

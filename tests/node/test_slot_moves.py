@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loopback_workers import by_layer, counted, same, without_published, worked_manifest, working
-from shoal.protocol.ownership import COPY_RAISE
+from shoal.protocol.experts.ownership import COPY_RAISE
 from tiny import LAYERS, SLOTS
 
 ALL = set(range(SLOTS))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shoal.node.slot_order import HandleOrder, LayerOrder, inverse, moved, renamed
+from shoal.node.slots.slot_order import HandleOrder, LayerOrder, inverse, moved, renamed
 from shoal.protocol.errors import Refused
-from shoal.protocol.handles import Handles, new_key
+from shoal.protocol.experts.handles import Handles, new_key
 from shoal.protocol.messages import HandleTable
 
 layers = st.integers(1, 12)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from shoal.kernels.standin import Form
-from shoal.node.standin_choice import Option, choose
+from shoal.node.standins.standin_choice import Option, choose
 
 FORMS = [Form("lowbit"), Form("narrow", 1), Form("narrow", 2), Form("narrow", 8)]
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 from shoal.node.errors import ConfigError, NoPeerHere
-from shoal.node.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
-from shoal.node.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
-from shoal.node.status import fetch_status, page, print_invite, render, seconds_text
+from shoal.node.watching.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
+from shoal.node.watching.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
+from shoal.node.watching.status import fetch_status, page, print_invite, render, seconds_text
 from shoal.protocol.errors import PeerUnreachable
 
 

@@ -11,8 +11,8 @@ from threading import Thread
 
 import pytest
 from chromium import DESKTOP, PHONE, Page, chromium
-from shoal.node.http import StatusServer
-from shoal.node.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
+from shoal.node.watching.http import StatusServer
+from shoal.node.watching.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
 from shoal.protocol.errors import PeerUnreachable
 
 VIEWS = [(size, dark) for size in (PHONE, DESKTOP) for dark in (False, True)]

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from shoal.node.composer import Composer, StepReport
-from shoal.node.trainer import NICENESS, Trainer
+from shoal.node.learning.composer import Composer, StepReport
+from shoal.node.learning.trainer import NICENESS, Trainer
 from tiny import composer_of, manifest_of
 
 SECONDS = 30.0

@@ -10,8 +10,8 @@ import pytest
 import torch
 from shoal.kernels.sketch_gradient import expert_gradient
 from shoal.kernels.ternary import TernaryExpert, ternarise
-from shoal.node.manifest import Manifest, SketchSpec
-from shoal.node.worker import Worker
+from shoal.node.learning.worker import Worker
+from shoal.node.run.manifest import Manifest, SketchSpec
 from sketches import OTHER, Clock, rows, sketch_of, weights_of, worker_of
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shoal.node.worker import Worker
+from shoal.node.learning.worker import Worker
 from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of
 from torch import Tensor
 

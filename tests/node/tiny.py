@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from shoal.node.composer import Composer
-from shoal.node.manifest import DataSpec, Manifest, ModelSpec, OuterSpec, SketchSpec, StandInSpec, TrainSpec
+from shoal.node.learning.composer import Composer
 from shoal.node.model.start import Seeded
+from shoal.node.run.manifest import DataSpec, Manifest, ModelSpec, OuterSpec, SketchSpec, StandInSpec, TrainSpec
 from torch import Tensor
 
 SLOTS, LAYERS, HIDDEN, WIDTH = 4, 2, 32, 24

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shoal.protocol.allreduce import TruthfulRunner
-from shoal.protocol.averager_process import AveragerProcess
-from shoal.protocol.averaging import OuterAverager
-from shoal.protocol.dht import start_dht, visible_addresses
-from shoal.protocol.fragments import Fragment
+from shoal.protocol.averaging.allreduce import TruthfulRunner
+from shoal.protocol.averaging.averager_process import AveragerProcess
+from shoal.protocol.averaging.averaging import OuterAverager
+from shoal.protocol.averaging.fragments import Fragment
+from shoal.protocol.averaging.sketch_averaging import SketchAverager, credited_tokens
+from shoal.protocol.directory.dht import start_dht, visible_addresses
 from shoal.protocol.identity import Identity
 from shoal.protocol.pacing import UNLIMITED, Pace, Rates
 from shoal.protocol.process_death import end_with_parent
-from shoal.protocol.sketch_averaging import SketchAverager, credited_tokens
 
 
 class WeightLiar(TruthfulRunner):

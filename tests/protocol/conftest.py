@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hivemind
 import pytest
-from shoal.protocol.dht import start_dht, visible_addresses
+from shoal.protocol.directory.dht import start_dht, visible_addresses
 from shoal.protocol.identity import Identity
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; helpers are there

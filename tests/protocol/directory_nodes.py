@@ -5,16 +5,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.protocol.dht import RunDHT
-from shoal.protocol.directory import Directory
-from shoal.protocol.identity import Identity
-from shoal.protocol.records import (
+from shoal.protocol.directory.dht import RunDHT
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.directory.records import (
     Lease,
     LeaseRecord,
     PeerRecord,
     VoteRecord,
     manifest_digest,
 )
+from shoal.protocol.identity import Identity
 
 MANIFEST = secrets.token_bytes(300)
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.auditing import (
+from shoal.protocol.experts.auditing import (
     ACCUSATION_SECONDS,
     LIES,
     MAX_ACCUSED,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from averaging_swarm import all_equal, living, reasons, statuses, until
-from shoal.protocol.fragments import Fragment, unflatten
-from shoal.protocol.radial import combine, split
+from shoal.protocol.averaging.fragments import Fragment, unflatten
+from shoal.protocol.averaging.radial import combine, split
 
 CODECS = ("float32", "float16", "int8", "int4")
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "int8": 0.05, "int4": 0.12}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shoal.protocol.averaging.facts import RoundFacts, open_facts, sign_facts
+from shoal.protocol.averaging.fragments import flatten, partition, tier_of, unflatten
 from shoal.protocol.errors import BadSignature, Refused
-from shoal.protocol.facts import RoundFacts, open_facts, sign_facts
-from shoal.protocol.fragments import flatten, partition, tier_of, unflatten
 from shoal.protocol.identity import Identity
 
 RUN = "test-0123456789ab"
@@ -146,9 +146,9 @@ def test_flatten_and_back():
 PARTS = """
 import secrets, struct, sys
 import torch
-from shoal.protocol.averager_process import RoundTimes
+from shoal.protocol.averaging.averager_process import RoundTimes
 from shoal.protocol.errors import Refused
-from shoal.protocol.parts import PartCodec
+from shoal.protocol.averaging.parts import PartCodec
 
 def refused(codec, message, numel, reason):
     try:
@@ -186,7 +186,7 @@ message.buffer = body[:16] + struct.pack("<f", float("inf")) * 3 + body[28:]
 refused(codec, message, 10_000, "non_finite")
 
 import asyncio
-from shoal.protocol.allreduce import ShareReducer
+from shoal.protocol.averaging.allreduce import ShareReducer
 
 async def only_a_receiver_is_left():
     reducer = ShareReducer([torch.Size([7])], [0, 5])
@@ -197,7 +197,7 @@ async def only_a_receiver_is_left():
 
 asyncio.run(only_a_receiver_is_left())
 
-from shoal.protocol.matchmaking import round_of_bucket
+from shoal.protocol.averaging.matchmaking import round_of_bucket
 bits = f"{(1 << 48) - 3:048b}{secrets.randbelow(1 << 16):016b}"
 assert round_of_bucket("run-sketch", f"run-sketch.0b{bits}") == (1 << 48) - 3
 for wrong in ("", "run-sketch.0b", f"run-outer.0b{bits}", f"run-sketch.0b{bits}1", f"run-sketch.0b{bits[1:]}", bits,

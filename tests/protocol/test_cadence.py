@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.cadence import Cadence, Grace
+from shoal.protocol.averaging.cadence import Cadence, Grace
 
 every = st.integers(1, 200)
 

@@ -1,7 +1,7 @@
 """Clocks: whose is off, as signed times and the machine's own monotonic clock tell."""
 
 import pytest
-from shoal.protocol.clocks import _MAX_PEERS, Clocks
+from shoal.protocol.directory.clocks import _MAX_PEERS, Clocks
 
 
 class Machine:

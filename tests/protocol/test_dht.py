@@ -19,7 +19,7 @@ import psutil
 import pytest
 from hivemind.utils import MPFuture
 from shoal.protocol.addresses import Address, Reach, farthest_first
-from shoal.protocol.dht import RunDHT, refusals, require_alive, start_dht, visible_addresses
+from shoal.protocol.directory.dht import RunDHT, refusals, require_alive, start_dht, visible_addresses
 from shoal.protocol.errors import DirectoryError, IdentityError
 from shoal.protocol.identity import Identity
 
@@ -138,7 +138,7 @@ def test_a_bootstrap_peer_that_comes_late_is_found(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from shoal.protocol.dht import start_dht\n"
+        "from shoal.protocol.directory.dht import start_dht\n"
         f"dht = start_dht(Path(sys.argv[1]), initial_peers=[], host='127.0.0.1', port={port}, announce=[],"
         f" run_id={RUN!r})\n"
         "sys.stdin.read()\n"
@@ -273,7 +273,7 @@ def test_nothing_survives_a_killed_node(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from shoal.protocol.dht import start_dht\n"
+        "from shoal.protocol.directory.dht import start_dht\n"
         "dht = start_dht(Path(sys.argv[1]), initial_peers=[], host='127.0.0.1', port=0, announce=[],"
         f" run_id={RUN!r})\n"
         "print('up', flush=True)\n"

@@ -9,12 +9,9 @@ import hivemind
 import msgspec
 import pytest
 from directory_nodes import MANIFEST, RUN, Node, leases, peer_record, vote
-from shoal.protocol.dht import refusals
-from shoal.protocol.directory import Directory
-from shoal.protocol.envelope import seal
-from shoal.protocol.errors import Refused
-from shoal.protocol.identity import Identity
-from shoal.protocol.records import (
+from shoal.protocol.directory.dht import refusals
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.directory.records import (
     MANIFEST_SUBKEY,
     Record,
     VoteRecord,
@@ -22,6 +19,9 @@ from shoal.protocol.records import (
     seal_manifest,
     seal_record,
 )
+from shoal.protocol.envelope import seal
+from shoal.protocol.errors import Refused
+from shoal.protocol.identity import Identity
 
 
 def test_what_one_puts_the_other_reads(nodes: list[Node]) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from directory_nodes import RUN, Node, leases, peer_record, vote
-from shoal.protocol.dht import start_dht
-from shoal.protocol.directory import Directory
-from shoal.protocol.errors import DirectoryError
-from shoal.protocol.identity import Identity
-from shoal.protocol.records import (
+from shoal.protocol.directory.dht import start_dht
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.directory.records import (
     seal_record,
 )
+from shoal.protocol.errors import DirectoryError
+from shoal.protocol.identity import Identity
 
 
 class Clock:

@@ -7,9 +7,11 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shoal.protocol.directory.records import Lease, LeaseRecord, PeerRecord
+from shoal.protocol.directory.standing import situation_of
+from shoal.protocol.directory.view import LeaseClaim, View, resolve, wins
 from shoal.protocol.errors import Refused
-from shoal.protocol.messages import StandInSnapshot, SurrogateDelta
-from shoal.protocol.ownership import (
+from shoal.protocol.experts.ownership import (
     COPY_RAISE,
     DEPOSED_OWNER,
     MAX_EPOCH,
@@ -25,10 +27,8 @@ from shoal.protocol.ownership import (
     decide,
     grants_handover,
 )
-from shoal.protocol.records import Lease, LeaseRecord, PeerRecord
-from shoal.protocol.standing import situation_of
-from shoal.protocol.surrogates import Patience, Point, SlotPublisher, SlotSubscriber, state_digest
-from shoal.protocol.view import LeaseClaim, View, resolve, wins
+from shoal.protocol.experts.surrogates import Patience, Point, SlotPublisher, SlotSubscriber, state_digest
+from shoal.protocol.messages import StandInSnapshot, SurrogateDelta
 from test_surrogates import FakeStandIn, load, seeded
 
 RULES = Rules(lease=16.0)

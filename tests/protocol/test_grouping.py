@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shoal.protocol.fragments import Fragment, partition
-from shoal.protocol.grouping import MAX_GROUP, Grid, Sums, add, contributions, plan, sent_bytes
-from shoal.protocol.merging import Facts, weights
-from shoal.protocol.radial import combine, split
+from shoal.protocol.averaging.fragments import Fragment, partition
+from shoal.protocol.averaging.grouping import MAX_GROUP, Grid, Sums, add, contributions, plan, sent_bytes
+from shoal.protocol.averaging.merging import Facts, weights
+from shoal.protocol.averaging.radial import combine, split
 from torch import Tensor
 
 (BACKBONE,) = partition({"embed_tokens.weight": (5, 4), "layers.0.q": (12, 10), "layers.1.q": (9, 9)}, 1)

@@ -7,7 +7,7 @@ from collections import Counter
 from math import factorial
 
 import pytest
-from shoal.protocol.handles import KEY_BYTES, Handles, key_digest, new_key
+from shoal.protocol.experts.handles import KEY_BYTES, Handles, key_digest, new_key
 from shoal.protocol.messages import HandleTable, decode, encode
 
 LAYERS = 12

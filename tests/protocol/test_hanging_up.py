@@ -8,7 +8,7 @@ from typing import AsyncIterator  # noqa: UP035  # hivemind does not see collect
 
 from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2
-from shoal.protocol.hanging_up import until_hung_up
+from shoal.protocol.directory.hanging_up import until_hung_up
 
 Message = averaging_pb2.AveragingData
 

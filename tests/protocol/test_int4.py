@@ -7,9 +7,9 @@ import secrets
 import pytest
 import torch
 from hivemind.compression import CompressionInfo
+from shoal.protocol.averaging.int4 import BLOCK, decode, encode, encoded_bytes
+from shoal.protocol.averaging.parts import PartCodec
 from shoal.protocol.errors import Refused
-from shoal.protocol.int4 import BLOCK, decode, encode, encoded_bytes
-from shoal.protocol.parts import PartCodec
 
 SIZES = (1, 63, 64, 65, 1000)
 

@@ -9,10 +9,10 @@ from typing import Any
 from directory_nodes import RUN, peer_record
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import PeerID
-from shoal.protocol.dht import RunDHT, start_dht, visible_addresses
-from shoal.protocol.directory import Directory
+from shoal.protocol.directory.dht import RunDHT, start_dht, visible_addresses
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.directory.records import record_key, seal_record
 from shoal.protocol.identity import Identity
-from shoal.protocol.records import record_key, seal_record
 
 
 def start(path: Path, known: list[str]) -> RunDHT:

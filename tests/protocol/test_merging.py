@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.merging import SHARE_TOTAL, Facts, Weighting, digest, outer_step, shares, weights
+from shoal.protocol.averaging.merging import SHARE_TOTAL, Facts, Weighting, digest, outer_step, shares, weights
 
 # Of two zeros and two zeros: a change would part old peers from new.
 GOLDEN = "898a64e5e168880b6c531d78e00fd79beaaae9a14a084079d86b4450ac7127e2"

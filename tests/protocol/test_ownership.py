@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.ownership import (
+from shoal.protocol.directory.view import LeaseClaim, wins
+from shoal.protocol.experts.ownership import (
     MAX_EPOCH,
     ClaimFree,
     Copy,
@@ -26,8 +27,7 @@ from shoal.protocol.ownership import (
     decide,
     grants_handover,
 )
-from shoal.protocol.rendezvous import _match, _Ranking, desired_owners, draws_of
-from shoal.protocol.view import LeaseClaim, wins
+from shoal.protocol.experts.rendezvous import _match, _Ranking, desired_owners, draws_of
 
 RULES = Rules(lease=16.0)
 capacities = st.dictionaries(st.text("abcdefgh", min_size=1, max_size=6), st.integers(0, 40), max_size=8)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from shoal.protocol.ownership import (
+from shoal.protocol.directory.view import LeaseClaim, wins
+from shoal.protocol.experts.ownership import (
     COPY_RAISE,
     ClaimFree,
     Copy,
@@ -21,8 +22,7 @@ from shoal.protocol.ownership import (
     decide,
     grants_handover,
 )
-from shoal.protocol.rendezvous import desired_owners
-from shoal.protocol.view import LeaseClaim, wins
+from shoal.protocol.experts.rendezvous import desired_owners
 
 RULES = Rules(lease=16.0)
 RECORD_SECONDS = 12.0  # a peer's record expires after that

@@ -9,12 +9,12 @@ import struct
 
 import pytest
 import torch
+from shoal.protocol.averaging.facts import MAX_NORMS, RoundFacts, open_facts, pack_norms, sign_facts
+from shoal.protocol.averaging.fragments import Fragment, partition, unflatten
+from shoal.protocol.averaging.merging import Facts, shares, weights
+from shoal.protocol.averaging.radial import _FOLD, ELEMENT, _length, combine, num_norms, split
 from shoal.protocol.errors import Refused
-from shoal.protocol.facts import MAX_NORMS, RoundFacts, open_facts, pack_norms, sign_facts
-from shoal.protocol.fragments import Fragment, partition, unflatten
 from shoal.protocol.identity import Identity
-from shoal.protocol.merging import Facts, shares, weights
-from shoal.protocol.radial import _FOLD, ELEMENT, _length, combine, num_norms, split
 from torch import Tensor
 
 RUN = "test-0123456789ab"

@@ -7,10 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from shoal.protocol.envelope import seal
-from shoal.protocol.errors import BadSignature, Refused
-from shoal.protocol.identity import Identity
-from shoal.protocol.records import (
+from shoal.protocol.directory.records import (
     RECORD_TYPES,
     Lease,
     LeaseRecord,
@@ -24,6 +21,9 @@ from shoal.protocol.records import (
     seal_manifest,
     seal_record,
 )
+from shoal.protocol.envelope import seal
+from shoal.protocol.errors import BadSignature, Refused
+from shoal.protocol.identity import Identity
 
 RUN = "demo-0123456789ab"
 NOW = 1_000_000.0

@@ -6,7 +6,7 @@ import random
 import secrets
 
 import pytest
-from shoal.protocol.reputation import MAX_SHUN_SECONDS, SHUN_SECONDS, STRIKES, Reputation, suspects
+from shoal.protocol.averaging.reputation import MAX_SHUN_SECONDS, SHUN_SECONDS, STRIKES, Reputation, suspects
 
 PEERS = [f"peer-{i}" for i in range(6)]
 REST = PEERS[1:]

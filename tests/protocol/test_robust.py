@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from shoal.protocol.robust import robust_mean
+from shoal.protocol.averaging.robust import robust_mean
 from torch import Tensor
 
 SIZE = 4096

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.rounds import (
+from shoal.protocol.averaging.rounds import (
     latest_commit,
     most_held,
     quorum,

@@ -1,9 +1,9 @@
 """A peer that lost sight of its swarm says so; one whose neighbours left, or that was always alone, does not."""
 
 import pytest
-from shoal.protocol.records import PeerRecord, Role
-from shoal.protocol.sight import Sight, sight_of
-from shoal.protocol.view import View, resolve
+from shoal.protocol.directory.records import PeerRecord, Role
+from shoal.protocol.directory.sight import Sight, sight_of
+from shoal.protocol.directory.view import View, resolve
 
 NOW = 1000.0
 ME, FRIENDS = "12D3KooW" + "M" * 44, ["12D3KooW" + letter * 44 for letter in "ABCDE"]

@@ -6,7 +6,7 @@ import random
 import secrets
 
 import pytest
-from shoal.protocol.sketch_intervals import AHEAD, STRIKES, Heard, Intervals, interval_seed
+from shoal.protocol.experts.sketch_intervals import AHEAD, STRIKES, Heard, Intervals, interval_seed
 
 LIMIT = 1 << 40
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from shoal.kernels.sketch import Float16Rows, RowSketch
 from shoal.protocol.errors import Refused
-from shoal.protocol.handles import Handles, new_key
-from shoal.protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSketch, decode, encode
-from shoal.protocol.sketches import (
+from shoal.protocol.experts.handles import Handles, new_key
+from shoal.protocol.experts.sketches import (
     ACTIVE_SECONDS,
     ITEM_BYTES,
     LONGEST_PAUSE_SECONDS,
@@ -33,6 +32,7 @@ from shoal.protocol.sketches import (
     check_current,
     split,
 )
+from shoal.protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSketch, decode, encode
 
 LAYERS = 3
 HIDDEN = 4

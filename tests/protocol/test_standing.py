@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from shoal.protocol.ownership import Copy, Rules, TakeOver, Watch, decide
-from shoal.protocol.records import Lease, LeaseRecord, PeerRecord
-from shoal.protocol.rounds import quorum
-from shoal.protocol.standing import electorate, situation_of
-from shoal.protocol.view import ABSENT_LIFETIMES, LeaseClaim, View, remember, resolve
+from shoal.protocol.averaging.rounds import quorum
+from shoal.protocol.directory.records import Lease, LeaseRecord, PeerRecord
+from shoal.protocol.directory.standing import electorate, situation_of
+from shoal.protocol.directory.view import ABSENT_LIFETIMES, LeaseClaim, View, remember, resolve
+from shoal.protocol.experts.ownership import Copy, Rules, TakeOver, Watch, decide
 
 LEASE = 20.0
 ME, FULL, GONE = (f"12D3KooW{letter * 44}" for letter in "ABC")

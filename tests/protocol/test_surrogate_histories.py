@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from shoal.protocol.experts.surrogate_book import SurrogateBook
+from shoal.protocol.experts.surrogates import SEED, Patience, Point
 from shoal.protocol.messages import DeltaBatch, SurrogateDelta
-from shoal.protocol.surrogate_book import SurrogateBook
-from shoal.protocol.surrogates import SEED, Patience, Point
 
 LAYERS = 2
 PATIENCE = Patience(gap=3.0, retry=10.0, max_waiting=4)

@@ -12,9 +12,8 @@ import torch
 from shoal.kernels.experts import DenseExpert
 from shoal.kernels.standin import initial_standin, make_publisher, standin_from_bytes
 from shoal.protocol.errors import Refused
-from shoal.protocol.messages import DeltaBatch, StandInSnapshot, SurrogateDelta
-from shoal.protocol.surrogate_book import SurrogateBook
-from shoal.protocol.surrogates import (
+from shoal.protocol.experts.surrogate_book import SurrogateBook
+from shoal.protocol.experts.surrogates import (
     SEED,
     Need,
     Patience,
@@ -23,6 +22,7 @@ from shoal.protocol.surrogates import (
     SlotSubscriber,
     state_digest,
 )
+from shoal.protocol.messages import DeltaBatch, StandInSnapshot, SurrogateDelta
 
 LAYERS = 2
 PATIENCE = Patience(gap=3.0, retry=10.0, max_waiting=4)

@@ -10,21 +10,21 @@ import pytest
 import torch
 from harness import START_SECONDS, Swarm, owned_once
 from safetensors.torch import load, load_file
-from shoal.node.blobs import fragment_from_bytes
-from shoal.node.data import load_corpus
-from shoal.node.evaluate import HELDOUT_SEED, heldout_loss
-from shoal.node.invite import Invite
-from shoal.node.manifest import Manifest, verify
+from shoal.node.learning.data import load_corpus
+from shoal.node.learning.evaluate import HELDOUT_SEED, heldout_loss
 from shoal.node.model.build import build_model
 from shoal.node.model.cut import backbone_fragments
-from shoal.node.slot_order import renamed
+from shoal.node.run.invite import Invite
+from shoal.node.run.manifest import Manifest, verify
+from shoal.node.slots.slot_order import renamed
+from shoal.node.storage.blobs import fragment_from_bytes
 from shoal.protocol import messages, resources
-from shoal.protocol.dht import start_dht
-from shoal.protocol.directory import Directory
-from shoal.protocol.fragments import Fragment, unflatten
-from shoal.protocol.handles import Handles
+from shoal.protocol.averaging.fragments import Fragment, unflatten
+from shoal.protocol.averaging.merging import digest
+from shoal.protocol.directory.dht import start_dht
+from shoal.protocol.directory.directory import Directory
+from shoal.protocol.experts.handles import Handles
 from shoal.protocol.identity import Identity
-from shoal.protocol.merging import digest
 from shoal.protocol.messages import SlotState, StandInSnapshot
 from shoal.protocol.transport.client import Transport
 

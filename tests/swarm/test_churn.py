@@ -9,7 +9,7 @@ import signal
 import psutil
 import pytest
 from harness import START_SECONDS, Peer, Swarm, backed_up, loss_of, lost, owned_once
-from shoal.protocol.ownership import COPY_RAISE
+from shoal.protocol.experts.ownership import COPY_RAISE
 
 LEASE = 4.0
 SLACK = 2.0  # for a busy machine, on top of what the protocol promises

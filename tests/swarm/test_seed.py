@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness import START_SECONDS, Swarm, owned_once
-from shoal.node.data import load_corpus
-from shoal.node.manifest import verify
+from shoal.node.learning.data import load_corpus
+from shoal.node.run.manifest import verify
 from shoal.node.seed.store import BACKBONE, SeedStore, bases_from, experts_of, standins_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

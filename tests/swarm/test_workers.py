@@ -4,7 +4,7 @@ import signal
 
 import pytest
 from harness import START_SECONDS, Swarm, backed_up, lost, owned_once
-from shoal.protocol.auditing import LIES
+from shoal.protocol.experts.auditing import LIES
 
 LEASE = 4.0
 

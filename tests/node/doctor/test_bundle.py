@@ -13,10 +13,10 @@ from shoal.node.config import PeerConfig
 from shoal.node.doctor.bundle import LOG_BYTES, write_bundle
 from shoal.node.doctor.findings import ok
 from shoal.node.errors import ConfigError
-from shoal.node.handle_key import found_key
-from shoal.node.http import StatusServer
-from shoal.node.presence import announce_here
-from shoal.node.state import PeerState
+from shoal.node.slots.handle_key import found_key
+from shoal.node.storage.presence import announce_here
+from shoal.node.watching.http import StatusServer
+from shoal.node.watching.state import PeerState
 from shoal.protocol.identity import Identity
 
 INVITE = f"shoal://{Identity.generate().peer_id}@203.0.113.5:4001/demo-0123456789ab?v=1&relay=203.0.113.5:31400"

@@ -15,7 +15,7 @@ from shoal.node.cli import main
 from shoal.node.config import PeerConfig
 from shoal.node.doctor import machine
 from shoal.node.doctor.findings import Finding, Verdict
-from shoal.node.presence import announce_here, hold_data_dir
+from shoal.node.storage.presence import announce_here, hold_data_dir
 from shoal.protocol.identity import Identity
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from shoal.node.composer import Composer
-from shoal.node.gradient_collecting import GradientCollector
-from shoal.node.sketching import SketchCollector
+from shoal.node.learning.composer import Composer
+from shoal.node.sketches.gradient_collecting import GradientCollector
+from shoal.node.sketches.sketching import SketchCollector
 
 
 def same(one: Composer, other: Composer, tolerance: float = 2e-5, strays: float = 1e-3) -> None:

@@ -11,15 +11,15 @@ import pytest
 import tiny
 import torch
 from comparing import same, same_gradient_sketches, same_rows
-from shoal.node.composer import Composer
-from shoal.node.expert_mode import ExpertMode
-from shoal.node.gradient_collecting import GradientCollector, GradientForm
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.island.pipeline import Pipeline, microbatches
-from shoal.node.manifest import Manifest, ModelSpec
+from shoal.node.learning.composer import Composer
+from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.stages import spans
-from shoal.node.sketching import SketchCollector
+from shoal.node.run.manifest import Manifest, ModelSpec
+from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.sketching import SketchCollector
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.balance import router_losses
 from shoal.node.model.build import build_model
 from shoal.node.model.families import Scoring
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 from torch import Tensor
 
 LAYERS, TOKENS, EXPERTS, TOP_K = 3, 40, 8, 2

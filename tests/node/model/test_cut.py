@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from shoal.node.manifest import Manifest, ModelSpec, OuterSpec
 from shoal.node.model.cut import backbone_fragments, cadences
 from shoal.node.model.init import backbone_shapes
-from shoal.protocol.fragments import tier_of
+from shoal.node.run.manifest import Manifest, ModelSpec, OuterSpec
+from shoal.protocol.averaging.fragments import tier_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

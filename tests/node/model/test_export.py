@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import MoEModel, build_model
 from shoal.node.model.export import write_checkpoint
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 from transformers import AutoModelForCausalLM
 
 CONFIGS = {

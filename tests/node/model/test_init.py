@@ -9,10 +9,10 @@ import sys
 import msgspec
 import pytest
 import torch
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import build_model
 from shoal.node.model.init import expert_shape, expert_weights, fill_normal, fill_uniform, random_stream
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 
 SPEC = ModelSpec(config={**preset("tiny").model.config, "initializer_range": 0.02})
 GOLDEN = ["31d60319e28f985f", "172ba2a31c852ffa", "9bb24c6838ba6a73"]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 SCRIPT = """
 import gc, json, sys
 import torch
-from shoal.node.manifest import ModelSpec, StandInSpec
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import build_model
 
 def status(field):

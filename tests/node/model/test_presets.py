@@ -8,10 +8,10 @@ import msgspec
 import pytest
 import torch
 from shoal.node.config import PresetName
-from shoal.node.manifest import ModelSpec
 from shoal.node.model.build import build_model
 from shoal.node.model.init import expert_shape
 from shoal.node.model.presets import PRESETS, preset
+from shoal.node.run.manifest import ModelSpec
 
 # (experts, active per token, expert width, hidden, MoE layers)
 EXPECTED = {

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shoal.kernels.experts import DenseExpert
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import MoEModel, build_model
 from shoal.node.model.export import write_checkpoint
 from shoal.node.model.init import backbone_shapes, expert_shape, expert_weights, private_weights
-from shoal.protocol.fragments import flatten, partition, unflatten
+from shoal.node.run.manifest import ModelSpec, StandInSpec
+from shoal.protocol.averaging.fragments import flatten, partition, unflatten
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

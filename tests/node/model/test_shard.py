@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from shoal.kernels.standin import initial_standin
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import MoEModel, build_model
 from shoal.node.model.presets import preset
 from shoal.node.model.shard import ExpertShard
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 from torch import Tensor
 
 SPEC = ModelSpec(config={**preset("tiny").model.config, "initializer_range": 0.2}, seed=3)

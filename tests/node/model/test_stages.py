@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import MoEModel, build_model
 from shoal.node.model.stages import Stage, Weighing, build_stage, spans
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 from torch import Tensor
 
 LAYERS, VOCABULARY = 4, 64

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from shoal.node.manifest import ModelSpec, StandInSpec
 from shoal.node.model.build import MoEModel, build_model
+from shoal.node.run.manifest import ModelSpec, StandInSpec
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SMALL: dict[str, Any] = {

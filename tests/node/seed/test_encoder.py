@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from shoal.node.data import DataError, Document
-from shoal.node.tokenizer import Encoder, byte_tokenizer, read_tokenizer
+from shoal.node.learning.data import DataError, Document
+from shoal.node.learning.tokenizer import Encoder, byte_tokenizer, read_tokenizer
 
 TOKENIZER = byte_tokenizer(16).backend_tokenizer.to_str().encode()
 DOCUMENTS = [Document(b"1", "grüße".encode()), Document(b"2", b"ab\xff")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from shoal.node.cli import main
 from shoal.node.errors import ConfigError
-from shoal.node.evaluate import evaluate_checkpoint
+from shoal.node.learning.evaluate import evaluate_checkpoint
 from shoal.node.upcycling.mixing import TIES_KEPT, domain_tokens, mix, route_by_domains, ties
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

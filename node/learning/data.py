@@ -1,0 +1,246 @@
+"""Text to train on: byte tokens, a held-out split that all peers agree on, and shards that do not overlap.
+
+A corpus is a list of documents: files, long ones cut at line ends. Each has a hash, and every decision below is a
+function of that hash alone, so peers agree without talking:
+
+- held out for evaluation: the documents whose hash falls into the lowest `heldout_fraction` of the hash space;
+- `shard(i, n)`: the others in hash order, cut into n runs of about equal bytes, for a known number of composers;
+- `routed(me, peers)`: each document to the composer with the highest hash of (composer, document), for composers that
+  come and go: one that leaves gives its documents to the others, who otherwise keep theirs.
+
+The standard library's documents are hashed by their name, because peers may run different Python versions and a file
+edited between two of them must stay on one side of the split. A peer's own documents are hashed by content: names
+mean nothing there.
+
+Tokens are bytes (vocabulary 256), unless a run brings a tokenizer. Every document ends with byte 0, which text does not
+contain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sysconfig
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...protocol.errors import ShoalError
+
+log = logging.getLogger(__name__)
+
+VOCAB_SIZE = 256
+END_OF_DOCUMENT = b"\0"
+DOCUMENT_BYTES = 256 * 1024  # longer files are cut, so that one large file can be split and sharded too
+MAX_CORPUS_BYTES = 1 << 30  # held in memory; what is beyond is left out with a warning
+STDLIB_SKIPPED = {"__pycache__", "dist-packages", "ensurepip", "idle_test", "site-packages", "test", "tests"}
+SNIFFED_BYTES = 4096  # a file with a zero byte among its first ones is not text
+
+Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
+
+
+class DataError(ShoalError):
+    """The corpus cannot be read or is too small."""
+
+    code = "SHOAL-231"
+
+
+@dataclass(frozen=True, order=True)
+class Document:
+    """One piece of text. Sorts by hash."""
+
+    digest: bytes  # 16 bytes; the split, the shard and the order are functions of it
+    text: bytes = field(compare=False)
+
+
+Encode = Callable[[Sequence[Document]], Tokens]  # documents one after another, as tokens; by default `tokens_of`
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in hash order, split into training and held-out ones."""
+
+    source: str
+    train: tuple[Document, ...]
+    heldout_documents: tuple[Document, ...]
+
+    @property
+    def train_bytes(self) -> int:
+        return sum(len(document.text) for document in self.train)
+
+    def shard(self, index: int, num_shards: int, encode: Encode | None = None) -> Tokens:
+        """Training tokens of shard `index` of `num_shards`: disjoint, complete, equal to within one document."""
+        if not 0 <= index < num_shards:
+            raise ValueError(f"shard {index} of {num_shards} does not exist")
+        total, start, chosen = self.train_bytes, 0, []
+        for document in self.train:
+            middle = start + len(document.text) / 2
+            if min(int(middle * num_shards / total), num_shards - 1) == index:
+                chosen.append(document)
+            start += len(document.text)
+        return (encode or tokens_of)(chosen)
+
+    def routed(self, me: str, peers: Collection[str], encode: Encode | None = None) -> Tokens:
+        """Training tokens of composer `me` among the live composers `peers` (peer ids; `me` is counted in)."""
+        composers = sorted({me, *peers})
+        mine = [d for d in self.train if max(composers, key=lambda p: _score(p, d.digest)) == me]
+        return (encode or tokens_of)(mine)
+
+    def heldout(self, windows: int, context_length: int, seed: int = 0, encode: Encode | None = None) -> torch.Tensor:
+        """The fixed evaluation set, (windows, context_length) int64: equal on every peer with this corpus and seed."""
+        return Batches((encode or tokens_of)(self.heldout_documents), windows, context_length, seed=seed).next()
+
+
+def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int = MAX_CORPUS_BYTES) -> Corpus:
+    """Reads `stdlib`, a text file, or a folder of text files (recursively; hidden and binary files are skipped).
+
+    Raises DataError if there is nothing to read or not enough for both sides of the split.
+    """
+    if source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        paths = [path for path in _files(root, STDLIB_SKIPPED.__contains__) if path.suffix == ".py"]
+    else:
+        root = Path(source).expanduser()
+        if not root.exists():
+            raise DataError(
+                f"no text at {source!r}: it does not exist", fix="point --data at a text file or a folder of them"
+            )
+        paths = [root] if root.is_file() else _files(root, lambda name: name.startswith("."))
+    documents: dict[
+        bytes, Document
+    ] = {}  # by digest: the same text twice would otherwise be on both sides of the split
+    read = 0
+    for path in paths:
+        text = _read_text(path)
+        if read + len(text) > max_bytes:
+            text = text[: max_bytes - read]
+            log.warning("corpus cut source=%s kept_bytes=%d first_file_cut=%s", source, max_bytes, path)
+        read += len(text)
+        for number, piece in enumerate(_cut(text)):
+            named = f"{path.relative_to(root).as_posix()}#{number}".encode() if source == "stdlib" else piece
+            digest = hashlib.blake2b(named, digest_size=16, person=b"shoal-doc").digest()
+            documents[digest] = Document(digest, piece)
+        if read >= max_bytes:
+            break
+    boundary = int(heldout_fraction * 2**64)
+    held: list[Document] = []
+    train: list[Document] = []
+    for document in sorted(documents.values()):
+        (held if int.from_bytes(document.digest[:8]) < boundary else train).append(document)
+    if not train:
+        raise DataError(f"no text at {source!r}", fix="point --data at a UTF-8 text file or a folder of them")
+    if (
+        not held and len(train) > 1
+    ):  # a handful of documents: the lowest hash is held out, so that there is an evaluation
+        held.append(train.pop(0))
+    if not held:
+        raise DataError(
+            f"too little text at {source!r}: {read} bytes cannot be split into training and held-out text",
+            fix=f"use more text: more files, or one file of over {2 * DOCUMENT_BYTES} bytes",
+        )
+    return Corpus(source, tuple(train), tuple(held))
+
+
+def seed_of_peer(peer_id: str, run_id: str) -> int:
+    """Seed of a composer's `Batches`, 63 bits: composers that share documents still draw different windows."""
+    digest = hashlib.blake2b(f"{run_id}/{peer_id}".encode(), digest_size=8, person=b"shoal-batch").digest()
+    return int.from_bytes(digest) >> 1
+
+
+def tokens_of(documents: Sequence[Document]) -> Tokens:
+    """The documents' bytes one after another, each followed by byte 0."""
+    return np.frombuffer(b"".join(document.text + END_OF_DOCUMENT for document in documents), dtype=np.uint8)
+
+
+class BatchesState(TypedDict):
+    """Where a sampler stands. JSON-able."""
+
+    seed: int
+    position: int
+
+
+class Batches:
+    """Endless batches of random windows, (batch_size, context_length) int64.
+
+    Batch n is a function of (tokens, seed, n), so that a resumed peer goes on where it stopped with nothing but two
+    numbers.
+
+    Args:
+        tokens: uint8 or int32, one-dimensional, in memory or memory-mapped.
+        batch_size: windows a batch.
+        context_length: tokens a window.
+        seed: 0 to 2**63 - 1.
+    Raises DataError if the tokens do not fill one window.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, context_length: int, *, seed: int) -> None:
+        if len(tokens) < context_length:
+            raise DataError(
+                f"too little text: {len(tokens)} bytes do not fill one window of {context_length}",
+                fix="point --data at more text, or found the run with a smaller data.context_length",
+            )
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.context_length = context_length
+        self.seed = seed
+        self.position = 0  # batches drawn so far
+
+    def next(self) -> torch.Tensor:
+        """Draws the next batch."""
+        random = np.random.Generator(np.random.Philox(key=np.array([self.seed, self.position], dtype=np.uint64)))
+        starts = random.integers(0, len(self.tokens) - self.context_length + 1, size=self.batch_size)
+        windows = self.tokens[starts[:, None] + np.arange(self.context_length)]
+        self.position += 1
+        return torch.from_numpy(windows.astype(np.int64))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield self.next()
+
+    def state_dict(self) -> BatchesState:
+        return {"seed": self.seed, "position": self.position}
+
+    def load_state_dict(self, state: BatchesState) -> None:
+        """Continues from a `state_dict`. If the text has changed since, the windows differ and nothing else does."""
+        self.seed, self.position = state["seed"], state["position"]
+
+
+def _score(peer_id: str, digest: bytes) -> bytes:
+    return hashlib.blake2b(digest + peer_id.encode(), digest_size=8, person=b"shoal-route").digest()
+
+
+def _files(root: Path, skipped: Callable[[str], bool]) -> list[Path]:
+    """All below `root`, sorted; without files and folders of skipped names, which may hold far more than all others."""
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not skipped(name)]
+        found += [path for name in files if not skipped(name) and (path := Path(folder, name)).is_file()]
+    return sorted(found)
+
+
+def _read_text(path: Path) -> bytes:
+    """The file's bytes; none if it is binary."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", fix="make the file readable or leave it out"
+        ) from error
+    return b"" if 0 in text[:SNIFFED_BYTES] else text.replace(END_OF_DOCUMENT, b"")
+
+
+def _cut(text: bytes) -> Iterator[bytes]:
+    """Pieces of at most DOCUMENT_BYTES, ending at line ends where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + DOCUMENT_BYTES
+        if end < len(text):
+            end = text.rfind(b"\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end

@@ -1,0 +1,82 @@
+"""A composer as named tensors and facts, and back: what goes into a checkpoint on disk.
+
+    backbone.<name>            local weights of the backbone
+    optimizer.<name>.<moment>  their optimizer state
+    common.<f>, momentum.<f>   last common state of fragment f
+    slot.<s>.<...>             an owned slot, as in `Composer.saved`
+
+Stand-ins of slots that others own are not kept: they are stale by the time a peer comes back, and the swarm has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..slots.slot_state import SlotTensors
+from .composer import Composer
+from .optimizer import checked_state, put_state, take_state
+
+
+def composer_tensors(composer: Composer) -> dict[str, Tensor]:
+    """Copies of everything, by name."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in composer.backbone.items():
+        tensors[f"backbone.{name}"] = parameter.detach().clone()
+        for key, value in take_state(composer.optimizer, parameter).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    for index, (common, momentum) in enumerate(zip(composer.common, composer.momentum, strict=True)):
+        tensors[f"common.{index}"] = common.clone()
+        tensors[f"momentum.{index}"] = momentum.clone()
+    for slot in composer.owned:
+        for key, value in composer.saved(slot).items():
+            tensors[f"slot.{slot}.{key}"] = value
+    return tensors
+
+
+def restore_backbone(composer: Composer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Put back the backbone, its optimizer state, and the step and token counts of `meta`.
+
+    Raises:
+        ValueError: the checkpoint is of another model or is damaged; nothing has changed then.
+    """
+    states = {}
+    for name, parameter in composer.backbone.items():
+        _check(f"backbone.{name}", tensors, parameter.shape)
+        states[name] = checked_state(composer.optimizer, parameter.shape, _under(f"optimizer.{name}.", tensors))
+    for index, fragment in enumerate(composer.fragments):
+        for kind in ("common", "momentum"):
+            _check(f"{kind}.{index}", tensors, torch.Size([fragment.numel]))
+    for name, parameter in composer.backbone.items():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"backbone.{name}"])
+        put_state(composer.optimizer, parameter, states[name])
+    composer.resume(
+        step=int(meta["step"]),
+        tokens=int(meta["tokens"]),
+        common=[tensors[f"common.{i}"] for i in range(len(composer.fragments))],
+        momentum=[tensors[f"momentum.{i}"] for i in range(len(composer.fragments))],
+    )
+
+
+def _check(name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> None:
+    saved = tensors.get(name)
+    if saved is None or saved.shape != shape or not bool(torch.isfinite(saved).all()):
+        raise ValueError(f"the checkpoint does not hold this model's {name}, or it is not finite")
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def saved_slots(tensors: Mapping[str, Tensor]) -> dict[int, SlotTensors]:
+    """The owned slots that a checkpoint holds."""
+    slots: dict[int, SlotTensors] = {}
+    for name, value in tensors.items():
+        if name.startswith("slot."):
+            _, slot, key = name.split(".", 2)
+            slots.setdefault(int(slot), {})[key] = value
+    return slots

@@ -1,0 +1,399 @@
+"""A composer peer: wires the composer, its trainer and the network's parts together, and takes them down again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...protocol.averaging.averaging import OuterAverager
+from ...protocol.averaging.merging import digest as digest_of
+from ...protocol.experts.auditing import BYTES_PER_WEIGHT, SentLog
+from ...protocol.experts.handles import Handles
+from ...protocol.experts.ownership import Copy
+from ...protocol.identity import Identity
+from ...protocol.messages import MAX_SKETCH_BYTES
+from ..audits.auditor import Auditor
+from ..backbone.common_state import CommonState, Held
+from ..backbone.outer import OuterDriver
+from ..capacity import device_to_use
+from ..config import PeerConfig
+from ..learning.composer import Composer, StepReport
+from ..learning.data import Batches, Encode, load_corpus, seed_of_peer, tokens_of
+from ..learning.expert_mode import ExpertMode
+from ..learning.persistence import composer_tensors, restore_backbone, saved_slots
+from ..learning.tokenizer import Encoder
+from ..learning.trainer import Trainer
+from ..logs import get_logger
+from ..model.cut import backbone_fragments, cadences
+from ..run.joining import catch_up, swarm_step
+from ..run.manifest_errors import ManifestError
+from ..seed.joining import SeedAtHome, start_of
+from ..seed.store import TOKENIZER
+from ..sketches.gradient_collecting import GradientCollector
+from ..sketches.gradient_receiving import GradientReceiver
+from ..sketches.gradient_rounds import GradientRounds, form_of, sketch_averager
+from ..sketches.gradient_sending import GradientSender
+from ..sketches.sketch_receiving import SketchReceiver
+from ..sketches.sketch_sending import SketchSender
+from ..sketches.sketching import SketchCollector
+from ..slots.copies import Snapshot
+from ..slots.deposing import Deposing
+from ..slots.keeper import SlotKeeper
+from ..slots.slot_order import LayerOrder, inverse, renamed
+from ..standins.exchange import Exchange
+from ..storage.checkpoint import Checkpoint, CheckpointStore
+from ..storage.checkpoint_writer import CheckpointWriter
+from ..watching.state import Count, PeerState, Phase, StepPart
+from .background import NetworkThread
+from .links import Links
+from .membership import Membership
+from .reviving import HELPER_ENDED
+from .serving import Library
+
+if TYPE_CHECKING:
+    import hivemind
+
+    from ..island.leader import Island
+    from .peer import Run, StopRequest
+
+log = get_logger(__name__)
+
+CHECKPOINT_EVERY = 500  # steps
+POLL_SECONDS = 0.2
+# A slot's snapshot: weights and two moments in float32, the published stand-in, names and headers.
+SNAPSHOT_BYTES_PER_WEIGHT = 16
+HEADER_BYTES = 1 << 20
+
+
+class ComposerPeer:
+    """Construct it on the main thread before any other thread: the averagers fork here.
+
+    `run` is the training thread until the peer has left.
+    """
+
+    def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run, dht: hivemind.DHT) -> None:
+        self.config, self.state, self.identity, self.facts = config, state, identity, run
+        spec = run.manifest.outer
+        self.fragments = backbone_fragments(run.manifest)
+        self.averager = OuterAverager(
+            dht=dht,
+            identity=identity,
+            run_id=run.run_id,
+            fragments=self.fragments,
+            codec=spec.codec,
+            robust=spec.robust,
+            matchmaking_seconds=spec.matchmaking_seconds,
+            timeout_seconds=spec.timeout_seconds,
+            pace=config.pace,
+        )
+        self.sketch_averager = sketch_averager(dht, identity, run, config.pace)
+        self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
+        self.island: Island | None = None
+        self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
+
+    def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
+        """Train until told to stop; returns the exit code."""
+        try:
+            return self._run(network, links, member, library, stop)
+        finally:
+            if self.island is not None:
+                self.island.close()
+            self.averager.shutdown()
+            if self.sketch_averager is not None:
+                self.sketch_averager.shutdown()
+
+    def _run(
+        self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest
+    ) -> int:
+        device = device_to_use(self.config.device)
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        if self.config.island > 1:
+            from ..island.forms import island_of
+
+            self.island = island_of(self.config, self.facts.manifest, device)
+            self.island.nursery()  # it has seconds of work to do, while the model is built here
+            torch.set_num_threads(self.island.threads)
+        self.state.enter(Phase.SYNCING, "building the model")
+        assert library.handle_key is not None
+        seed = library.seed = self._seed(links)
+        start = start_of(
+            self.facts.manifest, library.handle_key, seed, network, lambda what: self.state.enter(Phase.SYNCING, what)
+        )
+        self.batches = self._batches(seed)
+        try:
+            composer = Composer(
+                self.facts.manifest,
+                owned=(),
+                next_batch=self.batches.next,
+                fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
+                start=start,
+                device=device,
+                mode=ExpertMode.of(self.config, self.facts.manifest.train),
+            )
+        except ValueError as error:
+            raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error
+        order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
+        composer.island = self.island
+        composer.processes = 1 if self.island is None else self.island.size
+        held, saved = self._restore(composer, order)
+        self.composer = composer
+        self.trainer = Trainer(composer, self._after_step)
+        weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
+        self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
+        self.exchange.fetch_first = None if seed is None else seed.fetch_experts
+        self.common = CommonState(links, self.trainer, self.fragments, held)
+        self.outer = OuterDriver(
+            links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest.outer)
+        )
+        self.keeper = SlotKeeper(
+            links,
+            self.trainer,
+            self.exchange,
+            capacity=member.capacity,
+            num_slots=composer.num_slots,
+            folder=self.config.data_dir / "standby" / self.facts.run_id,
+            saved=saved,
+            max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
+        )
+        self.sender: SketchSender | GradientSender | None = None
+        if self.facts.manifest.sketch.kind == "rows":
+            chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
+            composer.collector = SketchCollector(self.facts.manifest.sketch, composer.shape, seed=chance)
+            self.sender = SketchSender(links, self.exchange, composer.collector)
+        elif self.sketch_averager is not None:
+            form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)
+            composer.collector = GradientCollector(form)
+            self.sender = GradientSender(links, self.trainer, self.exchange, composer.collector, rounds)
+            GradientReceiver(links, self.trainer, self.exchange, self.keeper, form, rounds)
+            member.on_sketch_open = rounds.on_sketch_open
+        self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
+        self._between_seconds = 0.0
+        composer.on_computed = self._on_computed
+        if self.facts.manifest.sketch.kind == "rows":
+            links.transport.answer_calls(self.receiver.answer)
+        self.deposing = Deposing(links, audits=True)
+        sent = self.sender.sent if isinstance(self.sender, SketchSender) else SentLog()
+        max_record_bytes = BYTES_PER_WEIGHT * weights + MAX_SKETCH_BYTES + HEADER_BYTES
+        self.auditor = Auditor(
+            links, self.trainer, self.exchange, self.deposing, sent, max_record_bytes=max_record_bytes
+        )
+        member.on_accusation = self.deposing.on_accusation
+        self.links, self.member = links, member
+        library.stock(self.trainer, self.common, self.exchange, self.keeper)
+        member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
+        member.on_round_open, member.on_records = self.outer.on_round_open, self.exchange.on_leases
+        life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
+        life.add_done_callback(lambda _: self.trainer.stop())
+        self.trainer.run()
+        try:
+            life.result()
+        except HELPER_ENDED:
+            if self.state.phase in (Phase.TRAINING, Phase.FINISHED):
+                self.writer.finish()
+                self.writer.write(*self._checkpoint_of(composer))
+            raise
+        self.state.enter(Phase.STOPPED)
+        return 0
+
+    # -- the network thread ----------------------------------------------------------------------------------------
+
+    async def _live(self, stop: StopRequest) -> None:
+        """From joining to leaving. When this ends, or fails, so does the trainer."""
+        joining = asyncio.create_task(self._join())
+        try:
+            while not stop.requested and not joining.done():
+                await asyncio.wait([joining], timeout=POLL_SECONDS)
+                self._check()
+        finally:
+            joining.cancel()  # does nothing to one that is done
+        if stop.requested:
+            self.state.enter(Phase.LEAVING, "it had not joined yet")
+            await self.member.announce()
+            return
+        joining.result()
+        await self._take_part(stop)
+
+    def _check(self) -> None:
+        self.links.check()
+        self.averager.require_alive()
+        if self.sketch_averager is not None:
+            self.sketch_averager.require_alive()
+
+    async def _join(self) -> None:
+        await catch_up(
+            self.links, self.trainer, self.common, self.exchange, lambda what: self.state.enter(Phase.SYNCING, what)
+        )
+        await self.keeper.recall()
+        await self._start_where_the_swarm_is()
+        self.state.enter(Phase.READY)
+        await self.member.announce()
+
+    async def _take_part(self, stop: StopRequest) -> None:
+        tasks = [asyncio.create_task(w) for w in self._work()]
+        try:
+            while not stop.requested:
+                self._set_phase()
+                done, _ = await asyncio.wait(tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # they end by failing only; that ends the peer, with the reason
+                self._check()
+            await self._leave(tasks[0])
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _work(self) -> list[Coroutine[Any, Any, None]]:
+        return [self.keeper.run(), self.outer.run(), self.exchange.run(), self.auditor.run()]
+
+    async def _start_where_the_swarm_is(self) -> None:
+        step = swarm_step(self.links)
+
+        def align(composer: Composer) -> None:
+            if composer.step < step:
+                log.info("joining.late", step=step)
+                composer.start_at(step)
+                self.state.resume(step=step)
+
+        await asyncio.wrap_future(self.trainer.ask(align))
+
+    def _set_phase(self) -> None:
+        """Wait for company, train, be finished."""
+        self.state.beat()
+        step = self.keeper.step = self.composer.step
+        self.state.set_unmerged(self.outer.unmerged_steps(self.composer))
+        if step >= self.facts.manifest.train.steps:
+            self.state.enter(Phase.FINISHED)
+        elif self.state.phase is Phase.READY:
+            present = [
+                record
+                for record in self.links.view().peers.values()
+                if record.role == "composer" and record.phase in ("ready", "training", "finished")
+            ]
+            started = any(record.phase in ("training", "finished") for record in present)
+            wanted = self.facts.manifest.train.min_composers
+            unowned = self.keeper.num_slots - len(self.links.view().leases)
+            if not started and len(present) < wanted:
+                self._company_since = None
+                self.state.enter(Phase.READY, f"{len(present)} of {wanted} composers are here")
+                return
+            if self._company_since is None:
+                self._company_since = time.monotonic()
+            waited = time.monotonic() - self._company_since
+            # The first steps teach most: they should not go to experts that nobody trains yet.
+            if started or unowned == 0 or waited > self.facts.manifest.ownership.lease_seconds:
+                self.state.enter(Phase.TRAINING)
+                self.trainer.start_training()
+            else:
+                self.state.enter(Phase.READY, f"{unowned} experts are still without an owner")
+
+    async def _leave(self, keeper_task: asyncio.Task[Any]) -> None:
+        """Drain: stop training, hand over, checkpoint."""
+        log.info("peer.leaving", drain_seconds=self.config.drain_seconds)
+        self.trainer.pause_training()
+        self.state.enter(Phase.LEAVING, "publishing the last stand-ins")
+        left = self.config.drain_seconds - await self.exchange.settle(self.config.drain_seconds / 2)
+        self.state.enter(Phase.LEAVING, "handing over slots")
+        await self.member.announce(Phase.LEAVING)
+        await self.keeper.drain(left)
+        keeper_task.cancel()
+        self.state.enter(Phase.LEAVING, "writing a checkpoint")
+        tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
+        await asyncio.to_thread(self.writer.write, tensors, meta)
+        await self.keeper.announce()  # what is still held is in the checkpoint; the lease says so until it runs out
+
+    # -- the training thread ---------------------------------------------------------------------------------------
+
+    def _on_computed(self, composer: Composer) -> None:
+        """Between the halves of a step: every step that a sketch waits makes it worth less."""
+        began = time.perf_counter()
+        if isinstance(self.sender, SketchSender):
+            self.sender.after_compute(composer)
+        self.receiver.drain(composer)
+        self._between_seconds = time.perf_counter() - began
+
+    def _after_step(self, composer: Composer, report: StepReport) -> None:
+        began = time.perf_counter() - self._between_seconds
+        self.exchange.after_step(composer)
+        if isinstance(self.sender, GradientSender):
+            self.sender.after_step(composer)
+        self.auditor.after_step(composer)
+        self.outer.after_step(composer)
+        every = self.config.checkpoint_every or CHECKPOINT_EVERY
+        if composer.came_round(every) and not self.writer.busy:
+            self.writer.write_soon(*self._checkpoint_of(composer), self.links.loop)
+        if report.skipped:
+            self.state.count(Count.STEPS_SKIPPED, "not_finite")
+            log.warning("step.skipped", step=composer.step, reason="loss or gradients are not finite")
+        self.state.set_processes(report.processes)
+        self.state.record_step(
+            step=composer.step,
+            steps=report.steps,
+            tokens=report.tokens,
+            loss=report.loss,
+            seconds={
+                StepPart.FORWARD_BACKWARD: report.forward_backward_seconds,
+                StepPart.OPTIMIZER: report.optimizer_seconds,
+                StepPart.EXCHANGE: time.perf_counter() - began,
+                StepPart.WAITING: self.trainer.take_served_seconds(),
+            },
+        )
+
+    def _checkpoint_of(self, composer: Composer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        meta = {
+            "run_id": self.facts.run_id,
+            "step": composer.step,
+            "tokens": composer.tokens,
+            "held": [held.round for held in self.common.held],
+            "slots": {str(slot): self.keeper.held.get(slot, 0) for slot in composer.owned},
+            "batches": self.batches.state_dict(),
+        }
+        return composer_tensors(composer), meta
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def _seed(self, links: Links) -> SeedAtHome | None:
+        if not self.facts.manifest.model.start:
+            return None
+        return SeedAtHome(links, self.config.data_dir / "seed", self.config.join_seconds)
+
+    def _batches(self, seed: SeedAtHome | None) -> Batches:
+        manifest = self.facts.manifest
+        encode: Encode = tokens_of
+        if manifest.data.tokenizer == "seed":
+            assert seed is not None
+            encode = Encoder(seed.store.need(TOKENIZER), manifest.model.config.get("eos_token_id"))
+        corpus = load_corpus(self.config.data if self.config.data != "stdlib" else manifest.data.corpus)
+        if self.config.data_shard is not None:
+            tokens = corpus.shard(*self.config.data_shard, encode)
+        else:
+            tokens = corpus.routed(self.identity.peer_id, (), encode)
+        return Batches(
+            tokens,
+            manifest.train.batch_size,
+            manifest.data.context_length,
+            seed=seed_of_peer(self.identity.peer_id, self.facts.run_id),
+        )
+
+    def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], dict[int, Snapshot]]:
+        """The common state and slots of the newest checkpoint, or of the seed."""
+        checkpoint: Checkpoint | None = self.writer.store.latest()
+        rounds, saved = [-1] * len(self.fragments), {}
+        if checkpoint is not None:
+            meta = checkpoint.meta
+            restore_backbone(composer, checkpoint.tensors, meta)
+            self.batches.load_state_dict(meta["batches"])
+            rounds = [int(number) for number in meta["held"]]
+            for slot, tensors in saved_slots(checkpoint.tensors).items():
+                copy = Copy(int(meta["slots"][str(slot)]), int(meta["step"]))
+                places = inverse(order.outward(slot, copy.epoch))
+                saved[slot] = Snapshot(copy, renamed(tensors, places))
+            self.state.resume(step=composer.step)
+            log.info("checkpoint.restored", step=composer.step, slots=sorted(saved))
+        digests = [digest_of(c, m) for c, m in zip(composer.common, composer.momentum, strict=True)]
+        return [Held(number, digest) for number, digest in zip(rounds, digests, strict=True)], saved

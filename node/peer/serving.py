@@ -1,0 +1,123 @@
+"""What this peer answers when another one fetches: the run's manifest, backbone fragments, stand-ins, whole slots."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...protocol import messages
+from ...protocol.errors import Refused
+from ...protocol.resources import Resource as Wanted
+from ...protocol.resources import ResourceKind, parse_resource
+from ...protocol.transport.downloads import FetchQuery, Resource
+from ..slots.handle_key import HOLDERS
+from ..storage.blobs import fragment_to_bytes
+from ..watching.state import Count
+from .links import Links
+
+if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would be most of its start
+    from ..audits.audit_record import AuditDesk
+    from ..backbone.common_state import CommonState
+    from ..learning.composer import Composer
+    from ..learning.trainer import Trainer
+    from ..learning.worker import Worker
+    from ..seed.joining import SeedAtHome
+    from ..slots.keeper import SlotKeeper
+    from ..standins.exchange import Exchange
+
+
+_OF_SLOTS = {
+    ResourceKind.SNAPSHOT, ResourceKind.WEIGHTS, ResourceKind.HANDOVER, ResourceKind.REBUILT, ResourceKind.STANDIN
+}  # fmt: skip
+
+
+class Library:
+    """Answers fetches. A bootstrap peer has the manifest only."""
+
+    def __init__(self, links: Links, signed_manifest: bytes) -> None:
+        self._links = links
+        self._manifest = Resource(signed_manifest)
+        self.handle_key: bytes | None = None
+        self.seed: SeedAtHome | None = None
+        self._shelves: tuple[Trainer[Composer], CommonState, Exchange] | None = None
+        self._keeper: SlotKeeper[Any] | None = None
+        self._desk: AuditDesk | None = None
+
+    def stock(
+        self, trainer: Trainer[Composer], common: CommonState, exchange: Exchange, keeper: SlotKeeper[Composer]
+    ) -> None:
+        """From now on answer for a composer too."""
+        self._shelves = (trainer, common, exchange)
+        self._keeper = keeper
+
+    def stock_slots(self, keeper: SlotKeeper[Worker], desk: AuditDesk) -> None:
+        """From now on answer for a worker too: it has slots, and nothing else."""
+        self._keeper, self._desk = keeper, desk
+
+    async def answer(self, query: FetchQuery) -> Resource | None:
+        """One fetch. None: there is no such thing here. Refused: there is, but not for this peer or not now."""
+        wanted = parse_resource(query.resource)
+        resource = await self._find(wanted, query.peer_id)
+        if resource is not None:
+            self._links.state.count(Count.BYTES, wanted.kind.value, "out", by=len(resource.data))
+        return resource
+
+    async def _find(self, wanted: Wanted, requester: str) -> Resource | None:
+        kind, index = wanted.kind, wanted.index
+        if kind is ResourceKind.MANIFEST:
+            return self._manifest
+        if kind is ResourceKind.HANDLE_KEY:
+            return self._key_for(requester)
+        if kind in (ResourceKind.SEED, ResourceKind.SEED_INDEX):
+            return await asyncio.to_thread(self._part, index)
+        if self._keeper is None or index is None:
+            return None
+        if kind in _OF_SLOTS:
+            if index >= self._keeper.num_slots:
+                return None
+            if kind is ResourceKind.SNAPSHOT:
+                return await self._keeper.serving.snapshot(index)
+            if kind is ResourceKind.WEIGHTS:
+                return await self._keeper.serving.weights(index)
+            if kind is ResourceKind.HANDOVER:
+                return await self._keeper.serve_handover(index, requester)
+            if kind is ResourceKind.REBUILT:
+                return await self._keeper.serving.rebuilt(index)
+            return await self._keeper.serving.standin(index)
+        if kind is ResourceKind.AUDIT:
+            assert wanted.pair is not None
+            return None if self._desk is None else await self._desk.serve(index, *wanted.pair, requester)
+        if self._shelves is None:
+            return None
+        trainer, common, exchange = self._shelves
+        if kind is ResourceKind.HANDLES:
+            assert wanted.pair is not None
+            table = exchange.layers.handles.table(index, *wanted.pair, exchange.layers.num_layers)
+            return Resource(messages.encode(table))
+        if index >= len(common.held):
+            return None
+
+        def state(composer: Composer) -> tuple[Tensor, Tensor]:
+            if kind is ResourceKind.LOCAL:
+                local = composer.local_fragment(index)
+                return local, torch.zeros_like(local)
+            return composer.common[index], composer.momentum[index]  # replaced as a whole, never written to
+
+        fragment, momentum = await asyncio.wrap_future(trainer.ask(state))
+        return Resource(await asyncio.to_thread(fragment_to_bytes, fragment, momentum))
+
+    def _part(self, number: int | None) -> Resource | None:
+        """Of the run's seed, as far as it is here."""
+        if self.seed is None:
+            return None
+        data = self.seed.store.index_bytes() if number is None else self.seed.store.part(number)
+        return None if data is None else Resource(data)
+
+    def _key_for(self, requester: str) -> Resource | None:
+        record = self._links.view().peers.get(requester)
+        if record is None or record.role not in HOLDERS:
+            raise Refused("not-granted", f"{requester} is not known as a composer: workers do not get the handle key")
+        return None if self.handle_key is None else Resource(self.handle_key)

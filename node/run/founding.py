@@ -1,0 +1,158 @@
+"""Founding: the manifest of a new run, from a preset and what the founder wants otherwise."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ...protocol.experts.handles import key_digest
+from ...protocol.identity import Identity
+from ..config import PeerConfig
+from ..errors import ConfigError
+from ..model.families import about_the_model
+from ..model.init import built_expert_shape, has_selection_biases
+from ..model.presets import preset
+from ..sketches.sketch_choice import within_budget
+from ..slots.handle_key import found_key
+from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, with_settings
+
+# Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
+MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
+
+
+def new_manifest(
+    config: PeerConfig,
+    preset_name: str,
+    *,
+    name: str | None = None,
+    steps: int | None = None,
+    min_composers: int = 1,
+    lease_seconds: float = 20.0,
+    private_layers: int = 0,
+    sketch_budget: int | None = None,
+    settings: Sequence[str] = (),
+    model: Path | None = None,
+    seed: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Manifest:
+    """A run to be founded by the peer of `config`, whose identity and handle key are made if need be.
+
+    Args:
+        sketch_budget: bytes that a composer may send for sketches in one step; None leaves that to `settings`.
+        settings: see `with_settings`; they win over everything else.
+        model: config.json of what to train instead of the preset's model, or a folder with one.
+        seed: folder of the MoE checkpoint that the run starts from; its parts are written into the data directory.
+        progress: told slots of it that are done, and how many there are.
+
+    Raises ConfigError or ManifestError for what is not possible.
+    """
+    name = name or preset_name
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
+        raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
+    parts = preset(preset_name)
+    train = parts.train
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
+        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
+    if min_composers < 1:
+        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
+    train = msgspec.structs.replace(train, min_composers=min_composers)
+    config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    manifest = Manifest(
+        name=name,
+        founder=Identity.load_or_create(config.identity_path).peer_id,
+        created_at=int(time.time()),
+        model=msgspec.structs.replace(
+            parts.model,
+            config=parts.model.config if model is None else _config_in(model, parts.data.context_length),
+            private_layers=private_layers,
+        ),
+        data=parts.data,
+        train=train,
+        outer=parts.outer,
+        standin=parts.standin,
+        ownership=OwnershipSpec(lease_seconds=lease_seconds),
+        privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
+    )
+    if model is not None and seed is not None:
+        raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
+    if settings:
+        manifest = with_settings(manifest, settings)
+    lease_seconds = manifest.ownership.lease_seconds
+    if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
+        raise ConfigError(
+            f"lease_seconds = {lease_seconds:g} is not possible",
+            fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
+        )
+    if manifest.model.private_layers:
+        try:
+            built_expert_shape(manifest.model)
+        except ValueError as error:
+            raise ConfigError(str(error), fix="give fewer --private-layers, from 0 up") from None
+    if manifest.train.bias_rate and not has_selection_biases(manifest.model):
+        raise ConfigError(
+            "train.bias_rate is set, and routers of this family have no selection biases",
+            fix="leave it at 0, or take a model of a family like glm4_moe or deepseek_v3",
+        )
+    if sketch_budget is not None:
+        try:
+            manifest = within_budget(manifest, sketch_budget)
+        except ValueError as error:
+            raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
+        manifest = with_settings(manifest, settings)  # what was said in so many words holds
+    if seed is not None:
+        manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
+    stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
+    return msgspec.structs.replace(manifest, model=stated)
+
+
+def _config_in(path: Path, context_length: int) -> dict[str, Any]:
+    """A model's config as a manifest has it."""
+    from ..learning.data import VOCAB_SIZE
+
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = about_the_model(json.loads(file.read_text(encoding="utf-8")))
+        built_expert_shape(ModelSpec(config=config))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is no model to train: {error}", fix="take the config.json of a MoE family of transformers"
+        ) from error
+    if config.get("vocab_size", 0) < VOCAB_SIZE:
+        raise ConfigError(f"{file} has a vocabulary below {VOCAB_SIZE}, and text is bytes", fix="set vocab_size to 256")
+    if config.get("max_position_embeddings", context_length) < context_length:
+        raise ConfigError(
+            f"{file} has fewer positions than the {context_length} of the preset",
+            fix="raise max_position_embeddings, or take another --preset",
+        )
+    return config
+
+
+def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:
+    """The same run, of the checkpoint's model and tokenizer, with its parts in `folder`."""
+    from ..seed.split import Checkpoint
+
+    if manifest.model.private_layers:
+        raise ConfigError("a run that starts from a checkpoint has no private layers", fix="leave one of both out")
+    if manifest.train.expert_weights == "ternary":
+        raise ConfigError("a checkpoint's experts are not ternary", fix="leave train.expert_weights as it is")
+    checkpoint = Checkpoint(seed)
+    start = checkpoint.split(folder, manifest.standin, progress)
+    model = msgspec.structs.replace(
+        manifest.model, config=checkpoint.config(), start=start, bases=checkpoint.most_bases
+    )
+    tokenizer: Literal["bytes", "seed"] = "seed" if checkpoint.tokenizer else "bytes"
+    data = msgspec.structs.replace(manifest.data, tokenizer=tokenizer)
+    manifest = msgspec.structs.replace(manifest, model=model, data=data)
+    try:
+        built_expert_shape(manifest.model)
+    except ValueError as error:
+        raise ConfigError(f"{seed} cannot start a run: {error}", fix="take one of a MoE family") from error
+    return manifest

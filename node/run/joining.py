@@ -1,0 +1,103 @@
+"""Catching up with a run: what a peer that comes late, or comes back, fetches before it trains."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+from ...protocol.averaging.rounds import latest_commit, majority, tally
+from ..backbone.common_state import CommonState, Held
+from ..learning.composer import Composer
+from ..learning.trainer import Trainer
+from ..logs import get_logger
+from ..peer.links import Links
+from ..standins.exchange import Exchange
+
+log = get_logger(__name__)
+
+# How long to look for what a quorum backs before going on with what is here; the outer driver keeps looking afterwards.
+BACKBONE_SECONDS = 20.0
+PARALLEL_FETCHES = 2  # peers refuse more than a few streams at a time from one other
+
+
+async def catch_up(
+    links: Links, trainer: Trainer[Composer], common: CommonState, exchange: Exchange, progress: Callable[[str], None]
+) -> None:
+    """Fetch the newest common backbone and every owner's published stand-ins.
+
+    A fragment or stand-in that cannot be had now is not an error: the outer driver and the exchange repair it later.
+    """
+    progress("reading the directory")
+    await links.read_directory()
+    await _backbone(links, trainer, common, progress)
+    await _standins(links, exchange, progress)
+
+
+async def _backbone(
+    links: Links, trainer: Trainer[Composer], common: CommonState, progress: Callable[[str], None]
+) -> None:
+    parts = len(common.held)
+    for index in range(parts):
+        progress(f"backbone fragment {index + 1} of {parts}")
+        deadline = links.loop.time() + BACKBONE_SECONDS
+        while True:
+            changed = links.news.next_change()
+            # Of the others only: this peer does not take part yet. One that trains alone is believed, too: without its
+            # state the two would count different rounds for ever.
+            wanted, backers = newest(links, index, parts, majority(len(links.active_composers())))
+            if wanted is None and not links.votes(index):
+                break  # nobody has merged anything yet
+            if wanted is not None and wanted.round <= common.held[index].round:
+                break
+            if wanted is not None and await common.fetch_fragment(index, wanted, backers):
+                # Whatever was trained here before the peer went away is long stale: take the swarm's state as it is.
+                await asyncio.wrap_future(trainer.ask(partial(_drop_drift, index=index)))
+                break
+            if links.loop.time() > deadline:
+                log.warning("joining.no_backbone", fragment=index, wanted=str(wanted and wanted.round))
+                break
+            await links.news.wait(changed, 1.0)
+
+
+def _drop_drift(composer: Composer, index: int) -> None:
+    composer.reset_fragment(index, composer.common[index], composer.momentum[index])
+
+
+def newest(links: Links, index: int, parts: int, need: int | None = None) -> tuple[Held | None, list[str]]:
+    """The newest state that `need` composers (default: a quorum) back, and who has it; (None, []) if there is none."""
+    votes = links.votes(index)
+    need = links.quorum() if need is None else need
+    number = latest_commit([votes], parts, need)
+    if number is None:
+        return None, []
+    verdict = tally(votes, number, parts, need)
+    assert verdict.committed is not None
+    return Held(number, verdict.committed), [p for p in verdict.supporters if p != links.peer_id]
+
+
+async def _standins(links: Links, exchange: Exchange, progress: Callable[[str], None]) -> None:
+    exchange.on_leases()
+    owners = {
+        slot: claim.owner
+        for slot, claim in links.view().leases.items()
+        if claim.owner != links.peer_id and slot in exchange.followed  # anybody can claim slots that there are not
+    }
+    gate, done = asyncio.Semaphore(PARALLEL_FETCHES), 0
+
+    async def fetch(slot: int, owner: str) -> None:
+        nonlocal done
+        async with gate:
+            await exchange.fetch_standin(slot, owner)
+            done += 1
+            progress(f"stand-ins of slot {slot} ({done} of {len(owners)})")
+
+    await asyncio.gather(*(fetch(slot, owner) for slot, owner in sorted(owners.items())))
+
+
+def swarm_step(links: Links) -> int:
+    """Where the run is: the median step of the composers that train; 0 if none does."""
+    links.view()
+    steps = [step for peer, step in links.active_steps.items() if peer != links.peer_id]
+    return int(statistics.median_low(steps)) if steps else 0

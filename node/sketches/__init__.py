@@ -1,0 +1,1 @@
+"""What a composer's tokens teach the experts of others: collected, sent, received, learned from."""

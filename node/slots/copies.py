@@ -1,0 +1,109 @@
+"""Copies of slots that are kept for their owners, on disk, and what a peer's own checkpoint had of slots."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
+from ...protocol.experts.ownership import Copy
+from ...protocol.messages import StandInSnapshot
+from ..logs import get_logger
+from ..storage.blobs import from_bytes, to_bytes
+from .slot_state import SlotTensors
+
+log = get_logger(__name__)
+
+RETRY_SECONDS = 1.0  # after an attempt that failed
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One slot's state: what it stands for, its tensors in the wire's order, and what had been published by then."""
+
+    copy: Copy
+    tensors: SlotTensors
+    published: StandInSnapshot | None = None
+
+
+class CopyStore:
+    """Copies by slot.
+
+    Args:
+        folder: where they are kept; made if missing.
+        saved: slots found in this peer's checkpoint.
+    """
+
+    def __init__(self, folder: Path, saved: Mapping[int, Snapshot]) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.partial"):
+            left.unlink()
+        self._stores = itertools.count()
+        self._saved = dict(saved)
+        self._published: dict[int, StandInSnapshot] = {}
+        self._refreshing: dict[int, asyncio.Task[None]] = {}
+        self.held: dict[int, Copy] = {slot: snapshot.copy for slot, snapshot in saved.items()}
+
+    def refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
+        """Fetch a newer copy and keep it, beside whatever else happens to the slot. Nothing if that is under way."""
+        if slot not in self._refreshing:
+            self._refreshing[slot] = asyncio.create_task(self._refresh(slot, fetch))
+
+    async def _refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
+        try:
+            await self.store(slot, await fetch())
+        except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
+            log.warning("slot.copy_failed", slot=slot, error=str(error))
+            await asyncio.sleep(RETRY_SECONDS)  # under way still: every bit of news would try it again
+        finally:
+            if self._refreshing.get(slot) is asyncio.current_task():
+                del self._refreshing[slot]
+
+    def stop_refreshing(self, slot: int) -> None:
+        """An owner that is gone must not keep the copy that there is from being used."""
+        task = self._refreshing.pop(slot, None)
+        if task is not None:
+            task.cancel()
+
+    async def store(self, slot: int, snapshot: Snapshot) -> None:
+        """Keep a copy, in place of an older one."""
+        path = self._path(slot)
+        # A name of its own: a write whose task was cancelled goes on in its thread.
+        partial = path.with_suffix(f".{next(self._stores)}.partial")
+        try:
+            await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
+            partial.replace(path)
+        finally:
+            partial.unlink(
+                missing_ok=True
+            )  # a full disk is tried again and again: half-written ones would keep it full
+        self._saved.pop(slot, None)
+        self.held[slot] = snapshot.copy
+        if snapshot.published is not None:
+            self._published[slot] = snapshot.published
+
+    async def load(self, slot: int) -> Snapshot:
+        """A copy that is held. Refused or OSError if it is damaged, Refused if it was replaced meanwhile."""
+        copy, published = self.held[slot], self._published.get(slot)
+        if slot in self._saved:
+            return self._saved[slot]
+        path = self._path(slot)
+        tensors = await asyncio.to_thread(lambda: from_bytes(path.read_bytes(), what=f"copy of slot {slot}"))
+        if self.held.get(slot) is not copy:  # the file may be the new one, whose experts are in another order
+            raise Refused("replaced", f"the copy of slot {slot} has just been replaced")
+        return Snapshot(copy, tensors, published)
+
+    def drop(self, slot: int) -> None:
+        """Forget a copy, if there is one, and one that is on its way."""
+        self.stop_refreshing(slot)
+        self.held.pop(slot, None)
+        self._saved.pop(slot, None)
+        self._published.pop(slot, None)
+        self._path(slot).unlink(missing_ok=True)
+
+    def _path(self, slot: int) -> Path:
+        return self._folder / f"slot-{slot}.safetensors"

@@ -1,0 +1,387 @@
+"""Ownership as a peer lives it: claiming, renewing, taking over, handing over, keeping copies for others.
+
+What to do is decided by `protocol/experts/ownership.py`; this file does it. One loop looks at the directory every tenth
+of a lease, and at once when news of another peer comes; whatever takes time (a handover, a snapshot) runs beside it,
+marked busy. Fencing is by epoch: a claim is announced before its slot is trained, and a peer that sees a stronger claim
+than its own lets go in the same pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ...protocol import messages, resources
+from ...protocol.directory.records import Lease, LeaseRecord
+from ...protocol.directory.standing import situation_of
+from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
+from ...protocol.experts.ownership import (
+    COPY_RAISE,
+    MAX_EPOCH,
+    ClaimFree,
+    Copy,
+    DropStandby,
+    KeepStandby,
+    Reclaim,
+    RequestHandover,
+    Rules,
+    Situation,
+    TakeOver,
+    Watch,
+    Yield,
+    decide,
+    grants_handover,
+)
+from ...protocol.messages import SlotState, SurrogateDelta
+from ...protocol.transport.downloads import Resource
+from ..learning.owning import ExpertOwner
+from ..learning.trainer import Trainer
+from ..logs import get_logger
+from ..peer.links import Links
+from ..standins.publishing import Published, Publishing
+from ..storage.blobs import from_bytes
+from ..watching.state import Count
+from ..watching.state import Lease as LeaseSeen
+from .copies import RETRY_SECONDS, CopyStore, Snapshot
+from .slot_serving import SlotServing
+from .slot_state import SlotTensors
+
+log = get_logger(__name__)
+
+O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
+
+SNAPSHOT_SECONDS = 60.0
+PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
+
+
+class SlotKeeper(Generic[O]):
+    """Holds this peer's slots. Runs on the asyncio loop; the trainer's thread only sees `adopt` and `release`.
+
+    Args:
+        capacity: slots this peer may own.
+        folder: where copies for others are kept.
+        saved: slots found in this peer's checkpoint.
+        max_slot_bytes: refuse larger snapshots.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        trainer: Trainer[O],
+        exchange: Publishing[O],
+        *,
+        capacity: int,
+        num_slots: int,
+        folder: Path,
+        saved: Mapping[int, Snapshot],
+        max_slot_bytes: int,
+    ) -> None:
+        self._links, self._trainer, self._exchange = links, trainer, exchange
+        self.capacity = capacity
+        self.num_slots = num_slots
+        self._copies = CopyStore(folder, saved)
+        self._max_slot_bytes = max_slot_bytes
+        self._rules = Rules(lease=links.manifest.ownership.lease_seconds)
+        self._watch = Watch(links.peer_id)
+        epochs = {slot: snapshot.copy.epoch for slot, snapshot in saved.items()}
+        self._watch.recall(links.clock(), epochs, links.peer_id)
+        self.held: dict[int, int] = {}  # slot -> epoch
+        self._versions: dict[int, int] = {}  # slot -> owner's step of the newest snapshot offered
+        self._busy: set[int] = set()
+        self._fetching = asyncio.Semaphore(PARALLEL_FETCHES)
+        self._granted: dict[int, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticking = asyncio.Lock()
+        self._announcing = asyncio.Lock()
+        self._asked = self._announced = 0  # calls of `announce`, and up to which of them it has been done
+        self._unsent: list[SurrogateDelta] = []  # announcements of slots that are in no published lease yet
+        self._out_of_epochs: set[int] = set()
+        self._leaving = False
+        self.step = 0  # the trainer's, as last reported
+        self.serving = SlotServing(links, trainer, exchange, self._copies, lambda: (self.held, self.step))
+
+    async def recall(self) -> None:
+        """Learn epochs that the directory has forgotten but the stand-ins fetched from others still name."""
+        epochs = await asyncio.wrap_future(self._trainer.ask(lambda _: self._exchange.epochs()))
+        self._watch.recall(self._links.clock(), epochs)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled: look, decide, act, renew."""
+        renewed = -math.inf
+        while True:
+            changed = self._links.news.next_change()
+            await self.tick()
+            now = self._links.loop.time()  # a wall clock that is set back must not stop renewals
+            if now - renewed >= self._rules.lease / 4:
+                renewed = now
+                await self.announce()
+            if not await self._links.news.wait(changed, self._rules.lease / 10):
+                await self._links.read_directory()
+
+    async def tick(self) -> None:
+        """Decide and act once, on what is known now."""
+        async with self._ticking:  # letting go takes time: nobody may act on a decision that another tick has acted on
+            await self._tick()
+
+    async def _tick(self) -> None:
+        situation = self._situation()
+        if not self._links.directory.clocks.right(self._rules.lease):  # no telling then who is gone
+            situation = replace(situation, capacity=0)
+        for action in decide(self._watch, situation, self._rules):
+            match action:
+                case ClaimFree(epoch=epoch) | TakeOver(epoch=epoch) | RequestHandover(epoch=epoch) if epoch > MAX_EPOCH:
+                    self._give_up_on(action.slot)
+                case Yield(slot, to_peer, epoch):
+                    snapshot = await self._let_go(slot, to_peer, epoch)
+                    if snapshot is not None:
+                        self._spawn(slot, self._copies.store(slot, snapshot))
+                case Reclaim(slot, to_peer, epoch):
+                    snapshot = await self._let_go(slot, to_peer, epoch - COPY_RAISE)
+                    assert snapshot is not None
+                    self._spawn(slot, self._claim_back(slot, epoch, snapshot))
+                case DropStandby(slot):
+                    self._copies.drop(slot)
+                case ClaimFree(slot, epoch):
+                    self._spawn(slot, self._claim(slot, epoch))
+                case TakeOver():
+                    self._spawn(action.slot, self._take_over(action))
+                case RequestHandover(slot, from_peer, epoch):
+                    self._spawn(slot, self._ask_for(slot, from_peer, epoch))
+                case KeepStandby(slot, owner):
+                    self._copies.refresh(slot, partial(self._fetch, owner, resources.snapshot(slot)))
+        self._report()
+
+    def _give_up_on(self, slot: int) -> None:
+        """Somebody has claimed the last epoch there is; a claim beyond would be refused by all."""
+        if slot not in self._out_of_epochs:
+            self._out_of_epochs.add(slot)
+            log.error("slot.out_of_epochs", slot=slot)
+
+    def _situation(self) -> Situation:
+        return situation_of(
+            self._links.view(),
+            self._watch,
+            now=self._links.clock(),
+            capacity=0 if self._leaving else self.capacity,
+            num_slots=self.num_slots,
+            replication=self._links.manifest.ownership.replication,
+            held=self.held,
+            copies=self._copies.held,
+            busy=self._busy,
+        )
+
+    def _spawn(self, slot: int, work: Awaitable[None]) -> None:
+        self._copies.stop_refreshing(slot)
+        self._busy.add(slot)
+
+        async def guarded() -> None:
+            try:
+                await work
+            except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
+                log.warning("slot.attempt_failed", slot=slot, error=str(error))
+                await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
+            finally:
+                self._busy.discard(slot)
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- gaining and losing ----------------------------------------------------------------------------------------
+
+    async def _acquire(self, slot: int, epoch: int, snapshot: Snapshot | None) -> None:
+        tensors = None if snapshot is None else snapshot.tensors
+        published = None if snapshot is None else snapshot.published
+        since = 0 if snapshot is None else snapshot.copy.epoch
+        await self._exchange.prepare(slot, epoch, {since} if published is None else {since, published.epoch})
+        announcement = await asyncio.wrap_future(
+            self._trainer.ask(lambda owner: self._exchange.adopt(owner, slot, epoch, tensors, since, published))
+        )
+        self.held[slot] = epoch
+        self._versions[slot] = self.step
+        self._copies.drop(slot)
+        log.info("slot.owned", slot=slot, epoch=epoch)
+        self._unsent.append(announcement)
+        await self.announce()
+        self._links.news.changed()
+
+    async def _claim(self, slot: int, epoch: int) -> None:
+        """A slot that nobody has owned yet."""
+        await self._acquire(slot, epoch, await self._rebuild(slot))
+
+    async def _rebuild(self, slot: int) -> Snapshot | None:
+        """A slot from what runs in its place: as seeded, or as last published. None: the composer here knows it."""
+        if await self._exchange.can_seed(slot):
+            return None
+        for peer in self._links.active_composers(waiting=True):
+            try:
+                return await self._fetch(peer, resources.rebuilt(slot))
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                log.info("slot.not_rebuilt", slot=slot, peer=peer, error=str(error))
+        raise Refused("no-composer", f"no composer has made slot {slot}'s first state")
+
+    async def _take_over(self, action: TakeOver) -> None:
+        slot, snapshot = action.slot, None
+        if action.copy is not None:
+            try:
+                snapshot = await self._copies.load(slot)
+            except (Refused, OSError) as error:
+                log.error("slot.copy_damaged", slot=slot, error=str(error))
+                self._copies.drop(slot)
+        for peer in action.sources if snapshot is None else ():
+            try:
+                snapshot = await self._fetch(peer, resources.snapshot(slot))
+                break
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
+        if snapshot is None:
+            log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
+            self._links.state.count(Count.LOST_SLOTS)
+            snapshot = await self._rebuild(slot)
+        else:
+            log.warning("slot.taken_over", slot=slot, epoch=action.epoch, copy=str(action.copy))
+        try:
+            await self._acquire(slot, action.epoch, snapshot)
+        except ValueError:
+            self._copies.drop(slot)  # if it was that one: the next try asks others
+            raise
+
+    async def _claim_back(self, slot: int, epoch: int, snapshot: Snapshot) -> None:
+        log.warning("slot.claimed_back", slot=slot, epoch=epoch, copy=str(snapshot.copy))
+        await self._copies.store(slot, snapshot)  # whatever becomes of the claim
+        await self._acquire(slot, epoch, snapshot)
+
+    async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:
+        snapshot = await self._fetch(owner, resources.handover(slot))
+        if snapshot.copy.epoch != epoch - COPY_RAISE:
+            raise Refused("stale", f"slot {slot} is handed over at epoch {snapshot.copy.epoch}, to be had at {epoch}")
+        await self._acquire(slot, epoch, snapshot)
+
+    async def _let_go(self, slot: int, to_peer: str, epoch: int) -> Snapshot | None:
+        """Stop owning a slot. Returns its last state, unless this peer leaves: until a standby has fetched the new
+        owner's it may be the only copy."""
+        held = self.held.pop(slot)
+        version = self._versions.pop(slot)
+        timer = self._granted.pop(slot, None)
+        if timer is not None:
+            timer.cancel()
+
+        def release(owner: O) -> tuple[SlotTensors | None, Published | None]:
+            tensors = None if self._leaving else self._exchange.snapshot(owner, slot, held)
+            published = self._exchange.published(owner, slot)
+            self._exchange.release(owner, slot)
+            return tensors, published
+
+        tensors, published = await asyncio.wrap_future(self._trainer.ask(release))
+        log.info("slot.released", slot=slot, to=to_peer, epoch=epoch)
+        await self.announce()
+        if tensors is None:
+            return None
+        standin = None if published is None else await asyncio.to_thread(published.snapshot)
+        return Snapshot(Copy(held, version), tensors, standin)
+
+    async def _fetch(self, peer: str, resource: str) -> Snapshot:
+        async with self._fetching:
+            got = await self._links.fetch(
+                peer, resource, max_bytes=self._max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS
+            )
+        state = await asyncio.to_thread(messages.decode, got.data, SlotState)
+        tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))
+        return Snapshot(Copy(state.epoch, state.version), tensors, state.standin)
+
+    # -- handing over ----------------------------------------------------------------------------------------------
+
+    async def serve_handover(self, slot: int, requester: str) -> Resource | None:
+        """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
+        if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + COPY_RAISE):
+            raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
+        full = self._links.manifest.ownership.handover == "full"
+
+        def freeze(owner: O) -> None:
+            owner.freeze(slot)
+            if not full:  # what is published may be all that travels
+                self._exchange.publish_now(owner, [slot])
+
+        await asyncio.wrap_future(self._trainer.ask(freeze))
+        old = self._granted.pop(slot, None)
+        if old is not None:
+            old.cancel()
+        self._granted[slot] = self._links.loop.call_later(self._rules.lease, self._resume, slot)
+        return await self.serving.snapshot(slot, full=full)
+
+    def _resume(self, slot: int) -> None:
+        self._granted.pop(slot, None)
+        if slot in self.held:
+            log.warning("slot.handover_lapsed", slot=slot)
+            self._trainer.ask(lambda owner: owner.thaw(slot))
+
+    # -- announcing ------------------------------------------------------------------------------------------------
+
+    async def announce(self) -> None:
+        """Publish the leases of all held slots, then where the stand-ins of new ones stand.
+
+        Whoever asks while that is under way waits for the next time, together: a peer that gains hundreds of slots at
+        once publishes a few records, not one for each.
+        """
+        self._asked = wanted = self._asked + 1
+        async with self._announcing:
+            if self._announced >= wanted:
+                return
+            told = self._asked
+            await self._announce()
+            unsent, self._unsent = self._unsent, []
+            if unsent:
+                await self._exchange.send(unsent)
+            self._announced = told
+
+    async def _announce(self) -> None:
+        every = self._links.manifest.ownership.snapshot_every
+        for slot, version in self._versions.items():
+            if self.step - version >= every:
+                self._versions[slot] = self.step - self.step % every
+        now = self._links.clock()
+        record = LeaseRecord(
+            owner=self._links.peer_id,
+            leases=[Lease(slot, epoch, self._versions[slot]) for slot, epoch in sorted(self.held.items())],
+            issued_at=now,
+            expires_at=now + self._rules.lease,
+        )
+        await self._links.announce(record)
+        self._report()
+
+    def _report(self) -> None:
+        updates = self._exchange.updates
+        self._links.state.set_slots(
+            leases=[
+                LeaseSeen(slot=slot, epoch=epoch, version=self._versions[slot], updates=updates.get(slot, 0))
+                for slot, epoch in self.held.items()
+            ],
+            standby=sorted(set(self._copies.held) - set(self.held)),
+        )
+
+    async def drain(self, seconds: float) -> None:
+        """Offer every held slot to the others and wait until all are taken, or nobody has room, or time is up.
+
+        The peer's own record must say `leaving` already: it is what makes the others ask.
+        """
+        self._leaving = True
+        for task in list(self._tasks):  # what is not acquired by now stays with its owner
+            task.cancel()
+        for slot in range(self.num_slots):
+            self._copies.stop_refreshing(slot)
+        deadline = self._links.loop.time() + seconds
+        while True:
+            changed = self._links.news.next_change()
+            await self.tick()  # after one that is under way: a slot that it took from `held` is let go by then
+            desired = self._situation().desired
+            if not any(desired[slot] for slot in self.held) or self._links.loop.time() >= deadline:
+                return
+            if not await self._links.news.wait(changed, min(1.0, self._rules.lease / 10)):
+                await self._links.read_directory()

@@ -1,0 +1,71 @@
+"""How a machine knows that a peer runs on it: a lock on its data directory and `peer.json`, which says where."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import IdentityInUse, NoPeerHere
+
+
+@contextlib.contextmanager
+def hold_data_dir(data_dir: Path) -> Iterator[None]:
+    """Keep every other peer out of `data_dir` (created if missing) for the duration of the block.
+
+    The kernel drops the lock when the process ends, however it ends.
+
+    Raises:
+        IdentityInUse: another process holds it.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (data_dir / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise IdentityInUse(
+                f"another peer is running on {data_dir}",
+                fix="stop it, or give this one a directory of its own with --data-dir",
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def announce_here(data_dir: Path, url: str) -> Iterator[None]:
+    """Say in `peer.json` where this process' HTTP server is, for `shoal status`; take it back at the end."""
+    path = data_dir / "peer.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+    temporary.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def find_peer(data_dir: Path) -> str:
+    """The URL of the peer that runs on `data_dir`.
+
+    Raises:
+        NoPeerHere: none does, or it died without taking its `peer.json` back.
+    """
+    path = data_dir / "peer.json"
+    try:
+        said = json.loads(path.read_text())
+        url, pid = str(said["url"]), int(said["pid"])
+    except OSError:  # there is none, or `data_dir` is no folder, or is not ours to read
+        raise NoPeerHere(f"no peer runs on {data_dir}", fix="start one, or name its --data-dir or its URL") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise NoPeerHere(f"{path} is damaged: {error}", fix="delete it and start the peer again") from None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        raise NoPeerHere(
+            f"the peer that ran on {data_dir} (process {pid}) has died", fix="start it again; it resumes by itself"
+        ) from None
+    except PermissionError:
+        pass  # alive, but another user's
+    return url

@@ -1,0 +1,1 @@
+"""What a running peer shows: state, Prometheus metrics, health, the status page."""
