@@ -52,7 +52,7 @@ def test_light_commands_import_nothing_heavy(argv: list[str]) -> None:
 
 def test_a_worker_knows_its_experts_without_what_only_backbones_need() -> None:
     program = (
-        "import sys\nfrom shoal.node.peer.peer import peer, working\nfrom shoal.node.model.init import expert_shape\n"
+        "import sys\nfrom shoal.node.peer import peer, working\nfrom shoal.node.model.init import expert_shape\n"
         "from shoal.node.run.manifest import ExpertShape, ModelSpec\n"
         "shape = ExpertShape(num_layers=1, num_experts=2, hidden=4, width=4, act='silu', std=0.1)\n"
         "assert expert_shape(ModelSpec(config={}, experts=shape)) == shape\n"

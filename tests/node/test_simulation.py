@@ -14,7 +14,7 @@ from shoal.node.simulation.scenario import Scenario
 from shoal.node.simulation.swarm import Fault, Swarm
 from shoal.node.simulation.tapes import play
 from shoal.protocol.averaging.grouping import MAX_GROUP
-from shoal.protocol.directory.directory import view
+from shoal.protocol.directory import view
 
 SMALL = Scenario(peers=8, hours=0.1, preset="tiny", step_seconds=1.0, straggler_share=0.0)
 
