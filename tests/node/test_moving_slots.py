@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from shoal.node.learning.optimizer import experts_group
 from shoal.node.learning.owning import ExpertOwner
 from shoal.node.run.manifest import Manifest
 from shoal.node.slots.slot_state import SlotTensors
@@ -42,7 +43,7 @@ def test_a_slot_moves_to_the_bit(source: str, target: str, standin: str) -> None
     second.adopt(1, tensors, published)
     assert same(second.snapshot(1), tensors)
     shapes = {id(t) for expert in second.experts_of(1) for t in (expert.gate_up, expert.down)}
-    assert shapes <= {id(t) for t in second.optimizer.param_groups[0]["params"]}
+    assert shapes <= {id(t) for t in experts_group(second.optimizer)["params"]}
     second.step = first.step
     sketches = {position: sketch_of(*rows(9)) for position in range(LAYERS)}
     for owner in (first, second):
