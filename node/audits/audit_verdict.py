@@ -26,7 +26,7 @@ from ...protocol.errors import Refused, ShoalError
 from ...protocol.experts.auditing import Finding
 from ...protocol.messages import AuditRecord, SlotState
 from ..learning.expert_mode import SAVED, ExpertMode
-from ..learning.optimizer import checked_state, put_state, set_rate
+from ..learning.optimizer import checked_state, experts_group, put_state, set_rate
 from ..learning.worker import CLIP_EPSILON, Worker
 from ..model.init import expert_shape
 from ..run.manifest import Manifest
@@ -75,7 +75,7 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, menu: Menu) -> 
                 return Finding.OTHER_STANDIN
         if not _on_schedule(record, replay, known.steps):
             return Finding.WRONG_RATE
-        if manifest.sketch.kind == "rows" and manifest.train.optimizer == "adamw":
+        if manifest.sketch.kind == "rows" and manifest.train.optimizer != "adamw8bit":
             found = replay.take(sketches)
             if found is not Finding.PASSED:
                 return found
@@ -150,13 +150,14 @@ class Replay(Worker):
         self.shape = msgspec.structs.replace(self.shape, num_layers=len(record.experts))
         self.step = record.step
         experts, states = [], []
+        group = experts_group(self.optimizer)
         for position, told in enumerate(states_before):
             tensors = _named(position, told)
             expert = self._checked_expert(position, tensors)
             prefix = f"{position}." + (SAVED if low_rank else "")
             experts.append(expert)
             states.append([
-                checked_state(self.optimizer, weights.shape, under(f"{prefix}{name}.", tensors))
+                checked_state(self.optimizer, group, weights.shape, under(f"{prefix}{name}.", tensors))
                 for name, weights in zip(expert.names, expert.trained, strict=True)
             ])  # fmt: skip
         # By position: what was published when the step was taken, then earlier ones.

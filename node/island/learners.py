@@ -35,6 +35,7 @@ from ..learning.composer import Computed, StepReport
 from ..learning.optimizer import (
     checked_state,
     experts_group,
+    group_of,
     learning_rate,
     make_optimizer,
     put_state,
@@ -253,4 +254,5 @@ class LearnerReplica(Replica):
                 self._put(parameter, moments)
 
     def _put(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-        put_state(self._optimizer, parameter, checked_state(self._optimizer, parameter.shape, moments))
+        group = group_of(self._optimizer, parameter)
+        put_state(self._optimizer, parameter, checked_state(self._optimizer, group, parameter.shape, moments))

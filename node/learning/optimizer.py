@@ -1,4 +1,4 @@
-"""The inner optimizer, AdamW, and its schedule; moving one parameter's state to another optimizer with its slot."""
+"""The inner optimizer and its schedule; moving one parameter's state to another optimizer with its slot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ...kernels.adamw import AdamW
 from ...kernels.interface import check_tensor
+from ...kernels.muon import ORTHOGONAL, Muon
+from ...protocol.averaging.fragments import tier_of
 from ..run.manifest import TrainSpec
 
 _BLOCK = 256  # of the 8-bit optimizer's scales
@@ -19,21 +21,30 @@ _RATIO = "rate_ratio"  # of a group: its learning rate, over the schedule's
 
 
 def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """AdamW over the backbone, in two groups: matrices, which are decayed, and the rest. A third takes experts."""
-    matrices = [p for p in backbone.values() if p.ndim >= 2]
-    others = [p for p in backbone.values() if p.ndim < 2]
+    """Over the backbone, in groups: matrices, which are decayed, and the rest. The last takes experts.
+
+    Args:
+        backbone: by name; with "muon" the names say which matrices are embeddings, output head or routers, which AdamW
+            steps as it does all that is no matrix.
+    """
+    muon = spec.optimizer == "muon"
+    inner = [name for name, p in backbone.items() if muon and p.ndim == 2 and tier_of(name) == "body"]
     groups = [
-        {"params": matrices, "weight_decay": spec.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": [], "weight_decay": spec.weight_decay, _RATIO: spec.expert_rate},
+        {"params": [p for name, p in backbone.items() if p.ndim >= 2 and name not in inner]},
+        {"params": [p for p in backbone.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [backbone[name] for name in inner], ORTHOGONAL: muon},
+        {"params": [], ORTHOGONAL: muon, _RATIO: spec.expert_rate},
     ]
     betas = (spec.beta1, spec.beta2)
     if spec.optimizer == "adamw8bit":
         from ...kernels.bnb import bitsandbytes
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=spec.learning_rate, betas=betas)
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            groups, lr=spec.learning_rate, betas=betas, weight_decay=spec.weight_decay
+        )
         return optimizer
-    return AdamW(groups, lr=spec.learning_rate, betas=betas, fused=True)
+    kind = Muon if muon else AdamW
+    return kind(groups, lr=spec.learning_rate, betas=betas, weight_decay=spec.weight_decay, fused=True)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:
@@ -48,6 +59,14 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
 def experts_group(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The group of what `make_optimizer` returned that experts' parameters come into, and leave."""
     return optimizer.param_groups[-1]
+
+
+def group_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The group that holds this parameter. KeyError if none does."""
+    for group in optimizer.param_groups:
+        if any(held is parameter for held in group["params"]):
+            return group
+    raise KeyError("the optimizer has no such parameter")
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -80,11 +99,12 @@ def take_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 
 def checked_state(
-    optimizer: torch.optim.Optimizer, shape: torch.Size, state: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: torch.Size, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor | int]:
     """What `take_state` returned elsewhere, ready for `put_state`. It may come from a peer.
 
     Args:
+        group: of the optimizer's, that the parameter is in.
         shape: of the parameter.
 
     Raises:
@@ -92,10 +112,13 @@ def checked_state(
     """
     if not state:
         return {}
+    orthogonal = group.get(ORTHOGONAL, False)
     eight_bit = not isinstance(optimizer, torch.optim.AdamW)
     first, second = ("state1", "state2") if eight_bit else ("exp_avg", "exp_avg_sq")
     quantised = eight_bit and first in state and state[first].dtype == torch.uint8
     names = {"step", first, second} | ({"absmax1", "absmax2"} if quantised else set())
+    if orthogonal:
+        names = {"step", "momentum"}
     if set(state) != names:
         raise ValueError(f"the optimizer's state holds {sorted(names)}, not {sorted(state)}")
     blocks = (-(-shape.numel() // _BLOCK),)
@@ -104,13 +127,13 @@ def checked_state(
             continue
         dtype = torch.uint8 if quantised and name in (first, second) else torch.float32
         check_tensor(f"optimizer state {name}", value, dtype, blocks if name.startswith("absmax") else tuple(shape))
-    if bool((state["absmax2" if quantised else second] < 0).any()):
+    if not orthogonal and bool((state["absmax2" if quantised else second] < 0).any()):
         raise ValueError("the second moment is negative")
     step = state["step"]
     if step.numel() != 1 or not 1 <= float(step) <= _MAX_STEP:
         raise ValueError("the optimizer's step is not one number from 1 up")
     if not eight_bit:
-        return {"step": step.to(torch.float32).reshape(()), first: state[first], second: state[second]}
+        return {**state, "step": step.to(torch.float32).reshape(())}
     checked: dict[str, Tensor | int] = {**state, "step": int(step)}
     if quantised:
         maps: dict[str, Tensor] = optimizer.name2qmap  # type: ignore[attr-defined]

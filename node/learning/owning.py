@@ -271,11 +271,12 @@ class ExpertOwner(StandInOwner):
         publishers = self._make_publishers(slot, published)
         states: list[list[dict[str, Tensor | int]]] = [[{} for _ in expert.trained] for expert in experts]
         if tensors is not None:
+            group = experts_group(self.optimizer)
             full = any(name.count(".") > 1 for name in tensors)  # else in a wire format, which has weights only
             for position, (expert, publisher) in enumerate(zip(experts, publishers, strict=True)):
                 place = f"{position}." + (SAVED if isinstance(expert, LoraExpert) else "")
                 states[position] = [
-                    checked_state(self.optimizer, weights.shape, under(f"{place}{name}.", tensors))
+                    checked_state(self.optimizer, group, weights.shape, under(f"{place}{name}.", tensors))
                     for name, weights in zip(expert.names, expert.trained, strict=True)
                 ]
                 if full:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..slots.slot_state import SlotTensors
 from .composer import Composer
-from .optimizer import checked_state, put_state, take_state
+from .optimizer import checked_state, group_of, put_state, take_state
 
 
 def composer_tensors(composer: Composer) -> dict[str, Tensor]:
@@ -44,9 +44,11 @@ def restore_backbone(composer: Composer, tensors: Mapping[str, Tensor], meta: Ma
         ValueError: the checkpoint is of another model or is damaged; nothing has changed then.
     """
     states = {}
+    optimizer = composer.optimizer
     for name, parameter in composer.backbone.items():
+        group = group_of(optimizer, parameter)
         _check(f"backbone.{name}", tensors, parameter.shape)
-        states[name] = checked_state(composer.optimizer, parameter.shape, _under(f"optimizer.{name}.", tensors))
+        states[name] = checked_state(optimizer, group, parameter.shape, _under(f"optimizer.{name}.", tensors))
     for index, fragment in enumerate(composer.fragments):
         for kind in ("common", "momentum"):
             _check(f"{kind}.{index}", tensors, torch.Size([fragment.numel]))

@@ -78,7 +78,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     steps: Count = 1000  # a composer stops training after this many own steps
     min_composers: Count = 1  # nobody trains before this many composers are in the run
     batch_size: Count = 4  # sequences per composer and step
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: Positive = 3e-3
     expert_rate: Positive = 1.0  # experts' learning rate, over learning_rate
     warmup_steps: Annotated[int, Meta(ge=0, le=1 << 31)] = 50

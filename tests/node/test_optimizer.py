@@ -7,11 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shoal.node.learning.optimizer import checked_state, experts_group, make_optimizer, put_state, set_rate, take_state
+from shoal.node.learning.optimizer import (
+    checked_state,
+    experts_group,
+    group_of,
+    make_optimizer,
+    put_state,
+    set_rate,
+    take_state,
+)
 from shoal.node.run.manifest import TrainSpec
 from torch import Tensor, nn
 
-KINDS = ("adamw", "adamw8bit")
+KINDS = ("adamw", "adamw8bit", "muon")
 SHAPES = ((16, 8), (128, 64))  # the 8-bit optimizer keeps small tensors in float32
 
 
@@ -26,12 +34,60 @@ def steps(optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], gradient
         optimizer.step()
 
 
+def checked(optimizer: torch.optim.Optimizer, parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor | int]:
+    return checked_state(optimizer, group_of(optimizer, parameter), parameter.shape, state)
+
+
 def test_only_matrices_decay() -> None:
     optimizer = make_optimizer(TrainSpec(weight_decay=0.5), parameters((4, 4)))
-    assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.5), (1, 0.0), (0, 0.5)]
+    decays = [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
+    assert decays == [(1, 0.5), (1, 0.0), (0, 0.5), (0, 0.5)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_muon_takes_the_matrices_between_embeddings_and_head() -> None:
+    shapes = {
+        "model.embed_tokens.weight": (8, 4),
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        "model.layers.0.mlp.gate.weight": (3, 4),
+        "model.layers.0.input_layernorm.weight": (4,),
+        "model.layers.0.mlp.shared_expert.up_proj.weight": (6, 4),
+        "model.layers.0.mixer.conv1d.weight": (4, 1, 3),
+        "lm_head.weight": (8, 4),
+    }
+    backbone = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    optimizer = make_optimizer(TrainSpec(optimizer="muon"), backbone)
+    muons = {name for name, parameter in backbone.items() if group_of(optimizer, parameter)["orthogonal"]}
+    assert muons == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.shared_expert.up_proj.weight"}
+    assert experts_group(optimizer)["orthogonal"]
+
+
+def test_one_kind_of_state_is_no_other() -> None:
+    """An expert's momentum is no embedding's moments, though both have its shape."""
+    weights = {name: nn.Parameter(torch.randn(8, 8)) for name in ("lm_head.weight", "model.layers.0.mlp.down.weight")}
+    optimizer = make_optimizer(TrainSpec(optimizer="muon"), weights)
+    steps(optimizer, weights, [[torch.randn(8, 8), torch.randn(8, 8)]])
+    head, matrix = weights.values()
+    for one, other in ((head, matrix), (matrix, head)):
+        with pytest.raises(ValueError, match="the optimizer's state holds"):
+            checked(optimizer, one, take_state(optimizer, other))
+
+
+def test_a_rate_of_their_own_under_muon_too() -> None:
+    weights = {name: nn.Parameter(torch.zeros(8, 8)) for name in ("model.layers.0.mlp.down.weight", "lm_head.weight")}
+    expert = nn.Parameter(torch.zeros(8, 8))
+    optimizer = make_optimizer(TrainSpec(optimizer="muon", expert_rate=2.5), weights)
+    experts_group(optimizer)["params"].append(expert)
+    gradient = torch.randn(8, 8)
+    for weight in (*weights.values(), expert):
+        weight.grad = gradient.clone()
+    set_rate(optimizer, 1e-2)
+    optimizer.step()
+    matrix, head = weights.values()
+    torch.testing.assert_close(expert, 2.5 * matrix)
+    torch.testing.assert_close(head.detach(), -1e-2 * gradient.sign())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_experts_have_a_rate_of_their_own(kind: str) -> None:
     """AdamW's first step is the learning rate, whatever the gradient."""
     weights, expert = parameters((8, 8)), nn.Parameter(torch.zeros(8, 8))
@@ -58,7 +114,7 @@ def test_state_moves_to_the_bit(kind: str, shape: tuple[int, int]) -> None:
     copies = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
     elsewhere = make_optimizer(TrainSpec(optimizer=kind), copies)
     for name, weight in weights.items():
-        put_state(elsewhere, copies[name], checked_state(elsewhere, weight.shape, take_state(optimizer, weight)))
+        put_state(elsewhere, copies[name], checked(elsewhere, copies[name], take_state(optimizer, weight)))
     steps(optimizer, weights, gradients[3:])
     steps(elsewhere, copies, gradients[3:])
     for name, weight in weights.items():
@@ -73,7 +129,7 @@ def test_a_state_is_a_copy(kind: str) -> None:
     steps(optimizer, weights, gradients[:1])
     taken = take_state(optimizer, weights["matrix"])
     before = {name: value.clone() for name, value in taken.items()}
-    put_state(optimizer, weights["matrix"], checked_state(optimizer, weights["matrix"].shape, taken))
+    put_state(optimizer, weights["matrix"], checked(optimizer, weights["matrix"], taken))
     steps(optimizer, weights, gradients[1:])
     assert all(torch.equal(taken[name], before[name]) for name in taken)
 
@@ -83,7 +139,7 @@ def test_before_the_first_step_there_is_no_state(kind: str) -> None:
     weights = parameters(SHAPES[0])
     optimizer = make_optimizer(TrainSpec(optimizer=kind), weights)
     assert take_state(optimizer, weights["matrix"]) == {}
-    put_state(optimizer, weights["matrix"], checked_state(optimizer, weights["matrix"].shape, {}))
+    put_state(optimizer, weights["matrix"], checked(optimizer, weights["matrix"], {}))
     assert not optimizer.state
 
 
@@ -115,7 +171,7 @@ def test_a_bad_state_is_refused(name: str, kind: str, shape: tuple[int, int]) ->
     optimizer = make_optimizer(TrainSpec(optimizer=kind), weights)
     steps(optimizer, weights, [[torch.randn_like(w) for w in weights.values()]])
     state = take_state(optimizer, weights["matrix"])
-    checked_state(optimizer, weights["matrix"].shape, state)
+    checked(optimizer, weights["matrix"], state)
     BAD[name](state)
     with pytest.raises(ValueError, match=r"."):
-        checked_state(optimizer, weights["matrix"].shape, state)
+        checked(optimizer, weights["matrix"], state)
