@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from fake_standins import FakeStandIn, load, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.protocol.directory.records import Lease, LeaseRecord, PeerRecord
@@ -29,7 +30,6 @@ from shoal.protocol.experts.ownership import (
 )
 from shoal.protocol.experts.surrogates import Patience, Point, SlotPublisher, SlotSubscriber, state_digest
 from shoal.protocol.messages import StandInSnapshot, SurrogateDelta
-from test_surrogates import FakeStandIn, load, seeded
 
 RULES = Rules(lease=16.0)
 NOW = 1000.0

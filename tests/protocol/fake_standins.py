@@ -1,0 +1,33 @@
+"""Stand-ins of which only the bytes matter, for tests of how copies are kept equal."""
+
+import hashlib
+
+LAYERS = 2
+
+
+class FakeStandIn:
+    """A hash chain. It applies any delta to any base, unlike a real one, so that only the protocol can tell."""
+
+    def __init__(self, state: bytes) -> None:
+        self.state = state
+
+    def apply(self, delta: bytes) -> None:
+        if delta.startswith(b"bad"):
+            raise ValueError("bad delta")
+        self.state = hashlib.sha256(self.state + delta).digest()
+
+    def to_bytes(self) -> bytes:
+        return self.state
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.state).digest()[:16]
+
+
+def load(data: bytes) -> FakeStandIn:
+    if len(data) != 32:
+        raise ValueError("not a state")
+    return FakeStandIn(data)
+
+
+def seeded() -> list[FakeStandIn]:
+    return [FakeStandIn(bytes([layer]) * 32) for layer in range(LAYERS)]
