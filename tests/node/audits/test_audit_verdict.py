@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -93,9 +94,9 @@ def case_of(
     return Case(spec, worker, message_of(SLOT, EPOCH, by_handle, record, SEQ, standins), known, menu)
 
 
-@pytest.fixture
-def case() -> Case:
-    return case_of(manifest())
+@pytest.fixture(params=["adamw", "muon"])
+def case(request: pytest.FixtureRequest) -> Case:
+    return case_of(manifest(optimizer=request.param))
 
 
 Change = Callable[[dict[str, torch.Tensor]], object]
@@ -130,6 +131,8 @@ def with_sketches(record: AuditRecord, change: Callable[[list[Any]], list[Any]],
         {"kind": "narrow", "expert_rate": 2.0},
         {"kind": "ternary", "expert_weights": "ternary"},
         {"kind": "ternary", "expert_weights": "ternary", "kappa": 20.0},
+        {"kind": "lowbit", "optimizer": "muon", "expert_rate": 2.0},
+        {"kind": "ternary", "expert_weights": "ternary", "optimizer": "muon"},
     ],
     ids=str,
 )
@@ -336,9 +339,10 @@ def test_damaged_weights(case: Case, part: str, damage: str) -> None:
 
 
 def test_damaged_optimizer_state(case: Case) -> None:
+    adamw = (lambda tensors: tensors.pop("down.exp_avg"), lambda tensors: tensors["down.exp_avg_sq"].neg_())
+    muon = (lambda tensors: tensors.pop("down.momentum"), lambda tensors: tensors["down.momentum"].fill_(math.nan))
     for change in (
-        lambda tensors: tensors.pop("down.exp_avg"),
-        lambda tensors: tensors["down.exp_avg_sq"].neg_(),
+        *(muon if case.manifest.train.optimizer == "muon" else adamw),
         lambda tensors: tensors.update({"down.step": torch.tensor(-1.0)}),
         lambda tensors: tensors.update({"down.more": torch.zeros(3)}),
     ):

@@ -254,7 +254,7 @@ def moved(source: Composer, manifest: Manifest, next_batch: Callable[[], Tensor]
     return target
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 @pytest.mark.parametrize("trained", [0, 3], ids=["untrained", "trained"])
 def test_a_moved_slot_goes_on_to_the_bit(optimizer: str, trained: int) -> None:
     manifest = manifest_of(train={"optimizer": optimizer, "learning_rate": 1e-2})

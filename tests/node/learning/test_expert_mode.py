@@ -21,7 +21,7 @@ from tiny import LAYERS, SLOTS, batches, manifest_of, train
 from torch import Tensor
 
 LORA = {"mode": "lora", "rank": 6, "alpha": 12.0}
-OPTIMIZERS = ("adamw", "adamw8bit")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 
 
 def composer(manifest: Manifest, mode: str, *, owned: object = range(SLOTS), tokens: Tensor | None = None) -> Composer:

@@ -33,7 +33,7 @@ def restored(store: CheckpointStore, manifest: Manifest, next_batch: Callable[[]
     return composer
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_a_restored_composer_goes_on_to_the_bit(optimizer: str, tmp_path: Path) -> None:
     manifest = manifest_of(train={"optimizer": optimizer, "learning_rate": 1e-2})
     composer = composer_of(manifest, seed=secrets.randbits(32))

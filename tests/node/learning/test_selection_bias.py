@@ -53,7 +53,7 @@ def test_they_are_weights_of_the_backbone() -> None:
     assert not any(composer.backbone[name].requires_grad for name in NAMES)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_each_step_moves_them_towards_even_load(optimizer: str) -> None:
     composer = composer_of(glm(optimizer=optimizer, learning_rate=0.1))
     composer.swarm_counts = torch.zeros(LAYERS, SLOTS)
