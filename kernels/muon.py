@@ -24,7 +24,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _RMS = 0.2  # of AdamW's updates, about
 ORTHOGONAL = "orthogonal"  # of a group
-_TOGETHER = 1 << 23  # numbers of matrices that are done at once: their copies are what it costs in memory
+_TOGETHER = 1 << 21  # numbers of matrices that are done at once: their copies are what it costs in memory
 
 
 class Muon(AdamW):

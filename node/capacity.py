@@ -1,6 +1,6 @@
 """How many slots fit into a peer's memory.
 
-A slot's experts cost, for each weight, the master, two moments of AdamW and a gradient in float32, and what its
+A slot's experts cost, for each weight, the master, moments and a gradient in float32, and what its
 stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
 While that is fitted beside training, it and its inputs are there twice, and a copy of the experts.
 Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
@@ -24,16 +24,15 @@ from .errors import ConfigError
 from .learning.expert_mode import ExpertMode
 from .logs import get_logger
 from .model.init import backbone_shapes, expert_shape
-from .run.manifest import ExpertShape, Manifest, ModelSpec, StandInSpec
+from .run.manifest import ExpertShape, Manifest, ModelSpec, StandInSpec, TrainSpec
 from .standins.standin_menu import menu_of
 
 log = get_logger(__name__)
 
-TRAINED_BYTES = 4 * 4  # a weight: master, two moments, gradient
-COPIED_BYTES = 3 * 4  # a weight: what of these goes into a checkpoint
+MOMENTS = {"adamw": 2, "adamw8bit": 2, "muon": 1}  # float32 numbers a weight; small tensors have no 8-bit ones
 FITTED_TO_BYTES = 4  # a weight: the copy that a narrow one is fitted to
 COPY_BYTES = 1  # a weight: a stand-in that is a copy
-BACKBONE_BYTES = 6 * 4  # a weight: master, two moments, gradient, and the state last merged with its momentum
+BACKBONE_BYTES = 6 * 4  # a weight: master, two moments (Muon: at most), gradient, the state last merged, its momentum
 BASE_BYTES = 2 + 4  # a weight of a base
 LOGITS_BYTES = 3 * 4  # one: itself, its softmax, its gradient
 NARROW_BYTES = 4 * 4  # a weight of a narrow stand-in: published, fitted, two moments
@@ -78,9 +77,10 @@ def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, m
         kept, trained = lora_bytes(shape.hidden, shape.width, mode.rank)
     elif mode is not None and mode.mode == "frozen":
         kept, trained = 4 * weights, 0
-    each = kept + TRAINED_BYTES * trained + beside
+    copied = 4 * (1 + MOMENTS[TrainSpec().optimizer if mode is None else mode.train.optimizer])  # master, moments
+    each = kept + (copied + 4) * trained + beside
     if device.type == "cpu":
-        each += kept + COPIED_BYTES * trained + beside
+        each += kept + copied * trained + beside
     if fitted:
         each += FITTED_TO_BYTES * weights + beside
     return int(SLACK * shape.num_layers * (each + rows * (2 * shape.hidden + 4)))

@@ -51,11 +51,12 @@ def plan_of(
     from ..kernels.sketch import bytes_per_token
     from ..protocol.averaging.parts import PartCodec
     from .capacity import BACKBONE_BYTES, bases_bytes, slot_bytes, standin_bytes, working_bytes
+    from .learning.expert_mode import ExpertMode
     from .model.init import backbone_shapes, expert_shape
 
     shape = expert_shape(manifest.model)
-    if mode is not None:
-        mode.require_rank(shape.hidden, shape.width)
+    mode = mode or ExpertMode(manifest.train)
+    mode.require_rank(shape.hidden, shape.width)
     config, spec, outer = manifest.model.config, manifest.standin, manifest.outer
     top_k = int(config.get("num_experts_per_tok") or 1)
     backbone = sum(_numel(size) for size in backbone_shapes(manifest.model).values())

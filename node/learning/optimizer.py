@@ -29,7 +29,7 @@ def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.opt
     """
     muon = spec.optimizer == "muon"
     inner = [name for name, p in backbone.items() if muon and p.ndim == 2 and tier_of(name) == "body"]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in backbone.items() if p.ndim >= 2 and name not in inner]},
         {"params": [p for p in backbone.values() if p.ndim < 2], "weight_decay": 0.0},
         {"params": [backbone[name] for name in inner], ORTHOGONAL: muon},

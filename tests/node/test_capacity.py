@@ -121,7 +121,7 @@ def anonymous() -> int:
 from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.learning.worker import Worker
 
-manifest = tiny.manifest_of(standin={"kind": sys.argv[3]})
+manifest = tiny.manifest_of(standin={"kind": sys.argv[3]}, train={"optimizer": sys.argv[5]})
 worker = Worker(manifest, composers=lambda: {OTHER: 0}, mode=ExpertMode(manifest.train, sys.argv[4]))
 for slots in (1, 4):
     highest, done = [0], threading.Event()
@@ -151,21 +151,28 @@ print(highest[0] - before)
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"),
-    [("lowbit", "full"), ("narrow", "full"), ("ternary", "full"), ("lowbit", "lora"), ("lowbit", "frozen")],
+    ("kind", "mode", "optimizer"),
+    [
+        ("lowbit", "full", "muon"),
+        ("narrow", "full", "adamw"),
+        ("ternary", "full", "adamw"),
+        ("lowbit", "lora", "adamw"),
+        ("lowbit", "frozen", "adamw"),
+    ],
 )
-def test_a_worker_takes_no_more_memory_than_is_said(kind: str, mode: Any, tmp_path: Path) -> None:
+def test_a_worker_takes_no_more_memory_than_is_said(kind: str, mode: Any, optimizer: Any, tmp_path: Path) -> None:
     """Measured from one slot to four, each stepped, published and written down: what is there once is not counted."""
     ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(tmp_path), kind, mode],
+        [sys.executable, "-c", MEASURE, str(Path(__file__).parent), str(tmp_path), kind, mode, optimizer],
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     shape = ExpertShape(num_layers=2, num_experts=4, hidden=256, width=1024, act="silu", std=0.02)
-    how = ExpertMode(TrainSpec(), mode)
+    how = ExpertMode(TrainSpec(optimizer=optimizer), mode)
     said, once = slot_bytes(shape, StandInSpec(kind=kind), CPU, how), working_bytes(shape, how)  # type: ignore[arg-type]
     measured = int(ran.stdout)
     print(f"{kind}, {mode}: {measured / 3:.3g} bytes a slot, {said:.3g} are said")
     assert measured <= 4 * said + once  # the checkpoint has a copy of the first slot, too
-    least = {"full": 12, "lora": 0.5, "frozen": 4}[mode]  # of bytes a weight: masters and moments, or what is kept
+    moments = 1 if optimizer == "muon" else 2
+    least = {"full": 4 + 4 * moments, "lora": 0.5, "frozen": 4}[mode]  # a weight: masters, moments, or what is kept
     assert measured > 3 * least * 3 * 256 * 1024 * 2
