@@ -31,7 +31,7 @@ def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.opt
     inner = [name for name, p in backbone.items() if muon and p.ndim == 2 and tier_of(name) == "body"]
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in backbone.items() if p.ndim >= 2 and name not in inner]},
-        {"params": [p for p in backbone.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in backbone.values() if p.ndim < 2], "weight_decay": 0.0, _RATIO: spec.vector_rate},
         {"params": [backbone[name] for name in inner], ORTHOGONAL: muon},
         {"params": [], ORTHOGONAL: muon, _RATIO: spec.expert_rate},
     ]

@@ -81,6 +81,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: Positive = 3e-3
     expert_rate: Positive = 1.0  # experts' learning rate, over learning_rate
+    vector_rate: Positive = 1.0  # the same of all that is no matrix: norms and biases
     warmup_steps: Annotated[int, Meta(ge=0, le=1 << 31)] = 50
     final_lr_fraction: Fraction = 0.1  # of learning_rate, reached by a cosine at `steps`
     beta1: Fraction = 0.9

@@ -88,18 +88,19 @@ def test_a_rate_of_their_own_under_muon_too() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
-def test_experts_have_a_rate_of_their_own(kind: str) -> None:
+def test_experts_and_vectors_have_rates_of_their_own(kind: str) -> None:
     """AdamW's first step is the learning rate, whatever the gradient."""
     weights, expert = parameters((8, 8)), nn.Parameter(torch.zeros(8, 8))
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    optimizer = make_optimizer(TrainSpec(optimizer=kind, expert_rate=2.5, weight_decay=0.0), weights)
+    spec = TrainSpec(optimizer=kind, expert_rate=2.5, vector_rate=4.0, weight_decay=0.0)
+    optimizer = make_optimizer(spec, weights)
     experts_group(optimizer)["params"].append(expert)
     for weight in (*weights.values(), expert):
         weight.grad = torch.ones_like(weight)
     set_rate(optimizer, 1e-2)
     optimizer.step()
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight.detach(), before[name] - 1e-2)
+    torch.testing.assert_close(weights["matrix"].detach(), before["matrix"] - 1e-2)
+    torch.testing.assert_close(weights["bias"].detach(), before["bias"] - 4e-2)
     torch.testing.assert_close(expert.detach(), torch.full((8, 8), -2.5e-2))
 
 
