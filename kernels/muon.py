@@ -2,7 +2,7 @@
 
 A matrix's momentum M = U S V^T is replaced by about U V^T, so that every direction in which it points moves the weights
 equally far (Jordan et al. 2024). Update and weight decay are scaled as in Moonlight (Liu et al. 2025), to the size of
-AdamW's: one learning rate suits both. It needs one moment a weight where AdamW needs two.
+AdamW's. It needs one moment a weight where AdamW needs two.
 
 torch's own Muon takes one matrix at a time, and only matrices; experts are many of one shape, which are done together
 here, and the rest of a model needs AdamW beside it. `tests/kernels/test_muon.py` compares both.
