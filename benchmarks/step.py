@@ -140,7 +140,8 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = device_to_use(arguments.device)
-    manifest = with_settings(of_preset(arguments.preset), arguments.set)
+    settings = ["train.optimizer=adamw", *arguments.set]  # as in the plain loop
+    manifest = with_settings(of_preset(arguments.preset), settings)
     seconds = measure(manifest, device, arguments.steps)
     tokens = manifest.train.batch_size * manifest.data.context_length
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

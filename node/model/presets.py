@@ -52,6 +52,7 @@ def _tiny() -> Preset:
     # In a run this short experts move fast: close copies matter more than frequent merges (docs/evidence.md).
     return Preset(
         model=ModelSpec(config=config),
+        train=TrainSpec(optimizer="muon", learning_rate=0.012),
         outer=OuterSpec(every_steps=24),
         standin=StandInSpec(publish_every=2, refit_steps=24),
     )

@@ -20,7 +20,7 @@ from ..model.init import built_expert_shape, has_selection_biases
 from ..model.presets import preset
 from ..sketches.sketch_choice import within_budget
 from ..slots.handle_key import found_key
-from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, with_settings
+from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, TrainSpec, with_settings
 
 # Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
 MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
@@ -57,6 +57,9 @@ def new_manifest(
         raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
     parts = preset(preset_name)
     train = parts.train
+    if train.optimizer == "muon" and (model is not None or seed is not None):
+        # Its rate is one for the preset's own model, from nothing.
+        train = msgspec.structs.replace(train, optimizer="adamw", learning_rate=TrainSpec().learning_rate)
     if steps is not None:
         if steps < 1:
             raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")

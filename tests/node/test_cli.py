@@ -190,6 +190,9 @@ def test_found_takes_a_model(
         assert manifest.model.experts.num_experts == 24
         assert not {"use_cache", "architectures"} & manifest.model.config.keys()
         assert manifest.standin == preset("tiny").standin
+        assert (manifest.train.optimizer, manifest.train.learning_rate) == ("adamw", 3e-3), (
+            "muon's is for a preset's model"
+        )
     for bad in ({"vocab_size": 100}, {"max_position_embeddings": 8}, {"model_type": "llama"}, {"num_experts": "many"}):
         file.write_text(json.dumps(config | bad))
         assert cli.main(["found", "--model", str(file)]) == 2, bad
