@@ -64,7 +64,7 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.preset, arguments.steps, arguments.windows, arguments.composers = "tiny", 12, 4, 2
-        arguments.tokens = None
+        arguments.tokens, arguments.refit_steps = None, arguments.refit_steps or 4
     return arguments
 
 

@@ -36,20 +36,19 @@ class Muon(AdamW):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, momentum: float = 0.95, **kwargs: Any) -> None:
-        groups = [{ORTHOGONAL: False} | group for group in groups]
         super().__init__(groups, **kwargs)
         self._momentum = momentum
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closures
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group[ORTHOGONAL]]
+        self.param_groups = [group for group in groups if not group.get(ORTHOGONAL)]
         try:
             super().step()
         finally:
             self.param_groups = groups
         for group in groups:
-            if group[ORTHOGONAL]:
+            if group.get(ORTHOGONAL):
                 self._step_matrices(group)
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -81,7 +80,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """Of each M = U S V^T about U V^T, by Newton-Schulz iterations: singular values from 0.7 to 1.2 instead of ones.
 
     Everywhere in float32, and not in bfloat16 as in the publication: who audits a step takes it again on another
-    machine, and experts' products are few beside those of a batch.
+    machine, and these products are few beside those of a batch that keeps a machine busy.
 
     Args:
         matrices: (N, R, C), finite. What is all zeros stays so.
