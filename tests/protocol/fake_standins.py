@@ -1,6 +1,7 @@
 """Stand-ins of which only the bytes matter, for tests of how copies are kept equal."""
 
 import hashlib
+from collections.abc import Sequence
 
 LAYERS = 2
 
@@ -31,3 +32,7 @@ def load(data: bytes) -> FakeStandIn:
 
 def seeded() -> list[FakeStandIn]:
     return [FakeStandIn(bytes([layer]) * 32) for layer in range(LAYERS)]
+
+
+def states(layers: Sequence[FakeStandIn]) -> list[bytes]:
+    return [layer.state for layer in layers]

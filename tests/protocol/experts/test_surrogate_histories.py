@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Sequence
 
+from fake_standins import LAYERS, FakeStandIn, load, seeded, states
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from shoal.protocol.experts.surrogate_book import SurrogateBook
 from shoal.protocol.experts.surrogates import SEED, Patience, Point
 from shoal.protocol.messages import DeltaBatch, SurrogateDelta
 
-LAYERS = 2
 PATIENCE = Patience(gap=3.0, retry=10.0, max_waiting=4)
-
-
-class FakeStandIn:
-    """A hash chain. It applies any delta to any base, unlike a real one, so that only the protocol can tell."""
-
-    def __init__(self, state: bytes) -> None:
-        self.state = state
-
-    def apply(self, delta: bytes) -> None:
-        if delta.startswith(b"bad"):
-            raise ValueError("bad delta")
-        self.state = hashlib.sha256(self.state + delta).digest()
-
-    def to_bytes(self) -> bytes:
-        return self.state
-
-    def digest(self) -> bytes:
-        return hashlib.sha256(self.state).digest()[:16]
-
-
-def load(data: bytes) -> FakeStandIn:
-    if len(data) != 32:
-        raise ValueError("not a state")
-    return FakeStandIn(data)
-
-
-def seeded() -> list[FakeStandIn]:
-    return [FakeStandIn(bytes([layer]) * 32) for layer in range(LAYERS)]
-
-
-def states(layers: Sequence[FakeStandIn]) -> list[bytes]:
-    return [layer.state for layer in layers]
 
 
 PEERS = ["a", "b", "c"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from fake_standins import LAYERS, FakeStandIn, load, seeded
+from fake_standins import LAYERS, FakeStandIn, load, seeded, states
 from shoal.kernels.experts import DenseExpert
 from shoal.kernels.standin import initial_standin, make_publisher, standin_from_bytes
 from shoal.protocol.errors import Refused
@@ -25,10 +24,6 @@ from shoal.protocol.experts.surrogates import (
 from shoal.protocol.messages import DeltaBatch, StandInSnapshot, SurrogateDelta
 
 PATIENCE = Patience(gap=3.0, retry=10.0, max_waiting=4)
-
-
-def states(layers: Sequence[FakeStandIn]) -> list[bytes]:
-    return [layer.state for layer in layers]
 
 
 @dataclass

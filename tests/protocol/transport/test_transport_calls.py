@@ -7,43 +7,14 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from shoal.protocol.errors import PeerUnreachable, Refused, TransportError
 from shoal.protocol.transport.client import Transport
 from shoal.protocol.transport.limits import Limits
-
-PATIENCE_SECONDS = 20.0
-
-
-def run(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scenario, 60))
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"still waiting for {what}"
-        await asyncio.sleep(0.01)
-
-
-@asynccontextmanager
-async def swarm(directory: Path, count: int, **limits: Any) -> AsyncIterator[list[Transport]]:
-    """`count` transports, not connected."""
-    peers = await asyncio.gather(
-        *(
-            Transport.start(identity_path=directory / f"{i}.key", run_id="run", limits=Limits(**limits))
-            for i in range(count)
-        )
-    )
-    try:
-        yield peers
-    finally:
-        await asyncio.gather(*(peer.close() for peer in peers))
+from transports import run, swarm, until
 
 
 async def echo(_peer_id: str, name: str, body: bytes) -> bytes:
