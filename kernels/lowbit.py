@@ -96,10 +96,14 @@ class LowbitStandIn(CopyStandIn):
         flat = _flat(gate_up, down)
         absmax = _absmax(flat)
         absmax = torch.where((absmax - old).abs() <= STICKY * old, old, absmax)
-        codes = _subtract(_codes(flat, absmax), self._tensors["codes"].cpu())
+        codes = _subtract(self._codes_towards(flat, absmax), self._tensors["codes"].cpu())
         bits = absmax.view(torch.int32) ^ old.view(torch.int32)
         planes = bits.view(torch.uint8).view(-1, 4).t()
         return deflated(tensor_bytes(codes) + tensor_bytes(planes))
+
+    def _codes_towards(self, flat: Tensor, absmax: Tensor) -> Tensor:
+        """Packed codes of the copy that comes after this one, of weights (blocks, BLOCK) and their scales."""
+        return _codes(flat, absmax)
 
     @classmethod
     def _check(cls, tensors: Mapping[str, Tensor]) -> None:
