@@ -27,7 +27,8 @@ from torch import Tensor
 from ..kernels.codecs import tensor_bytes
 from ..kernels.copies import CopyStandIn
 from ..kernels.formats import FORMATS, decode_expert, encode_expert
-from ..kernels.sketch import RowBuffer, RowCodec, RowSketch
+from ..kernels.rows import RowCodec
+from ..kernels.sketch import RowBuffer, RowSketch
 from ..kernels.standin import initial_standin
 from ..node.model.init import backbone_shapes, expert_shape
 from ..node.run.manifest import Manifest, with_settings

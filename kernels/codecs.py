@@ -78,13 +78,17 @@ def quantise_rows(x_ND: Tensor) -> Int8Rows:
 def quantise_within(x_ND: Tensor, largest_N: Tensor) -> Int8Rows:
     """The same of float32 rows whose largest absolute values are known, none above `LARGEST_VALUE`. Nothing here waits
     for a GPU."""
-    exact = largest_N / LARGEST_CODE
-    rounded = exact.to(torch.bfloat16)
-    # The next bfloat16 above a positive one is the next integer above its bits.
-    scales = torch.where(rounded.float() < exact, (rounded.view(torch.int16) + 1).view(torch.bfloat16), rounded)
+    scales = rounded_up(largest_N / LARGEST_CODE)
     scales = scales.masked_fill(scales < 2 * SMALLEST_SCALE, 0)
     divisor = scales.float().masked_fill(scales == 0, torch.inf).unsqueeze(1)
     return Int8Rows((x_ND / divisor).round_().to(torch.int8), scales)
+
+
+def rounded_up(exact: Tensor) -> Tensor:
+    """The least bfloat16 that is not below, of float32 values that are not negative."""
+    rounded = exact.to(torch.bfloat16)
+    # The next bfloat16 above a positive one is the next integer above its bits.
+    return torch.where(rounded.float() < exact, (rounded.view(torch.int16) + 1).view(torch.bfloat16), rounded)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

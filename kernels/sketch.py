@@ -5,8 +5,8 @@ expert's own output, gate included. With E(x) = down (act(gate x) ⊙ up x) an e
 
     Σ_rows  w · dyᵀ dE/dweights   /   number of tokens         (tokens, not rows: those routed elsewhere have zero)
 
-`sketch_gradient.py` gives the sum; whoever steps divides. Rows are quantised as they come (int8 and a scale each, about
-1% error in the sum) and sampled last (`sampling.py`): x and dy as the owner will see them, w = 1 / p.
+`sketch_gradient.py` gives the sum; whoever steps divides. Rows are quantised as they come (`rows.py`) and sampled last
+(`sampling.py`): x and dy as the owner will see them, w = 1 / p.
 
 Correction. dy was taken at the output S(x) of the expert's stand-in. To first order the gradient at E(x) is
 dy + H (E(x) - S(x)), H the Hessian of the token's loss in the expert's output. H is unknown; its empirical Fisher
@@ -30,15 +30,26 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .codecs import LARGEST_VALUE, Int8Rows, quantise_within, tensor_bytes
+from .codecs import tensor_bytes
+from .rows import (
+    CODECS,
+    LARGEST,
+    RowCodec,
+    Rows,
+    encode_rows,
+    nbytes_of_rows,
+    parts_of,
+    read_rows,
+    row_size_of,
+    rows_of,
+)
 from .sampling import inclusion_probabilities, systematic
 
-RowCodec = Literal["int8", "float16"]
 Curvature = Literal["isotropic", "diagonal", "full"]
 
 FOLLOWS_FIDELITY = -1.0  # in place of a kappa
@@ -52,38 +63,6 @@ _EVEN_SHARE = 0.1  # of the mean size, added to each row's before sampling
 _MAX_WEIGHT_SUM = 64
 _HEADER = struct.Struct("<BBBxIQd")  # version, codec, weighted, rows, pairs, effective
 _VERSION = 1
-_CODECS: tuple[RowCodec, ...] = get_args(RowCodec)
-_LARGEST = {"int8": LARGEST_VALUE, "float16": 65504.0}  # that can be encoded
-
-
-@dataclass(frozen=True)
-class Float16Rows:
-    """values (N, D) float16, finite."""
-
-    values: Tensor
-
-    def dense(self) -> Tensor:
-        """float32 (N, D)."""
-        return self.values.float()
-
-    def to_bytes(self) -> bytes:
-        """2 D bytes a row, little-endian."""
-        return tensor_bytes(self.values)
-
-    @classmethod
-    def from_bytes(cls, data: bytes | memoryview, num_rows: int, row_size: int) -> Float16Rows:
-        """Reads what `to_bytes` wrote. Raises ValueError: wrong length, or a value that is not finite."""
-        if len(data) != 2 * num_rows * row_size:
-            raise ValueError(f"{len(data)} bytes are not {num_rows} float16 rows of {row_size}")
-        if not data:
-            return cls(torch.empty(num_rows, row_size, dtype=torch.float16))
-        values = torch.frombuffer(bytearray(data), dtype=torch.float16).view(num_rows, row_size)
-        if not bool(values.isfinite().all()):
-            raise ValueError("a float16 row is not finite")
-        return cls(values)
-
-
-Rows = Int8Rows | Float16Rows
 
 
 @dataclass(frozen=True)
@@ -108,12 +87,12 @@ class RowSketch:
 
     @property
     def num_rows(self) -> int:
-        return len(_parts(self.x)[0])
+        return len(parts_of(self.x)[0])
 
     @property
     def hidden(self) -> int:
         """D."""
-        return _parts(self.x)[0].shape[1]
+        return row_size_of(self.x)
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +102,7 @@ class RowSketch:
     def to_bytes(self) -> bytes:
         """A header of 24 bytes, then x, dy and the weights, if there are any."""
         weighted = self.weights_N is not None
-        codec = _CODECS.index(self.codec)
+        codec = CODECS.index(self.codec)
         header = _HEADER.pack(_VERSION, codec, weighted, self.num_rows, self.pairs, self.effective)
         weights = b"" if self.weights_N is None else tensor_bytes(self.weights_N)
         return header + self.x.to_bytes() + self.dy.to_bytes() + weights
@@ -140,18 +119,17 @@ class RowSketch:
         if len(view) < _HEADER.size:
             raise ValueError(f"{len(view)} bytes are too few for a row sketch")
         version, code, weighted, num_rows, pairs, effective = _HEADER.unpack_from(view)
-        if view[3] or version != _VERSION or code >= len(_CODECS) or weighted > (num_rows > 0):
+        if view[3] or version != _VERSION or code >= len(CODECS) or weighted > (num_rows > 0):
             raise ValueError("not a row sketch of a known version and codec")
-        codec = _CODECS[code]
+        codec = CODECS[code]
         if num_rows > max_rows:
             raise ValueError(f"a sketch of {num_rows} rows, more than {max_rows}")
-        size = num_rows * (row_bytes(hidden, codec, weighted=False) // 2)
+        size = nbytes_of_rows(num_rows, hidden, codec)
         body = view[_HEADER.size :]
         if len(body) != 2 * size + 4 * num_rows * weighted:
             raise ValueError(f"{len(body)} bytes are not {num_rows} {codec} rows of {hidden}")
-        kind = Int8Rows if codec == "int8" else Float16Rows
-        x = kind.from_bytes(body[:size], num_rows, hidden)
-        dy = kind.from_bytes(body[size : 2 * size], num_rows, hidden)
+        x = read_rows(body[:size], num_rows, hidden, codec)
+        dy = read_rows(body[size : 2 * size], num_rows, hidden, codec)
         weights = None
         if weighted:
             weights = torch.frombuffer(bytearray(body[2 * size :]), dtype=torch.float32)
@@ -194,12 +172,12 @@ class RowBuffer:
     ) -> None:
         if hidden < 1 or max_rows < 1:
             raise ValueError(f"a buffer of {max_rows} rows of {hidden}")
-        if codec not in _CODECS:
-            raise ValueError(f"row codec {codec!r} is not one of {', '.join(_CODECS)}")
+        if codec not in CODECS:
+            raise ValueError(f"row codec {codec!r} is not one of {', '.join(CODECS)}")
         self.hidden, self.codec, self.max_rows = hidden, codec, max_rows
         self.refused = 0  # rows left out, ever: not finite, or too large for the codec
         self._generator = generator
-        parts = _parts(_encode(torch.empty(0, hidden), torch.empty(0), codec))
+        parts = parts_of(encode_rows(torch.empty(0, hidden), torch.empty(0), codec))
         ones = torch.empty(0, dtype=torch.float64)
         # Parts of x, parts of dy, weight, size: everything that moves when a row moves.
         self._none = (*parts, *parts, ones, ones)
@@ -301,8 +279,8 @@ class RowBuffer:
         effective = 1.0 if num == pairs else min(1.0, worth) if num else 0.0
         half = len(parts) // 2
         return RowSketch(
-            _rows(parts[:half], self.codec),
-            _rows(parts[half:], self.codec),
+            rows_of(parts[:half], self.codec, self.hidden),
+            rows_of(parts[half:], self.codec, self.hidden),
             weights.float() if 0 < num < pairs else None,
             effective,
             pairs,
@@ -322,7 +300,7 @@ def add_rows(buffers: Sequence[RowBuffer], counts: Sequence[int], x_PD: Tensor, 
     codec, ends = buffers[0].codec, list(itertools.accumulate(counts))
     both = [rows_PD.detach().float() for rows_PD in (x_PD, dy_PD)]
     largest = [rows_PD.abs().amax(1) for rows_PD in both]
-    usable = (largest[0] <= _LARGEST[codec]) & (largest[1] <= _LARGEST[codec])  # also false for NaN
+    usable = (largest[0] <= LARGEST[codec]) & (largest[1] <= LARGEST[codec])  # also false for NaN
     if not bool(usable.all()):
         both, largest = [rows_PD[usable] for rows_PD in both], [values_P[usable] for values_P in largest]
         kept = [int(part.sum()) for part in torch.split(usable.cpu(), list(counts))]
@@ -331,28 +309,16 @@ def add_rows(buffers: Sequence[RowBuffer], counts: Sequence[int], x_PD: Tensor, 
         ends = list(itertools.accumulate(kept))
     norms = [torch.linalg.vector_norm(rows_PD, dim=1).double() for rows_PD in both]
     sizes = (norms[0] * norms[1]).cpu()
-    encoded = [_encode(rows_PD, values_P, codec) for rows_PD, values_P in zip(both, largest, strict=True)]
-    columns = [*(part.cpu() for rows in encoded for part in _parts(rows)), torch.ones_like(sizes), sizes]
+    encoded = [encode_rows(rows_PD, values_P, codec) for rows_PD, values_P in zip(both, largest, strict=True)]
+    columns = [*(part.cpu() for rows in encoded for part in parts_of(rows)), torch.ones_like(sizes), sizes]
     for buffer, start, end in zip(buffers, [0, *ends], ends, strict=False):
         if end > start:
             buffer._keep([column[start:end].clone() for column in columns])
 
 
-def _encode(x_ND: Tensor, largest_N: Tensor, codec: RowCodec) -> Rows:
-    return quantise_within(x_ND, largest_N) if codec == "int8" else Float16Rows(x_ND.to(torch.float16))
-
-
-def _parts(rows: Rows) -> tuple[Tensor, ...]:
-    return (rows.codes, rows.scales) if isinstance(rows, Int8Rows) else (rows.values,)
-
-
-def _rows(parts: list[Tensor], codec: RowCodec) -> Rows:
-    return Int8Rows(*parts) if codec == "int8" else Float16Rows(*parts)
-
-
 def row_bytes(hidden: int, codec: RowCodec, *, weighted: bool = True) -> int:
     """Bytes of one row (x, dy), with the weight that sampled ones have."""
-    return 2 * (hidden + 2 if codec == "int8" else 2 * hidden) + 4 * weighted
+    return 2 * nbytes_of_rows(1, hidden, codec) + 4 * weighted
 
 
 def bytes_per_token(hidden: int, codec: RowCodec, *, top_k: int, num_moe_layers: int, owned_share: float) -> float:

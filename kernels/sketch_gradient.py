@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .activations import ACTIVATIONS, check_activation, gated_backward
-from .codecs import Int8Rows
-from .sketch import FOLLOWS_FIDELITY, Curvature, Float16Rows, Rows, RowSketch, kappa_for
+from .rows import joined
+from .sketch import FOLLOWS_FIDELITY, Curvature, RowSketch, kappa_for
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def sum_gradients(
                 f"rows of {each.sketch.hidden} for an expert of {tuple(gate_up.shape)} and {tuple(down.shape)}"
             )
     activate = ACTIVATIONS[act]
-    x_ND = _joined([each.sketch.x for each in taught], like=gate_up)
-    dy_ND = _joined([each.sketch.dy for each in taught], like=gate_up)
+    x_ND = joined([each.sketch.x for each in taught], like=gate_up)
+    dy_ND = joined([each.sketch.dy for each in taught], like=gate_up)
 
     hg, hu = linear(x_ND, gate_up).chunk(2, dim=-1)
     act_NF = activate(hg)
@@ -126,17 +126,6 @@ def _through_standins(x_ND: Tensor, taught: Sequence[Taught], activate: Callable
             outputs.append(linear(activate(sg) * su, standin[1].to(x_ND)))
         start = end
     return torch.cat(outputs)
-
-
-def _joined(parts: Sequence[Rows], like: Tensor) -> Tensor:
-    """All rows as they are decoded. Codes travel to the device, not values."""
-    if all(isinstance(rows, Int8Rows) for rows in parts):
-        codes = torch.cat([rows.codes for rows in parts]).to(like.device)  # type: ignore[union-attr]
-        scales = torch.cat([rows.scales for rows in parts]).to(like.device)  # type: ignore[union-attr]
-        return Int8Rows(codes, scales).dense().to(like.dtype)
-    if all(isinstance(rows, Float16Rows) for rows in parts):
-        return torch.cat([rows.values for rows in parts]).to(like)  # type: ignore[union-attr]
-    return torch.cat([rows.dense() for rows in parts]).to(like)
 
 
 def _counts(taught: Sequence[Taught], like: Tensor) -> Tensor:

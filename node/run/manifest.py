@@ -141,7 +141,7 @@ class SketchSpec(Spec, frozen=True, kw_only=True):
 
     kind: Literal["none", "rows", "gradient"] = "rows"
     every: Count = 1  # inner steps between row sketches
-    codec: Literal["int8", "float16"] = "int8"  # of rows
+    codec: Literal["int8", "float16", "int4"] = "int8"  # of rows
     budget_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0  # rows of one composer and interval; 0 = all of them
     max_age: Count = 32  # published versions of a stand-in; older sketches are dropped
     kappa: Annotated[float, Meta(ge=-1.0, le=1e6)] = -1.0  # of the correction; -1 follows each sketch's fidelity

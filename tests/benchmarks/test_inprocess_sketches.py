@@ -83,7 +83,7 @@ def trained_jointly(manifest: Manifest, tokens: list[list[Tensor]]) -> Composer:
     return composer
 
 
-@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 2e-3), ("int8", 2e-2)])
+@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 2e-3), ("int8", 2e-2), ("int4", 0.2)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_owners_learn_what_one_process_learns_from_the_joint_batch(codec: str, tolerance: float, workers: int) -> None:
     manifest = manifest_of(*STILL, f"sketch.codec={codec}", f"train.steps={STEPS}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from shoal.kernels.experts import run_expert
-from shoal.kernels.sketch import FOLLOWS_FIDELITY, Curvature, RowBuffer, RowCodec, RowSketch, kappa_for
+from shoal.kernels.rows import RowCodec
+from shoal.kernels.sketch import FOLLOWS_FIDELITY, Curvature, RowBuffer, RowSketch, kappa_for
 from shoal.kernels.sketch_gradient import Taught, expert_gradient, sum_gradients
 
 HIDDEN, WIDTH = 12, 7
@@ -18,7 +19,7 @@ def sketch_of(num: int, codec: RowCodec = "int8", keep: int | None = None) -> Ro
 
 
 @pytest.mark.parametrize("curvature", ["isotropic", "diagonal", "full"])
-@pytest.mark.parametrize("codecs", [("int8",), ("float16",), ("int8", "float16")])
+@pytest.mark.parametrize("codecs", [("int8",), ("float16",), ("int4",), ("int8", "float16", "int4")])
 def test_the_sum_over_sketches_is_the_sum_of_their_gradients(
     codecs: tuple[RowCodec, ...], curvature: Curvature
 ) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from shoal.kernels.experts import run_expert
-from shoal.kernels.sketch import RowBuffer, RowCodec, RowSketch
+from shoal.kernels.rows import RowCodec
+from shoal.kernels.sketch import RowBuffer, RowSketch
 from shoal.kernels.standin import initial_standin
 from shoal.node.learning.owning import ExpertOwner
 from shoal.node.learning.worker import Worker

@@ -12,7 +12,8 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-from shoal.kernels.sketch import Float16Rows, RowSketch
+from shoal.kernels.rows import Float16Rows
+from shoal.kernels.sketch import RowSketch
 from shoal.protocol.errors import Refused
 from shoal.protocol.experts.handles import Handles, new_key
 from shoal.protocol.experts.sketches import (
