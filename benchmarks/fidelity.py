@@ -4,13 +4,14 @@
     ./dev bench fidelity --steps 192 --of deltas --optimizer muon
 
 A lone composer trains the preset `bench`, or one of another width. Publishers of several settings see the same rows of
-the same experts, so the settings differ in nothing else. Prints a Markdown table: mean fidelity right after the common
-publishing step, and some steps later, over the second half of the run.
+the same experts, so the settings differ in nothing else. Prints a Markdown table: fidelity some steps after a step in
+which all published, over the second half of the run, and its mean.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -86,7 +87,7 @@ STUDIES = {
     ),
     "deltas": Study(
         32,
-        (0, 8, 16, 31),
+        (3, 12, 21, 30),  # of cycles of 2, 4, 8 and 16 steps these are at both ends and within
         {f"exact, every {every} steps": Setting(every) for every in (2, 4, 8, 16, 32)}
         | {
             f"the {share:.0%} largest, every {every} steps": Setting(every, share=share)
@@ -195,11 +196,12 @@ def main() -> None:
     composer.watches = list(watches.values())
     train(composer, args.steps, study.cycle)
     ages = " | ".join(f"{age} steps into the cycle" if age else "just published" for age in study.ages)
-    print(f"| | {ages} | bytes per expert and step |")
-    print("|---" * (len(study.ages) + 2) + "|")
+    print(f"| | {ages} | mean | bytes per expert and step |")
+    print("|---" * (len(study.ages) + 3) + "|")
     for name, each in watches.items():
-        means = [f"{sum(values) / len(values):.3f}" for values in each.measured.values()]
-        print(f"| {name} | {' | '.join(means)} | {each.delta_bytes / len(each.publishers) / args.steps:.0f} |")
+        means = [statistics.fmean(values) for values in each.measured.values()]
+        columns = " | ".join(f"{mean:.3f}" for mean in (*means, statistics.fmean(means)))
+        print(f"| {name} | {columns} | {each.delta_bytes / len(each.publishers) / args.steps:.0f} |")
 
 
 if __name__ == "__main__":
