@@ -3,8 +3,9 @@
     rows       tokens * top-k * layers * (share not owned here) of them a step; each 2 d bytes and a little more
     gradient   slots * layers vectors an interval, whatever the tokens; each about 3 r (d + f) bytes
 
-Rows are exact but for the codec, a sample of them is still right on average, and the owner can correct what they say. A
-hundredth of them still helped where gradient sketches did not (docs/evidence.md); below that nothing was measured. A
+Rows are exact but for the codec, a sample of them is still right on average, and the owner can correct what they say.
+Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. A
+hundredth of them still helped where gradient sketches did not; below that nothing was measured (docs/evidence.md). A
 gradient sketch goes through an all-reduce, which sends an input once and the results of the own part once, so it counts
 twice where it is brought.
 """
@@ -70,6 +71,8 @@ def choose_sketches(
     """
     if budget_bytes < 1:
         raise ValueError(f"{budget_bytes} bytes a step hold no sketch")
+    if traffic.row_bytes(spec) > budget_bytes:
+        spec = min(spec, msgspec.structs.replace(spec, codec="int4"), key=traffic.row_bytes)
     if not gradients or budget_bytes >= least_rows * traffic.row_bytes(spec):
         return msgspec.structs.replace(spec, kind="rows", budget_bytes=budget_bytes * spec.every)
     useful = min(LEAST_RANK, largest_rank(traffic.hidden, traffic.width))

@@ -36,11 +36,12 @@ def test_the_large_model_costs_what_the_design_says() -> None:
 
 def test_the_large_model_takes_rows_on_a_local_network_and_gradients_on_an_uplink() -> None:
     local = chosen(10_000 * MBIT_PER_STEP)
-    assert (local.kind, local.budget_bytes) == ("rows", 10_000 * MBIT_PER_STEP)
-    assert chosen(100 * MBIT_PER_STEP).kind == "rows"  # 2.2% of them
-    uplink = chosen(40 * MBIT_PER_STEP)
+    assert (local.kind, local.codec, local.budget_bytes) == ("rows", "int8", 10_000 * MBIT_PER_STEP)
+    assert chosen(3_000 * MBIT_PER_STEP).codec == "int4"
+    assert chosen(100 * MBIT_PER_STEP).kind == "rows"  # 4.1% of them
+    uplink = chosen(20 * MBIT_PER_STEP)
     assert (uplink.kind, uplink.gradient_every) == ("gradient", 24)
-    assert uplink.rank == 11  # 1.2 GB in the 240 s of an interval
+    assert uplink.rank == 5  # 600 MB in the 240 s of an interval
     slow = chosen(10 * MBIT_PER_STEP)
     assert (slow.kind, slow.rank, slow.gradient_every) == ("gradient", 4, 33)
     with pytest.raises(ValueError, match=r"rank 4 need \d+ bytes a step"):
@@ -48,7 +49,7 @@ def test_the_large_model_takes_rows_on_a_local_network_and_gradients_on_an_uplin
 
 
 def test_rows_are_chosen_down_to_the_stated_share() -> None:
-    least = LEAST_ROWS * LARGE.row_bytes(SketchSpec())
+    least = LEAST_ROWS * LARGE.row_bytes(SketchSpec(codec="int4"))
     assert chosen(least + 1).kind == "rows"
     assert chosen(least - 1).kind == "gradient"
     assert chosen(least - 1, gradients=False).kind == "rows"
@@ -75,6 +76,8 @@ def test_what_is_chosen_fits_and_no_more_would(_: int) -> None:
         return
     if spec.kind == "rows":
         assert spec.budget_bytes == budget >= LEAST_ROWS * traffic.row_bytes(spec)
+        coarser = traffic.row_bytes(SketchSpec(codec="int4")) < traffic.row_bytes(SketchSpec())
+        assert spec.codec == ("int4" if coarser else "int8")  # rows of few values are smaller in int8
         return
     assert traffic.gradient_bytes(spec.rank) <= spec.gradient_every * budget
     assert spec.gradient_every >= every
