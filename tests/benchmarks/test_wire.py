@@ -21,7 +21,7 @@ def tiny(*settings: str) -> Manifest:
 def test_numbers_of_a_step() -> None:
     rows = sketch_rows(tiny("data.context_length=64", "train.batch_size=2"))
     assert [work.made_a_step for work in rows] == [2 * HIDDEN * 128 * TOP_K * LAYERS * 7 / 8, 0.0, 0.0]
-    assert [work.numbers for work in rows] == [2 * HIDDEN * 128 * TOP_K // EXPERTS] * 2
+    assert [work.numbers for work in rows] == [2 * HIDDEN * 128 * TOP_K // EXPERTS] * 3
     assert all(work.made_a_step == 0.0 for work in sketch_rows(tiny("sketch.kind=none")))
 
     copies, ternary = standin_deltas(tiny("standin.publish_every=4"))
