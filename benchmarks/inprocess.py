@@ -140,8 +140,8 @@ class InProcessSwarm:
 
     def run(self, steps: int) -> Iterator[float]:
         """Train for `steps` inner steps each; yields the composers' mean loss after every step."""
-        outer, publish_every = self.manifest.outer, self.manifest.standin.publish_every
-        cadence = cadences(self.composers[0].fragments, outer)
+        publish_every = self.manifest.standin.publish_every
+        cadence = cadences(self.composers[0].fragments, self.manifest)
         for step in range(1, steps + 1):
             losses = self._step(step)
             self._share_counts()

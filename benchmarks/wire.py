@@ -78,7 +78,7 @@ def backbone_parts(manifest: Manifest) -> list[Work]:
         codec = PartCodec(name)
         part = torch.randn(min(backbone, int(PART_BYTES / codec.encoded_bytes(1 << 16) * (1 << 16))))
         message = codec.encode(part)
-        used = backbone / manifest.outer.every_steps if name == manifest.outer.codec else 0.0
+        used = backbone / manifest.outer.mean_every if name == manifest.outer.codec else 0.0
         works.append(
             Work(
                 f"backbone, {name}",

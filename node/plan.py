@@ -68,7 +68,7 @@ def plan_of(
     room = memory - BACKBONE_BYTES * backbone - standins
     owned_share = 1 / composers
     tokens_per_step = manifest.train.batch_size * manifest.data.context_length
-    rounds = 2 * PartCodec(outer.codec).encoded_bytes(backbone) / (outer.every_steps * tokens_per_step)
+    rounds = 2 * PartCodec(outer.codec).encoded_bytes(backbone) / (outer.mean_every * tokens_per_step)
     return Plan(
         backbone_weights=backbone,
         expert_weights=slot_weights * shape.num_experts,

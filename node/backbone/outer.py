@@ -125,7 +125,7 @@ class OuterDriver:
             return composer.steps_since_commit(lane.index) > 0
         if lane.done is None:
             lane.done = lane.cadence.before(composer.step - 1)
-        return composer.step >= lane.done + lane.cadence.every
+        return composer.step >= lane.cadence.after(lane.done)
 
     def _begin(self, composer: Composer, lane: _Lane, number: int) -> None:
         lane.in_flight = True

@@ -13,10 +13,13 @@ def backbone_fragments(manifest: Manifest) -> list[Fragment]:
     return partition(backbone_shapes(manifest.model), manifest.outer.fragments, _tiers(manifest.outer))
 
 
-def cadences(fragments: list[Fragment], spec: OuterSpec) -> list[Cadence]:
+def cadences(fragments: list[Fragment], manifest: Manifest) -> list[Cadence]:
     """Of each fragment; all its tensors are of tiers with the same one."""
-    every = _tiers(spec)
-    return [Cadence.of(f.index, len(fragments), every[tier_of(f.names[0])]) for f in fragments]
+    spec, every = manifest.outer, _tiers(manifest.outer)
+    return [
+        Cadence.of(f.index, len(fragments), every[tier_of(f.names[0])], spec.growth, manifest.train.steps)
+        for f in fragments
+    ]
 
 
 def _tiers(spec: OuterSpec) -> dict[Tier, int]:

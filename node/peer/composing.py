@@ -148,7 +148,7 @@ class ComposerPeer:
         self.exchange.fetch_first = None if seed is None else seed.fetch_experts
         self.common = CommonState(links, self.trainer, self.fragments, held)
         self.outer = OuterDriver(
-            links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest.outer)
+            links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest)
         )
         self.keeper = SlotKeeper(
             links,

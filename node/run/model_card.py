@@ -66,6 +66,9 @@ def _facts(
     manifest: Manifest, run_id: str, rounds: Sequence[int], composers: Sequence[PeerRecord], tokens: int
 ) -> list[tuple[str, str]]:
     model, data, train, outer = manifest.model, manifest.data, manifest.train, manifest.outer
+    every = (
+        f"{outer.every_steps}" if outer.growth == 1 else f"{outer.every_steps} to {outer.every_steps * outer.growth:g}"
+    )
     shape, sketch, standin = expert_shape(model), manifest.sketch, manifest.standin
     backbone = sum(math.prod(size) for size in backbone_shapes(model).values())
     slot = 3 * shape.hidden * shape.width * shape.num_layers
@@ -85,7 +88,7 @@ def _facts(
         ("text", f"{_plain(data.corpus)}, {data.tokenizer} tokenizer, context {data.context_length}"),
         ("optimizer", f"{train.optimizer}, {train.batch_size} sequences a step"),
         ("learning rate", f"{train.learning_rate:g}, experts' {train.learning_rate * train.expert_rate:g}"),
-        ("backbone", f"merged every {outer.every_steps} steps, {outer.merge}, {outer.codec}"),
+        ("backbone", f"merged every {every} steps, {outer.merge}, {outer.codec}"),
         ("experts of others", f"stand-ins ({standin.kind}), published every {standin.publish_every} steps"),
         ("sketches", "none" if sketch.kind == "none" else f"{sketch.kind} of others' tokens, to owners of experts"),
     ]

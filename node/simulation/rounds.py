@@ -106,7 +106,7 @@ class RoundLife:
 
     def _schedule(self, peer: VirtualPeer, fragment: int) -> None:
         if peer.active:
-            due = peer.done[fragment] + self._cadences[fragment].every - peer.first_step
+            due = self._cadences[fragment].after(peer.done[fragment]) - peer.first_step
             when = max(peer.trains_from + due * peer.step_seconds, peer.not_before.get(fragment, 0.0), self._world.now)
             self._world.engine.at(when, self._due, peer, fragment, peer.done[fragment])
 

@@ -67,7 +67,7 @@ class Wire:
     def __init__(self, manifest: Manifest) -> None:
         shape = expert_shape(manifest.model)
         cut = backbone_fragments(manifest)
-        self.cadences = cadences(cut, manifest.outer)
+        self.cadences = cadences(cut, manifest)
         element = ELEMENT_BYTES[manifest.outer.codec]
         self.fragments = [fragment.numel * element for fragment in cut]
         self.sums = [fragment.numel * SUM_BYTES for fragment in cut]

@@ -1,6 +1,6 @@
 """When each fragment of the backbone is due, and how long its round waits for who is late. Pure.
 
-    fragment f of P     due at its own H inner steps, H being its tier's, offset so that the P do not come at once
+    fragment f of P     due every H inner steps, H being its tier's, offset so that the P do not come at once
     round r             merges fragment r mod P, so each fragment counts rounds of its own: f, f + P, f + 2P, ...
     round               [ until a quorum is there | grace for stragglers | all-reduce and votes ]
                         <------------------ overlap: so many inner steps, if it can be ------->
@@ -11,31 +11,69 @@ leaves somebody behind costs that member's work of one round; between the two li
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """One fragment is due at inner steps `offset`, `offset + every`, ... of whichever composer comes to one first."""
+    """One fragment is due every H inner steps of whichever composer comes to one first.
+
+    Attributes:
+        every: H at the first step.
+        offset: the first due step.
+        growth: H at step `steps` over that at the first. In between it grows evenly, afterwards it stays.
+        steps: of the run.
+    """
 
     every: int
     offset: int
+    growth: float = 1.0
+    steps: int = 1
 
     @classmethod
-    def of(cls, index: int, fragments: int, every: int) -> Cadence:
-        """Of fragment `index` of `fragments`, each merged once per `every` steps."""
-        return cls(every, max(1, (index + 1) * every // fragments))
+    def of(cls, index: int, fragments: int, every: int, growth: float = 1.0, steps: int = 1) -> Cadence:
+        """Of fragment `index` of `fragments`, each merged once per `every` steps at first."""
+        return cls(every, max(1, (index + 1) * every // fragments), growth, steps)
 
     def before(self, step: int) -> int:
         """The last due step at or before `step`; before the first one, `offset - every`."""
-        return self.offset + (step - self.offset) // self.every * self.every
+        return self._due(self._number(step))
+
+    def after(self, step: int) -> int:
+        """The first due step after `step`."""
+        return self._due(self._number(step) + 1)
 
     def nearest(self, step: int) -> int:
         """The due step that a round begun at `step` stands for.
 
         Composers are some steps apart: who joins a round shortly before its own due step has done that one.
         """
-        return self.before(step + self.every // 2)
+        last, following = self.before(step), self.after(step)
+        return following if following - step <= (following - last) // 2 else last
+
+    def _number(self, step: int) -> int:
+        """Of `before(step)`, the first due step having number 0."""
+        number = math.ceil((self._slowed(step) - self._slowed(self.offset)) / self.every) + 1
+        while self._due(number) > step:
+            number -= 1
+        return number
+
+    def _due(self, number: int) -> int:
+        if self.growth == 1.0:
+            return self.offset + number * self.every
+        slowed = self._slowed(self.offset) + number * self.every
+        faster, whole = (self.growth - 1) / self.steps, self._slowed(self.steps)
+        if slowed > whole:
+            return round(self.steps + (slowed - whole) * self.growth)
+        return round(slowed if slowed < 0 else math.expm1(slowed * faster) / faster)
+
+    def _slowed(self, step: int) -> float:
+        """Steps by a clock that goes slower as H grows: there is a round whenever `every` of them have passed."""
+        if self.growth == 1.0 or step <= 0:
+            return step
+        faster, within = (self.growth - 1) / self.steps, min(step, self.steps)
+        return math.log1p(within * faster) / faster + (step - within) / self.growth
 
 
 class MovingAverage:

@@ -163,7 +163,7 @@ class LoopbackPeer:
         seat: Any = Seat(meeting, links.peer_id)
         fragments = self.composer.fragments
         self.common = CommonState(links, self.trainer, fragments, [Held(-1, d) for d in zeros])
-        self.outer = OuterDriver(links, self.trainer, seat, self.common, cadences(fragments, links.manifest.outer))
+        self.outer = OuterDriver(links, self.trainer, seat, self.common, cadences(fragments, links.manifest))
         self.keeper = SlotKeeper(
             links,
             self.trainer,

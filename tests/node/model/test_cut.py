@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from shoal.node.model.cut import backbone_fragments, cadences
 from shoal.node.model.init import backbone_shapes
-from shoal.node.run.manifest import Manifest, ModelSpec, OuterSpec
+from shoal.node.run.manifest import Manifest, ModelSpec, OuterSpec, TrainSpec
 from shoal.protocol.averaging.fragments import tier_of
 
 SIZES: dict[str, Any] = {
@@ -52,5 +52,15 @@ def test_each_fragment_has_its_tiers_cadence() -> None:
     outer = OuterSpec(fragments=4, every_steps=24, embeddings_every=48, router_every=6)
     manifest = Manifest(name="run", founder="12D3KooW", created_at=0, model=model, outer=outer)
     fragments = backbone_fragments(manifest)
-    found = {tier_of(f.names[0]): c.every for f, c in zip(fragments, cadences(fragments, outer), strict=True)}
+    found = {tier_of(f.names[0]): c.every for f, c in zip(fragments, cadences(fragments, manifest), strict=True)}
     assert found == {"embeddings": 48, "router": 6, "body": 24}
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.5, 8.0])
+def test_a_growing_h_has_as_many_rounds_as_its_mean_says(growth: float) -> None:
+    model = ModelSpec(config={"model_type": "qwen3_moe", **SIZES, **EXPERTS["qwen3_moe"]})
+    outer, train = OuterSpec(every_steps=6, growth=growth), TrainSpec(steps=500)
+    manifest = Manifest(name="run", founder="12D3KooW", created_at=0, model=model, outer=outer, train=train)
+    for cadence in cadences(backbone_fragments(manifest), manifest):
+        rounds = sum(cadence.before(step) == step for step in range(1, 501))
+        assert abs(rounds - 500 / outer.mean_every) <= 1

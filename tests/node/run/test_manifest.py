@@ -56,7 +56,7 @@ def fields_of(source: Manifest) -> dict[str, Any]:
 
 
 def test_golden_run_id() -> None:
-    assert run_id_of(manifest()) == "demo-f28e9654d89d"
+    assert run_id_of(manifest()) == "demo-f2621e51a020"
 
 
 def test_round_trip() -> None:

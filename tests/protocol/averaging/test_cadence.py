@@ -35,6 +35,26 @@ def test_who_joins_a_round_near_its_own_due_step_has_done_that_one(every, offset
         assert nearest == step
 
 
+@given(
+    every=every,
+    offset=st.integers(1, 200),
+    growth=st.floats(1.0, 50.0),
+    steps=st.integers(1, 3000),
+    step=st.integers(-300, 6000),
+)
+def test_rounds_of_a_growing_h_are_as_far_apart_as_h_is_then(every, offset, growth, steps, step):
+    cadence = Cadence(every, min(offset, every), growth, steps)
+    last, following = cadence.before(step), cadence.after(step)
+    assert last <= step < following
+    assert (cadence.before(last), cadence.before(following), cadence.after(last)) == (last, following, following)
+    h = [every * (1 + (growth - 1) * min(1.0, max(0.0, at / steps))) for at in (last, following)]
+    assert h[0] - 1 <= following - last <= h[1] + 1  # one, because steps are whole
+    nearest = cadence.nearest(step)
+    assert nearest in (last, following)
+    assert abs(nearest - step) <= (following - last + 1) / 2
+    assert cadence.nearest(following) == following
+
+
 def test_composers_that_are_some_steps_apart_merge_once_per_h_steps_not_twice():
     """The first to come to a due step opens the round, and all join it."""
     cadence, lags = Cadence(24, 12), [0, 3, 7, 10]
@@ -42,7 +62,7 @@ def test_composers_that_are_some_steps_apart_merge_once_per_h_steps_not_twice():
     rounds = 0
     for now in range(1, 241):
         steps = [now - lag for lag in lags]
-        if any(step >= last + cadence.every for step, last in zip(steps, done, strict=True)):
+        if any(step >= cadence.after(last) for step, last in zip(steps, done, strict=True)):
             rounds += 1
             done = [cadence.nearest(step) for step in steps]
     assert rounds == 240 // 24
