@@ -13,7 +13,8 @@ pytestmark = pytest.mark.timeout(400)
 
 def test_all_experts_live_on_workers(swarm: Swarm) -> None:
     swarm.found(
-        "--steps", "100000", "--min-composers", "2", "--lease-seconds", str(LEASE), "--set", "trust.audit_every=10"
+        "--steps", "100000", "--min-composers", "2", "--lease-seconds", str(LEASE),
+        "--set", "trust.audit_every=10", "--set", "sketch.codec=int4",
     )  # fmt: skip
     first = swarm.join("w1", "--role", "worker")
     composers = [swarm.join(name, "--own", "none", "--data-shard", f"{i}/2") for i, name in enumerate("ab")]
