@@ -102,7 +102,7 @@ class OuterSpec(Spec, frozen=True, kw_only=True):
     every_steps: Count = 8  # H: each fragment is merged once per H inner steps
     embeddings_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # H of embeddings and output head; 0 = every_steps
     router_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # H of routers and norms; 0 = every_steps
-    growth: Annotated[float, Meta(ge=1.0, le=1e6)] = 1.0  # H at the last step over that at the first
+    growth: Annotated[float, Meta(gt=0.0, le=1e6)] = 1.0  # H at the last step over that at the first
     in_flight: Count = 2  # fragments that are merged at the same time
     overlap_steps: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # tau: a round's share of steps; 0 = in_flight * H / P
     learning_rate: Positive = 1.0  # 1.0 with momentum 0 is the plain token-weighted mean
@@ -116,7 +116,7 @@ class OuterSpec(Spec, frozen=True, kw_only=True):
     @property
     def mean_every(self) -> float:
         """H on average over a run's rounds."""
-        return self.every_steps * ((self.growth - 1) / math.log(self.growth) if self.growth > 1 else 1.0)
+        return self.every_steps * ((self.growth - 1) / math.log(self.growth) if self.growth != 1 else 1.0)
 
 
 class StandInSpec(Spec, frozen=True, kw_only=True):

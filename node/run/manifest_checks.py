@@ -65,6 +65,11 @@ def _check_cadences(outer: OuterSpec) -> None:
             f"the backbone's tiers have {len(cadences)} cadences, but there are {outer.fragments} fragments",
             fix=f"set outer.fragments to {len(cadences)} at least, or fewer different cadences",
         )
+    if min(cadences) * outer.growth < 1:
+        raise ManifestError(
+            f"every {min(cadences)} steps times outer.growth is more than one merge a step at the end",
+            fix=f"set outer.growth to {1 / min(cadences):.3g} at least",
+        )
 
 
 def _check_gradient_sketches(manifest: Manifest) -> None:

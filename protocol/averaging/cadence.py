@@ -22,7 +22,7 @@ class Cadence:
     Attributes:
         every: H at the first step.
         offset: the first due step.
-        growth: H at step `steps` over that at the first. In between it grows evenly, afterwards it stays.
+        growth: H at step `steps` over that at the first. In between it changes evenly, afterwards it stays; it is never below 1.
         steps: of the run.
     """
 
@@ -65,8 +65,10 @@ class Cadence:
         slowed = self._slowed(self.offset) + number * self.every
         faster, whole = (self.growth - 1) / self.steps, self._slowed(self.steps)
         if slowed > whole:
-            return round(self.steps + (slowed - whole) * self.growth)
-        return round(slowed if slowed < 0 else math.expm1(slowed * faster) / faster)
+            exact = self.steps + (slowed - whole) * self.growth
+        else:
+            exact = slowed if slowed < 0 else math.expm1(slowed * faster) / faster
+        return math.floor(exact + 0.5)  # what is one apart stays so, which `round` does not grant
 
     def _slowed(self, step: int) -> float:
         """Steps by a clock that goes slower as H grows: there is a round whenever `every` of them have passed."""

@@ -56,7 +56,7 @@ def test_each_fragment_has_its_tiers_cadence() -> None:
     assert found == {"embeddings": 48, "router": 6, "body": 24}
 
 
-@pytest.mark.parametrize("growth", [1.0, 1.5, 8.0])
+@pytest.mark.parametrize("growth", [0.25, 1.0, 1.5, 8.0])
 def test_a_growing_h_has_as_many_rounds_as_its_mean_says(growth: float) -> None:
     model = ModelSpec(config={"model_type": "qwen3_moe", **SIZES, **EXPERTS["qwen3_moe"]})
     outer, train = OuterSpec(every_steps=6, growth=growth), TrainSpec(steps=500)

@@ -255,6 +255,13 @@ def test_a_fragment_cannot_be_due_at_two_times() -> None:
     sign(FOUNDER, with_settings(manifest(), ["outer.embeddings_every=48", "outer.fragments=2"]))
 
 
+def test_no_fragment_is_merged_more_than_once_a_step() -> None:
+    sign(FOUNDER, with_settings(manifest(), ["outer.every_steps=4", "outer.growth=0.25"]))
+    with pytest.raises(ManifestError, match="more than one merge") as refused:
+        sign(FOUNDER, with_settings(manifest(), ["outer.every_steps=4", "outer.growth=0.2"]))
+    assert "0.25" in refused.value.fix
+
+
 def test_radial_merges_of_fragments_whose_norms_fit_in_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = preset("tiny").model
     good = manifest(model=model, outer=OuterSpec(merge="radial", fragments=1))
