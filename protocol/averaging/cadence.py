@@ -22,7 +22,7 @@ class Cadence:
     Attributes:
         every: H at the first step.
         offset: the first due step.
-        growth: H at step `steps` over that at the first. In between it changes evenly, afterwards it stays; it is never below 1.
+        growth: H at step `steps` over that at the first, neither below 1. In between it changes evenly, then it stays.
         steps: of the run.
     """
 
