@@ -177,8 +177,7 @@ def main() -> None:
     parser.add_argument("--way", default=None, help="only this one, once, as JSON")
     arguments = parser.parse_args()
     chosen = preset(arguments.preset)
-    parts = {name: getattr(chosen, name) for name in ("model", "data", "train", "outer", "standin")}
-    manifest = with_settings(Manifest(name="bench", founder="none", created_at=0, **parts), arguments.set)
+    manifest = with_settings(Manifest(name="bench", founder="none", created_at=0, **vars(chosen)), arguments.set)
     tokens = arguments.steps * manifest.train.batch_size * manifest.data.context_length
     compared = ways(manifest, arguments.size, arguments.every)
     if arguments.way is not None:

@@ -97,6 +97,7 @@ class Bench:
                 width_fraction=said.width or standin.width_fraction,
                 refit_steps=said.refit_steps or standin.refit_steps,
             ),
+            sketch=chosen.sketch,
         )
         made = with_settings(made, [*said.set, *settings])
         if tokens is None:

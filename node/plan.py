@@ -171,7 +171,7 @@ def _manifest(model: str, settings: tuple[str, ...]) -> Manifest:
         raise ConfigError(f"{model} is no preset and no checkpoint", fix=f"give {', '.join(PRESETS)} or a folder")
     manifest = Manifest(
         name="plan", founder="none", created_at=0, model=spec, data=chosen.data, train=chosen.train,
-        outer=chosen.outer, standin=chosen.standin,
+        outer=chosen.outer, standin=chosen.standin, sketch=chosen.sketch,
     )  # fmt: skip
     return with_settings(manifest, settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..run.manifest import DataSpec, ModelSpec, OuterSpec, StandInSpec, TrainSpec
+from ..run.manifest import DataSpec, ModelSpec, OuterSpec, SketchSpec, StandInSpec, TrainSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Preset:
     train: TrainSpec = field(default_factory=TrainSpec)
     outer: OuterSpec = field(default_factory=OuterSpec)
     standin: StandInSpec = field(default_factory=StandInSpec)
+    sketch: SketchSpec = field(default_factory=SketchSpec)
 
 
 def _bytes_config(context: int, **family: Any) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def _tiny() -> Preset:
         train=TrainSpec(optimizer="muon", learning_rate=0.012),
         outer=OuterSpec(every_steps=24),
         standin=StandInSpec(publish_every=2, refit_steps=24),
+        sketch=SketchSpec(codec="int4"),
     )
 
 
@@ -78,6 +80,7 @@ def _small() -> Preset:
         model=ModelSpec(config=config),
         data=DataSpec(context_length=512),
         train=TrainSpec(steps=5000, batch_size=8, learning_rate=1e-3, warmup_steps=200),
+        sketch=SketchSpec(codec="int4"),
     )
 
 

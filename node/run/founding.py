@@ -81,6 +81,7 @@ def new_manifest(
         train=train,
         outer=parts.outer,
         standin=parts.standin,
+        sketch=parts.sketch,
         ownership=OwnershipSpec(lease_seconds=lease_seconds),
         privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
     )

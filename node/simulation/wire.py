@@ -38,6 +38,7 @@ def manifest_of(name: str, lease_seconds: float, round_seconds: float) -> Manife
         train=parts.train,
         outer=msgspec.structs.replace(parts.outer, timeout_seconds=round_seconds),
         standin=parts.standin,
+        sketch=parts.sketch,
         ownership=OwnershipSpec(lease_seconds=lease_seconds),
     )
 

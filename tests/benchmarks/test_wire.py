@@ -20,7 +20,7 @@ def tiny(*settings: str) -> Manifest:
 
 def test_numbers_of_a_step() -> None:
     rows = sketch_rows(tiny("data.context_length=64", "train.batch_size=2"))
-    assert [work.made_a_step for work in rows] == [2 * HIDDEN * 128 * TOP_K * LAYERS * 7 / 8, 0.0, 0.0]
+    assert [work.made_a_step for work in rows] == [0.0, 0.0, 2 * HIDDEN * 128 * TOP_K * LAYERS * 7 / 8]
     assert [work.numbers for work in rows] == [2 * HIDDEN * 128 * TOP_K // EXPERTS] * 3
     assert all(work.made_a_step == 0.0 for work in sketch_rows(tiny("sketch.kind=none")))
 
@@ -42,5 +42,5 @@ def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert len(found) == len(capsys.readouterr().out.strip().splitlines()) - 4
     assert all(one[way] > 0 for one in found.values() for way in ("made", "read", "copied"))
     assert found["whole experts, float32"]["bytes_per_number"] == pytest.approx(4, abs=1e-3)
-    assert found["row sketches, int8"]["share"] > 0
+    assert found["row sketches, int4"]["share"] > 0
     assert found["whole experts, nf4"]["share"] is None
