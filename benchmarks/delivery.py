@@ -109,8 +109,10 @@ class GradientDelivery:
                 arrived[slot].append(collected)
         under_way: list[Sent] = []
         for slot, parts in arrived.items():
+            if not parts:  # where costs are measured only one composer steps
+                continue
             tokens = sum(part.tokens for part in parts)
             mean = torch.stack([part.flat for part in parts]).sum(0) / tokens
             gradients = {layer: projections.rebuild(mean.view(len(layers), -1)[layer]) for layer in layers}
             under_way.append(SentMean(self._owners[slot], slot, gradients, tokens, self._composers[0].step))
-        return sum((len(parts) + 1) * GRADIENT_BYTES * self._form.numel for parts in arrived.values()), under_way
+        return sum((len(parts) + 1) * GRADIENT_BYTES * self._form.numel for parts in arrived.values() if parts), under_way
