@@ -115,4 +115,5 @@ class GradientDelivery:
             mean = torch.stack([part.flat for part in parts]).sum(0) / tokens
             gradients = {layer: projections.rebuild(mean.view(len(layers), -1)[layer]) for layer in layers}
             under_way.append(SentMean(self._owners[slot], slot, gradients, tokens, self._composers[0].step))
-        return sum((len(parts) + 1) * GRADIENT_BYTES * self._form.numel for parts in arrived.values() if parts), under_way
+        vectors = sum(len(parts) + 1 for parts in arrived.values() if parts)
+        return vectors * GRADIENT_BYTES * self._form.numel, under_way
