@@ -57,7 +57,7 @@ class Bytes:
 class InProcessSwarm:
     """`len(batches)` composers; composer i owns the slots of `owned[i]`, worker j those of `workers[j]`.
 
-    If every composer owns every slot this is DiLoCo with full replicas: experts are then merged in each round too, by
+    If every composer owns every slot this is DiLoCo with full replicas: experts are then merged every H steps too, by
     the same codec and outer step as the backbone.
     Sketches are as `manifest.sketch` has them; without any, experts learn from their owner's tokens alone.
 
@@ -225,10 +225,18 @@ class InProcessSwarm:
         average, facts = self._average(entries)
         for composer in self.composers:
             composer.commit_round(index, *composer.propose(index, average, facts))
-        if self.frozen and index == 0:
+        if index != self._experts_with:
+            return
+        if self.frozen:
             self._copy_experts()
         if self.replicas:
             self._merge_experts(entries)
+
+    @property
+    def _experts_with(self) -> int:
+        """The fragment in whose rounds experts go, where they go in rounds: the first that is due every H steps."""
+        due = cadences(self.composers[0].fragments, self.manifest)
+        return next(index for index, each in enumerate(due) if each.every == self.manifest.outer.every_steps)
 
     def _copy_experts(self) -> None:
         for owner in self.owners:
