@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from .manifest_errors import ManifestError
@@ -68,7 +69,7 @@ def _check_cadences(outer: OuterSpec) -> None:
     if min(cadences) * outer.growth < 1:
         raise ManifestError(
             f"every {min(cadences)} steps times outer.growth is more than one merge a step at the end",
-            fix=f"set outer.growth to {1 / min(cadences):.3g} at least",
+            fix=f"set outer.growth to {math.ceil(1000 / min(cadences)) / 1000:g} at least",
         )
 
 

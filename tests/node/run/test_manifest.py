@@ -260,6 +260,10 @@ def test_no_fragment_is_merged_more_than_once_a_step() -> None:
     with pytest.raises(ManifestError, match="more than one merge") as refused:
         sign(FOUNDER, with_settings(manifest(), ["outer.every_steps=4", "outer.growth=0.2"]))
     assert "0.25" in refused.value.fix
+    with pytest.raises(ManifestError, match="more than one merge") as refused:
+        sign(FOUNDER, with_settings(manifest(), ["outer.every_steps=3", "outer.growth=0.333"]))
+    assert "0.334" in refused.value.fix
+    sign(FOUNDER, with_settings(manifest(), ["outer.every_steps=3", "outer.growth=0.334"]))
 
 
 def test_radial_merges_of_fragments_whose_norms_fit_in_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
