@@ -253,23 +253,34 @@ class OuterDriver:
         await self.common.propose(index, held, fragment, momentum)
 
     async def run(self) -> None:
-        """Until cancelled: keep up with what others committed, and keep own votes alive in the directory."""
+        """Until cancelled: keep up with what others committed, and keep own votes alive in the directory meanwhile:
+        fetching a fragment may take longer than a vote lives."""
+        both = [asyncio.ensure_future(work) for work in (self._keep_up(), self._stay_heard())]
+        try:
+            await asyncio.gather(*both)
+        finally:
+            for task in both:
+                task.cancel()
+
+    async def _stay_heard(self) -> None:
         while True:
             changed = self._links.news.next_change()
-            await self._keep_up()
             if self._polled is None or self._polled.done():
                 self._polled = self._trainer.ask(self._poll_idle)
             self.common.repeat_votes(after=self._links.record_seconds / 3)
             await self._links.news.wait(changed, IDLE_POLL_SECONDS)
 
     async def _keep_up(self) -> None:
-        for lane in self._lanes:
-            lane.catching_up = True
-            try:
-                if not lane.in_flight:
-                    await self.common.catch_up(lane.index)
-            finally:
-                lane.catching_up = False
+        while True:
+            changed = self._links.news.next_change()
+            for lane in self._lanes:
+                lane.catching_up = True
+                try:
+                    if not lane.in_flight:
+                        await self.common.catch_up(lane.index)
+                finally:
+                    lane.catching_up = False
+            await self._links.news.wait(changed, IDLE_POLL_SECONDS)
 
     def _poll_idle(self, composer: Composer) -> None:
         """A finished composer takes no steps that could call `after_step`."""

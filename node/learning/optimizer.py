@@ -17,6 +17,8 @@ from ..run.manifest import TrainSpec
 
 _BLOCK = 256  # of the 8-bit optimizer's scales
 _MAX_STEP = 1 << 24  # float32 counts no further
+_ROUNDING = 1.01  # of float32, over many steps
+_UNDERFLOW = 1e-18  # squares of what is smaller are lost in float32
 _RATIO = "rate_ratio"  # of a group: its learning rate, over the schedule's
 
 
@@ -129,6 +131,8 @@ def checked_state(
         check_tensor(f"optimizer state {name}", value, dtype, blocks if name.startswith("absmax") else tuple(shape))
     if not orthogonal and bool((state["absmax2" if quantised else second] < 0).any()):
         raise ValueError("the second moment is negative")
+    if not orthogonal and not quantised:
+        _check_moments(state[first], state[second], *group["betas"])
     step = state["step"]
     if step.numel() != 1 or not 1 <= float(step) <= _MAX_STEP:
         raise ValueError("the optimizer's step is not one number from 1 up")
@@ -139,6 +143,20 @@ def checked_state(
         maps: dict[str, Tensor] = optimizer.name2qmap  # type: ignore[attr-defined]
         checked |= {"qmap1": maps["dynamic"], "qmap2": maps["udynamic"]}
     return checked
+
+
+def _check_moments(first: Tensor, second: Tensor, beta1: float, beta2: float) -> None:
+    """Raise ValueError where no gradients can have left such moments: a step would be of any length.
+
+    Both are sums over the same gradients, of g and of g²; so by Cauchy and Schwarz
+    first² <= second (1 - beta1)² / ((1 - beta2) (1 - beta1² / beta2)), if the sums that this stands for end.
+    """
+    ratio = beta1**2 / beta2 if beta2 > 0 else 1.0
+    if ratio >= 1.0:
+        return
+    most = second.sqrt() * ((1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio)))
+    if bool((first.abs() > most * _ROUNDING + _UNDERFLOW).any()):
+        raise ValueError("no gradients have these two moments")
 
 
 def put_state(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor | int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -33,14 +34,25 @@ class NetworkThread:
         if not self._thread.is_alive():
             raise RuntimeError("the network thread has ended")
 
+    def last(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine, for `CLOSE_SECONDS` at most. What goes wrong is logged: whoever is closing goes on closing."""
+        if not self._thread.is_alive():
+            work.close()
+            return
+        try:
+            self.call(work, CLOSE_SECONDS)
+        except Exception:  # noqa: BLE001 - of any kind: what is closed is not used again
+            logging.getLogger(__name__).warning("close.failed", exc_info=True)
+
     def close(self) -> None:
         """Cancel every task and end the loop."""
         if not self._thread.is_alive():
             return
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self.loop).result(CLOSE_SECONDS)
+        self.last(self._cancel_all())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(CLOSE_SECONDS)
-        self.loop.close()
+        if not self._thread.is_alive():
+            self.loop.close()
 
     async def _cancel_all(self) -> None:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

@@ -17,7 +17,7 @@ from ...protocol import messages
 from ...protocol.averaging.rounds import quorum
 from ...protocol.directory import standing
 from ...protocol.directory.directory import Directory
-from ...protocol.directory.records import LeaseRecord, PeerRecord, VoteRecord, seal_record
+from ...protocol.directory.records import RECORD_TYPES, LeaseRecord, PeerRecord, VoteRecord, seal_record
 from ...protocol.directory.view import View
 from ...protocol.envelope import ENVELOPE_OVERHEAD, Envelope, open_sealed, seal
 from ...protocol.errors import BadSignature, DirectoryError, PeerUnreachable, Refused, TransportError
@@ -158,7 +158,8 @@ class Links:
         except BadSignature:
             self.state.count(Count.REFUSALS, "forged")
             return None
-        self.state.count(Count.BYTES, envelope.kind, "in", by=len(data))
+        known = envelope.kind in messages.KINDS or envelope.kind in RECORD_TYPES
+        self.state.count(Count.BYTES, envelope.kind if known else "other", "in", by=len(data))
         return envelope
 
     def spawn(self, work: Coroutine[Any, Any, None], *, vital: bool = False) -> None:

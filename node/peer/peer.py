@@ -177,12 +177,15 @@ class _Peer:
             network = NetworkThread()
             try:
                 links, member, library = network.call(self._connect(dht, run))
-                self._show_invite(run, member)
-                self._find_key(run, network, links, library)
-                self.stop.joined = True
-                if work is not None:
-                    return work.run(network, links, member, library, self.stop)
-                return self._idle(network, links, member)
+                try:
+                    self._show_invite(run, member)
+                    self._find_key(run, network, links, library)
+                    self.stop.joined = True
+                    if work is not None:
+                        return work.run(network, links, member, library, self.stop)
+                    return self._idle(network, links, member)
+                finally:
+                    network.last(links.transport.close())  # its last news are sent by then
             finally:
                 network.close()
         finally:

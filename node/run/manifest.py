@@ -16,7 +16,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ...protocol.directory.records import MAX_MANIFEST_BYTES, manifest_digest, open_signed_manifest, seal_manifest
+from ...protocol.directory.records import (
+    MAX_FRAGMENTS,
+    MAX_MANIFEST_BYTES,
+    manifest_digest,
+    open_signed_manifest,
+    seal_manifest,
+)
 from ...protocol.envelope import decode_payload
 from ...protocol.errors import BadSignature, Refused
 from ...protocol.identity import Identity
@@ -98,7 +104,7 @@ class TrainSpec(Spec, frozen=True, kw_only=True):
 class OuterSpec(Spec, frozen=True, kw_only=True):
     """Merging the backbone."""
 
-    fragments: Count = 2  # balanced subsets of the backbone, merged in turn
+    fragments: Annotated[int, Meta(ge=1, le=MAX_FRAGMENTS)] = 2  # balanced subsets of the backbone, merged in turn
     every_steps: Count = 8  # H: each fragment is merged once per H inner steps
     embeddings_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # H of embeddings and output head; 0 = every_steps
     router_every: Annotated[int, Meta(ge=0, le=1 << 31)] = 0  # H of routers and norms; 0 = every_steps

@@ -25,12 +25,17 @@ def from_bytes(data: bytes, *, what: str) -> dict[str, Tensor]:
     """
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        spoilt = [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
+    # torch lacks some dtypes that the format has (KeyError), and operations on some that it has (RuntimeError).
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise Refused("malformed", f"{what} is not a safetensors blob: {error}") from error
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise Refused("not-finite", f"{what} holds NaN or infinity in {name!r}")
+    if spoilt:
+        raise Refused("not-finite", f"{what} holds NaN or infinity in {spoilt[0]!r}")
     return tensors
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
 
 
 def fragment_to_bytes(fragment: Tensor, momentum: Tensor) -> bytes:

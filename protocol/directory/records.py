@@ -27,6 +27,7 @@ from ..errors import Refused
 from ..identity import SIGNATURE_BYTES, Identity
 
 MAX_SLOTS = 65536
+MAX_FRAGMENTS = 256  # of a backbone: as many votes may one identity have in everybody's memory
 MAX_LIFETIME_SECONDS = 600.0  # no record outlives its last renewal by more
 MAX_CLOCK_AHEAD_SECONDS = 5.0  # how far in the future a record may have been issued
 EXPIRED_GRACE_SECONDS = 10.0  # a record that expired on its way is not an offence
@@ -116,7 +117,7 @@ class VoteRecord(Record, frozen=True, kw_only=True):
     max_bytes: ClassVar[int] = 8192
 
     round: _Counter
-    fragment: Annotated[int, Meta(ge=0, le=65535)]
+    fragment: Annotated[int, Meta(ge=0, lt=MAX_FRAGMENTS)]
     digest: Annotated[bytes, Meta(min_length=32, max_length=32)]  # sha256 of the fragment and its momentum
     members: Annotated[list[PeerId], Meta(max_length=128)]  # who contributed
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from shoal.protocol.averaging.merging import digest
 from shoal.protocol.directory.records import VoteRecord, seal_record
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import RoundOpen
+from shoal.protocol.transport.downloads import Resource
 from tiny import manifest_of
 
 STEPS = 24
@@ -116,6 +119,39 @@ def test_a_fragment_whose_rounds_fail_holds_up_no_other(swarm: Loopback) -> None
         swarm.meeting.stuck = set()
     swarm.until(lambda: merged(swarm), "and its work is not lost")
     assert len({tuple(common(peer)) for peer in swarm.peers}) == 1
+
+
+def test_votes_live_on_while_a_fragment_is_fetched(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetch may take longer than a vote lives; without their votes a swarm of slow links has no quorum."""
+    first, _, slow = swarm.peers
+    before, peer_id = rounds_of(slow), slow.peer_id
+    arrived, fetch = asyncio.Event(), slow.links.fetch
+    asked: list[str] = []
+
+    async def late(*args: Any, **more: Any) -> Resource:
+        asked.append(args[1])
+        await arrived.wait()
+        return await fetch(*args, **more)
+
+    def votes() -> list[float]:
+        votes = first.links.directory.view().votes
+        return [votes[index][peer_id].issued_at for index in range(2)]
+
+    for peer in swarm.peers:
+        monkeypatch.setattr(peer.links, "record_seconds", 3.0)
+    monkeypatch.setattr(slow.links, "fetch", late)
+    swarm.meeting.absent = {peer_id}
+    try:
+        more_steps(first, 1)
+        swarm.until(lambda: bool(asked), "the slow one fetches a fragment")
+        for _ in range(2):
+            then = votes()
+            swarm.until(lambda then=then: all(map(operator.gt, votes(), then)), "it votes again")  # type: ignore[misc]
+        assert rounds_of(slow) != rounds_of(first)
+    finally:
+        swarm.meeting.absent = set()
+        swarm.network.loop.call_soon_threadsafe(arrived.set)
+    swarm.until(lambda: merged(swarm) and later(slow, before), "it has caught up")
 
 
 def test_strangers_do_not_vote(swarm: Loopback, tmp_path: Path) -> None:

@@ -122,6 +122,30 @@ def test_state_moves_to_the_bit(kind: str, shape: tuple[int, int]) -> None:
         assert torch.equal(weight, copies[name])
 
 
+@pytest.mark.parametrize("grows", [0.01, 0.5, 0.95 / 0.9, 1.0, 2.0, 10.0])
+def test_moments_that_gradients_have_left_are_taken(grows: float) -> None:
+    """Also of gradients that grow or shrink, by 0.95 / 0.9 just so that the first moment is largest for the second."""
+    weights = {"matrix": nn.Parameter(torch.zeros(SHAPES[0]))}
+    optimizer = make_optimizer(TrainSpec(beta1=0.9, beta2=0.95), weights)
+    sizes = [1e-3 * min(max(grows**step, 1e-25), 1e4) for step in range(200)]
+    direction = torch.randn(SHAPES[0])
+    for size in sizes:
+        steps(optimizer, weights, [[size * direction]])
+        state = take_state(optimizer, weights["matrix"])
+        assert set(checked(optimizer, weights["matrix"], state)) == set(state)
+
+
+@pytest.mark.parametrize(("first", "second"), [(100.0, 0.0), (1.0, 0.5), (-1e-6, 0.0)])
+def test_moments_that_no_gradients_have_are_refused(first: float, second: float) -> None:
+    weights = parameters(SHAPES[0])
+    optimizer = make_optimizer(TrainSpec(beta1=0.9, beta2=0.95), weights)
+    steps(optimizer, weights, [[torch.randn_like(w) for w in weights.values()] for _ in range(3)])
+    state = take_state(optimizer, weights["matrix"])
+    state["exp_avg"][3, 2], state["exp_avg_sq"][3, 2] = first, second
+    with pytest.raises(ValueError, match="no gradients have these"):
+        checked(optimizer, weights["matrix"], state)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_is_a_copy(kind: str) -> None:
     weights = parameters(SHAPES[1])
