@@ -35,13 +35,13 @@ class NetworkThread:
             raise RuntimeError("the network thread has ended")
 
     def last(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine, for `CLOSE_SECONDS` at most. What goes wrong is logged: whoever is closing goes on closing."""
+        """Run a coroutine, for `CLOSE_SECONDS` at most. An error is logged: whoever is closing goes on closing."""
         if not self._thread.is_alive():
             work.close()
             return
         try:
             self.call(work, CLOSE_SECONDS)
-        except Exception:  # noqa: BLE001 - of any kind: what is closed is not used again
+        except Exception:
             logging.getLogger(__name__).warning("close.failed", exc_info=True)
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.joined = False  # before that there is nothing to hand over
+        self.joined = False  # before that there is nothing to hand over, and it ends on the spot
 
     def on_signal(self, number: int, _frame: object) -> None:
         if self.requested:
@@ -180,9 +180,9 @@ class _Peer:
                 try:
                     self._show_invite(run, member)
                     self._find_key(run, network, links, library)
-                    self.stop.joined = True
                     if work is not None:
                         return work.run(network, links, member, library, self.stop)
+                    self.stop.joined = True
                     return self._idle(network, links, member)
                 finally:
                     network.last(links.transport.close())  # its last news are sent by then

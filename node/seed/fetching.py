@@ -8,13 +8,14 @@ from functools import partial
 
 from ...protocol import resources
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused
+from ...protocol.transport.downloads import Download
 from ..logs import get_logger
 from ..peer.links import Links
 from .store import SeedMissing, SeedStore
 
 log = get_logger(__name__)
 
-FETCH_SECONDS = 600.0
+FETCH_SECONDS = 60.0  # and as long as the bytes take
 PAUSE_SECONDS = 1.0
 INDEX_BYTES = 1 << 20
 HOLDERS = ("bootstrap", "composer")
@@ -34,7 +35,7 @@ async def fetch_parts(
     Args:
         wanted: numbers of parts; called once the index is there.
         max_bytes: of a part.
-        seconds: how long to look for somebody who has one that is missing.
+        seconds: how long to look for somebody who has one that is missing, since the last byte came.
         progress: told parts here, and how many are wanted.
 
     Raises:
@@ -53,12 +54,22 @@ async def _from_anybody(
     links: Links, resource: str, keep: Callable[[bytes], bool], max_bytes: int, seconds: float
 ) -> None:
     deadline = links.loop.time() + seconds
+    begun = Download()
+
+    def came(_got: int, _of: int) -> None:
+        nonlocal deadline
+        deadline = links.loop.time() + seconds
+        links.state.beat()
+
     while True:
         holders = [p for p, r in links.view().peers.items() if p != links.peer_id and r.role in HOLDERS]
         # Spread over those who have it, and ask the same one as last time for the next part.
         for peer in sorted(holders, key=lambda peer: (hash((links.peer_id, peer)), peer)):
             try:
-                got = await links.fetch(peer, resource, max_bytes=max_bytes, deadline_seconds=FETCH_SECONDS)
+                got = await links.fetch(
+                    peer, resource, max_bytes=max_bytes, deadline_seconds=FETCH_SECONDS, progress=came, begun=begun
+                )
+                begun.restart()
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.debug("seed.not_given", peer=peer, part=resource, error=str(error))
                 continue

@@ -56,6 +56,7 @@ log = get_logger(__name__)
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 SNAPSHOT_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 65_536  # whoever takes a slot more slowly does not get it frozen
 PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
 
 
@@ -269,9 +270,8 @@ class SlotKeeper(Generic[O]):
         owner's it may be the only copy."""
         held = self.held.pop(slot)
         version = self._versions.pop(slot)
-        timer = self._granted.pop(slot, None)
-        if timer is not None:
-            timer.cancel()
+        if slot in self._granted:
+            self._granted.pop(slot).cancel()
 
         def release(owner: O) -> tuple[SlotTensors | None, Published | None]:
             tensors = None if self._leaving else self._exchange.snapshot(owner, slot, held)
@@ -299,7 +299,7 @@ class SlotKeeper(Generic[O]):
     # -- handing over ----------------------------------------------------------------------------------------------
 
     async def serve_handover(self, slot: int, requester: str) -> Resource | None:
-        """Freeze a held slot and give it away. Training resumes if the new owner claims nothing within a lease."""
+        """Freeze a held slot and give it away. Training resumes a lease after the new owner has taken its last part."""
         if not grants_handover(self._watch, self._situation(), slot, requester, self.held.get(slot, -1) + COPY_RAISE):
             raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
         full = self._links.manifest.ownership.handover == "full"
@@ -310,11 +310,23 @@ class SlotKeeper(Generic[O]):
                 self._exchange.publish_now(owner, [slot])
 
         await asyncio.wrap_future(self._trainer.ask(freeze))
-        old = self._granted.pop(slot, None)
-        if old is not None:
-            old.cancel()
+        self._expect_claim(slot)
+        given = await self.serving.snapshot(slot, full=full)
+        if given is None:
+            return None
+        until = self._links.loop.time() + self._rules.lease + len(given.data) / SLOWEST_BYTES_PER_SECOND
+
+        def taken() -> None:
+            if slot in self._granted and self._links.loop.time() < until:
+                self._expect_claim(slot)
+
+        return replace(given, on_read=taken)
+
+    def _expect_claim(self, slot: int) -> None:
+        """Within a lease from now."""
+        if slot in self._granted:
+            self._granted.pop(slot).cancel()
         self._granted[slot] = self._links.loop.call_later(self._rules.lease, self._resume, slot)
-        return await self.serving.snapshot(slot, full=full)
 
     def _resume(self, slot: int) -> None:
         self._granted.pop(slot, None)

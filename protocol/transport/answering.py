@@ -38,6 +38,8 @@ class Answerer:
     def pull(self, host: HostProcess, frame: ipc.ServePull) -> None:
         resource = self._open.get(frame.id)
         if resource is not None:
+            if resource.on_read is not None:
+                resource.on_read()
             host.send(ipc.ServeChunk(frame.id, resource.data[frame.offset : frame.offset + frame.length]))
 
     def end(self, frame: ipc.ServeEnd) -> None:

@@ -249,7 +249,8 @@ class Transport:
         the deadline; if the resource has changed meanwhile, from the start.
 
         Args:
-            deadline_seconds: for everything, including waiting for a turn.
+            deadline_seconds: for everything, including waiting for a turn, at `Limits.min_fetch_bytes_per_second` or
+                less; every byte that comes allows as much more as it would take at that rate.
             max_bytes: a larger resource is refused before a byte of it is read.
             progress: called with (bytes received, bytes in all).
             begun: keeps what came if this fails; given to the next fetch of the same bytes, from this peer or

@@ -31,10 +31,15 @@ class FetchQuery:
 
 @dataclass(frozen=True)
 class Resource:
-    """Bytes that peers can fetch, and a little about them. Serve the same object again and it is hashed once."""
+    """Bytes that peers can fetch, and a little about them. Serve the same object again and it is hashed once.
+
+    Attributes:
+        on_read: called whenever a peer that fetches it takes a part.
+    """
 
     data: bytes
     meta: bytes = b""
+    on_read: Callable[[], None] | None = field(default=None, compare=False)
 
     @cached_property
     def digest(self) -> bytes:
@@ -50,6 +55,7 @@ class Download:
     """
 
     progress: Callable[[int, int], None] | None = None
+    came: Callable[[int], None] | None = None  # told of bytes as they come
     data: bytearray = field(default_factory=bytearray)
     digest: bytes = b""
     meta: bytes = b""
@@ -78,6 +84,8 @@ class Download:
                 self.digest, self.meta, self.size = frame.digest, frame.meta, frame.size
             case ipc.FetchData():
                 self.data += frame.data
+                if self.came is not None:
+                    self.came(len(frame.data))
                 if self.progress is not None:
                     self.progress(len(self.data), self.size)
             case ipc.FetchEnd():

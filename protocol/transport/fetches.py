@@ -25,6 +25,7 @@ class Fetches:
 
     def __init__(self, supervisor: Supervisor, limits: Limits, ids: count[int]) -> None:
         self._supervisor = supervisor
+        self._rate = limits.min_fetch_bytes_per_second
         self._ids = ids
         self._downloads: dict[int, Download] = {}
         self._turns = asyncio.Semaphore(limits.max_fetches)
@@ -52,14 +53,25 @@ class Fetches:
             raise ValueError(f"a resource name has 1 to {MAX_RESOURCE_NAME} characters")
         download = Download() if begun is None else begun
         download.progress, download.answered = progress, False
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
-            async with asyncio.timeout(deadline_seconds), self._turns:
+            async with asyncio.timeout(deadline_seconds) as timeout, self._turns:
+
+                def came(nbytes: int) -> None:
+                    when = timeout.when()
+                    if when is not None and not timeout.expired():
+                        timeout.reschedule(when + nbytes / self._rate)
+
+                download.came = came
                 return await self._fetch(download, list(addrs), resource, max_bytes, patient=begun is None)
         except TimeoutError as error:
             got = f"{len(download.data)} of {download.size} bytes" if download.started else "no answer"
             raise FetchEnded(
-                Reason.DEADLINE, f"{resource!r}: {got} after {deadline_seconds:g} s", fix="allow more time"
+                Reason.DEADLINE, f"{resource!r}: {got} after {clock() - began:.1f} s", fix="allow more time"
             ) from error
+        finally:
+            download.came = None
 
     async def _fetch(
         self, download: Download, addrs: list[str], resource: str, max_bytes: int, *, patient: bool

@@ -28,6 +28,8 @@ class Limits:
     """Our own handler must answer within this time, else the peer is told `busy`."""
     max_fetches: int = 16
     """Fetches under way at once; further calls wait for a turn (inside their own deadline)."""
+    min_fetch_bytes_per_second: int = 16_384
+    """What we fetch may take as much longer than its deadline as it would at this rate."""
     max_call_bytes: int = 64 * 1024 * 1024
     """Largest body of a call, either way; a larger one is refused before a byte of it is read."""
     max_reply_bytes: int = 65_536

