@@ -17,10 +17,11 @@ from ..slots.handle_key import HOLDERS
 from ..storage.blobs import fragment_to_bytes
 from ..watching.state import Count
 from .links import Links
+from .sharing import Shared
 
 if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would be most of its start
     from ..audits.audit_record import AuditDesk
-    from ..backbone.common_state import CommonState
+    from ..backbone.common_state import CommonState, Held
     from ..learning.composer import Composer
     from ..learning.trainer import Trainer
     from ..learning.worker import Worker
@@ -29,9 +30,11 @@ if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would 
     from ..standins.exchange import Exchange
 
 
+SHARED_SECONDS = 30.0  # what others read may be given to one more peer for so long
 _OF_SLOTS = {
     ResourceKind.SNAPSHOT, ResourceKind.WEIGHTS, ResourceKind.HANDOVER, ResourceKind.REBUILT, ResourceKind.STANDIN
 }  # fmt: skip
+_LARGE = _OF_SLOTS - {ResourceKind.HANDOVER} | {ResourceKind.BACKBONE, ResourceKind.LOCAL, ResourceKind.SEED}
 
 
 class Library:
@@ -40,6 +43,7 @@ class Library:
     def __init__(self, links: Links, signed_manifest: bytes) -> None:
         self._links = links
         self._manifest = Resource(signed_manifest)
+        self._shared = Shared(seconds=SHARED_SECONDS)
         self.handle_key: bytes | None = None
         self.seed: SeedAtHome | None = None
         self._shelves: tuple[Trainer[Composer], CommonState, Exchange] | None = None
@@ -60,10 +64,23 @@ class Library:
     async def answer(self, query: FetchQuery) -> Resource | None:
         """One fetch. None: there is no such thing here. Refused: there is, but not for this peer or not now."""
         wanted = parse_resource(query.resource)
-        resource = await self._find(wanted, query.peer_id)
+        if wanted.kind in _LARGE:
+            key = wanted, self._version_of(wanted)
+            resource = await self._shared.get(key, lambda: self._find(wanted, query.peer_id))
+        else:
+            resource = await self._find(wanted, query.peer_id)
         if resource is not None:
             self._links.state.count(Count.BYTES, wanted.kind.value, "out", by=len(resource.data))
         return resource
+
+    def _version_of(self, wanted: Wanted) -> Held | int | None:
+        """What has to be equal for two requests to mean the same bytes, or some that are a little older."""
+        if wanted.index is None:
+            return None
+        if wanted.kind is ResourceKind.BACKBONE and self._shelves is not None:
+            held = self._shelves[1].held
+            return held[wanted.index] if wanted.index < len(held) else None
+        return self._keeper.held.get(wanted.index) if wanted.kind in _OF_SLOTS and self._keeper is not None else None
 
     async def _find(self, wanted: Wanted, requester: str) -> Resource | None:
         kind, index = wanted.kind, wanted.index
