@@ -9,9 +9,10 @@ thread puts what was made in place, numbers it and has it sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ...kernels.standin import Menu, StandIn
 from ...protocol import messages
+from ...protocol.errors import ShoalError
 from ...protocol.experts.surrogate_book import SurrogateBook
 from ...protocol.experts.surrogates import SEED, Point, SlotPublisher, state_digest
 from ...protocol.messages import StandInSnapshot, SurrogateDelta
@@ -42,6 +44,12 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 # machine without a core to spare would go on with stand-ins of any age, and so would everybody who runs them.
 MOST_SKIPPED = 1
 ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is noticed
+
+
+class ExpertDiverged(ShoalError):
+    """An owned expert's weights are not finite, or far too large: nothing can be published of it."""
+
+    code = "SHOAL-234"
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,8 @@ class Publishing(Generic[O]):
     def publish_now(self, owner: O, slots: Collection[int]) -> None:
         """Publish these before the next step. What is being made of them is not published any more."""
         publication = self._begin(owner, slots)
-        publication.make()
+        with _diverging():
+            publication.make()
         self._finish(owner, publication)
 
     def _begin(self, owner: O, slots: Collection[int]) -> Publication:
@@ -123,7 +132,8 @@ class Publishing(Generic[O]):
     def _made(self, owner: O, publication: Publication, made: Future[float]) -> None:
         """On the training thread, between steps. An error in what was made ends the training, as one in a step does."""
         self._making, self._skipped, self._trainer.held = None, 0, False
-        self._links.state.count(Count.FIT_SECONDS, by=made.result())
+        with _diverging():
+            self._links.state.count(Count.FIT_SECONDS, by=made.result())
         self._finish(owner, publication)
         late, self._late = self._late & set(owner.published_by_default()), set()
         self.publish(owner, late)
@@ -255,3 +265,15 @@ class Publishing(Generic[O]):
         self._last_sent = time.monotonic()
         for batch in messages.batches(deltas):
             await self._links.gossip(DELTA_TOPIC, batch)
+
+
+@contextlib.contextmanager
+def _diverging() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ExpertDiverged(
+            f"an expert's weights are of no use any more: {error}",
+            fix="start this peer again, it goes on from its last checkpoint; if it happens again, the run's learning "
+            "rate is too high",
+        ) from error

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from loopback import SECONDS, Loopback, LoopbackPeer, loopback
 from loopback_workers import worked_manifest, working
 from msgspec.structs import replace
 from shoal.kernels.experts import OwnedExpert
 from shoal.kernels.narrow import NarrowPublisher
+from shoal.node.learning.composer import Composer
 from shoal.node.run.manifest import StandInSpec
-from shoal.node.standins.publishing import MOST_SKIPPED
+from shoal.node.standins.publishing import MOST_SKIPPED, ExpertDiverged
 from shoal.protocol.experts.surrogates import Point, state_digest
 from tiny import LAYERS, SLOTS, manifest_of
 
@@ -92,6 +94,25 @@ def test_steps_go_on_while_a_fit_runs(swarm: Loopback) -> None:
     assert told["seconds"] > 0
     for slot in (0, 1):
         swarm.until(lambda s=slot: digest(first, s) == digest(second, s), "the other runs what was published")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e30])
+@pytest.mark.parametrize("kind", ["lowbit", "ternary"])
+def test_what_has_diverged_is_an_error_that_says_what_to_do(tmp_path: Path, kind: str, bad: float) -> None:
+    manifest = manifest_of(standin={**NARROW, "kind": kind}, train={"steps": 1_000_000})
+    with loopback(tmp_path, manifest, 1) as swarm:
+        (peer,) = swarm.peers
+        swarm.call(peer.own([0], 1))
+
+        def diverge(composer: Composer) -> None:
+            with torch.no_grad():
+                composer.experts_of(0)[1].masters()[1].fill_(bad)
+
+        peer.ask(diverge)
+        with pytest.raises(ExpertDiverged, match="learning rate is too high") as caught:
+            peer.ask(lambda composer: peer.exchange.publish_now(composer, [0]))
+        assert "weights" in caught.value.cause
+        assert point(peer, 0) == Point(1, 0)
 
 
 def test_training_waits_for_fits_that_are_far_behind(swarm: Loopback) -> None:
