@@ -187,7 +187,7 @@ class ComposerPeer:
         library.stock(self.trainer, self.common, self.exchange, self.keeper)
         member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
         member.on_round_open, member.on_records = self.outer.on_round_open, self.exchange.on_leases
-        stop.joined = True
+        stop.holds = True
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
         life.add_done_callback(lambda _: self.trainer.stop())
         self.trainer.run()

@@ -105,14 +105,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self.joined = False  # before that there is nothing to hand over, and it ends on the spot
+        self.joined = False  # others know of this peer
+        self.holds = False  # there is something to hand over; before that it ends on the spot
 
     def on_signal(self, number: int, _frame: object) -> None:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
-        if not self.joined:
-            raise SystemExit(128 + number)
+        if not self.holds:
+            raise SystemExit(0 if self.joined else 128 + number)
 
 
 @contextlib.contextmanager
@@ -180,10 +181,14 @@ class _Peer:
                 try:
                     self._show_invite(run, member)
                     self._find_key(run, network, links, library)
+                    self.stop.joined = True
                     if work is not None:
                         return work.run(network, links, member, library, self.stop)
-                    self.stop.joined = True
+                    self.stop.holds = True
                     return self._idle(network, links, member)
+                except SystemExit:
+                    network.last(member.announce(Phase.LEAVING))
+                    raise
                 finally:
                     network.last(links.transport.close())  # its last news are sent by then
             finally:

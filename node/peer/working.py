@@ -158,7 +158,7 @@ class WorkerPeer:
             links.transport.answer_calls(self.receiver.answer)
         size = slot_bytes(shape, manifest.standin, worker.device, worker.mode)
         log.info("worker.capacity", slots=member.capacity, slot_bytes=size, device=str(worker.device))
-        stop.joined = True
+        stop.holds = True
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
         life.add_done_callback(lambda _: self.trainer.stop())
         self.trainer.start_training()
