@@ -219,7 +219,8 @@ class OuterDriver:
         lane.attempts = {n: a for n, a in lane.attempts.items() if n >= number}
         opening = RoundOpen(round=number, attempt=attempt, fragment=index, step=entry.steps)
         await self._links.gossip(NEWS_TOPIC, opening)
-        # Who has finished has nothing new to say, but its vote counts towards the quorum: it joins at the least weight.
+        # Who has finished has nothing new to say, but its vote counts towards the quorum: with one token it weighs
+        # nothing.
         future = self._averager.submit(
             number,
             attempt,

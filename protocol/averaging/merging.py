@@ -64,6 +64,10 @@ def weights(
 ) -> dict[str, float]:
     """Weight by peer id, at most `cap` times the lower median of the members that have tokens.
 
+    Who claims one token has finished: it is there for its vote, and its zeros must neither be in the average nor in
+    the median, or they would undo what those learn that are still training. It weighs nothing beside others that have
+    more.
+
     The lower median is one member's own number. With two members it is the smaller one, so that neither can outweigh
     the other by more than `cap`; a mean of the two would follow a liar anywhere. Raises ValueError on no members,
     duplicates, counts below 1 (tokens: below 0 if the weighting has receivers), or if nobody has tokens.
@@ -77,6 +81,8 @@ def weights(
             raise ValueError(f"{fact.peer_id} claims {fact.tokens} tokens in {fact.steps} steps")
         progress = fact.tokens * fact.tokens / fact.steps
         raw[fact.peer_id] = progress if weighting is Weighting.PROGRESS else float(fact.tokens)
+    if weighting is Weighting.PROGRESS and any(fact.tokens > 1 for fact in facts):
+        raw |= {fact.peer_id: 0.0 for fact in facts if fact.tokens == 1}
     counted = sorted(value for value in raw.values() if value)
     if not counted:
         raise ValueError("no members with tokens")

@@ -103,6 +103,24 @@ def test_who_misses_a_round_keeps_its_work_for_the_next(swarm: Loopback) -> None
     assert len({tuple(common(peer)) for peer in swarm.peers}) == 1
 
 
+def test_those_who_have_finished_undo_nothing(swarm: Loopback) -> None:
+    """They are in the round, for its quorum; all that the one learns that still trains is in what is merged."""
+    first, *finished = swarm.peers
+    before, common = rounds_of(first), first.ask(lambda c: [each.clone() for each in c.common])
+
+    def step(composer: Composer) -> list[torch.Tensor]:
+        for _ in range(4):
+            composer.train_step()
+        return [composer.local_fragment(index) for index in range(2)]
+
+    local = first.ask(step)
+    swarm.until(lambda: later(first, before) and merged(swarm), "its steps are merged")
+    assert all(peer.peer_id in held.members for peer in finished for held in first.common.held)
+    for then, wanted, now in zip(common, local, first.ask(lambda c: c.common), strict=True):
+        learned, kept = wanted - then, now - then
+        assert float((kept - learned).norm() / learned.norm()) < 0.02
+
+
 def test_a_fragment_whose_rounds_fail_holds_up_no_other(swarm: Loopback) -> None:
     first = swarm.peers[0]
     before = rounds_of(first)
