@@ -105,13 +105,21 @@ class CheckpointStore:
         return final
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint or None. Damaged ones are skipped, each with a logged reason."""
+        """The newest complete checkpoint or None."""
+        return next(self.newest(), None)
+
+    def newest(self) -> Iterator[Checkpoint]:
+        """Complete checkpoints, the newest first, each read when asked for.
+
+        Damaged ones are skipped, each with a logged reason.
+        """
         for _, path in self._found():
             try:
-                return _load(path)
+                found = _load(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning("checkpoint skipped path=%s reason=%s", path, error)
-        return None
+                continue
+            yield found
 
     def _found(self) -> list[tuple[int, Path]]:
         """Directories that look like checkpoints, newest first."""
