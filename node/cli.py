@@ -378,10 +378,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError:
         return 2  # cyclopts has printed what is wrong
     except ShoalError as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        print(f"shoal: {error}", file=sys.stderr)
-        return exit_code(error)
+        return _tell(str(error), exit_code(error))
+    except OSError as error:  # a full disk, a folder of somebody else's: where is all that a user needs to know
+        where = "" if error.filename is None else f": {error.filename}"
+        return _tell(f"{error.strerror or error}{where}", 1)
+
+
+def _tell(what: str, code: int) -> int:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    print(f"shoal: {what}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
