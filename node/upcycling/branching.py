@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..errors import ConfigError
 from ..learning.data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
 from ..learning.tokenizer import Encoder
 from ..model.families import moe_blocks
+from ..model.local_checkpoint import load_config, load_model
 
 WARM_UP = 0.05  # of the steps
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -22,11 +22,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def encoder_of(folder: Path) -> Encode:
     """Documents to tokens as a checkpoint's model knows them: its tokenizer's, or bytes where its vocabulary is that.
 
-    Raises ConfigError if there is no tokenizer and bytes are not its tokens.
+    Raises ConfigError if it cannot be read, or there is no tokenizer and bytes are not its tokens.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     path = folder / "tokenizer.json"
     if config.vocab_size == VOCAB_SIZE:
         return tokens_of
@@ -57,13 +55,13 @@ def train(
         report: told step and loss.
 
     Raises:
-        ConfigError: `out` exists, or there are no routers to tune.
+        ConfigError: `out` exists, `folder` cannot be read, or there are no routers to tune.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already", fix="name a folder that does not")
     encode = encoder_of(folder)
     batches = Batches(encode(load_corpus(data).train), batch_size, context_length, seed=seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model = load_model(folder).to(device)
     if only == "router":
         try:
             routers = [block.router for block in moe_blocks(model)]

@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..learning.data import Batches, load_corpus
 from ..model.export import write_checkpoint
 from ..model.families import moe_blocks, skeleton
+from ..model.local_checkpoint import load_model
 from ..run.manifest import ModelSpec
 from .branching import encoder_of
 from .convert import ROUTER_STD, moe_config
@@ -129,7 +130,7 @@ def route_by_domains(folder: Path, domains: Sequence[Tensor], bias: float = 0.0)
         bias: taken off the logits of all other experts; a token that looks just like its domain has a logit of
             `DOMAIN_ROUTER_SCALE`.
     """
-    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network: PreTrainedModel = load_model(folder)
     blocks = moe_blocks(network)
     if len(domains) != blocks[0].num_experts - 1:
         raise ConfigError(
