@@ -235,8 +235,6 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
         invite=invite, role="observer", data_dir=data_dir or default_data_dir() / "export", log_level=log_level
     )
     logs.configure(format=config.log_format, level=config.log_level)
-    if out.exists():
-        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
     from .run.gather import export_run
 
     export_run(invite, out, config)

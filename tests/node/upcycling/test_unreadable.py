@@ -119,3 +119,29 @@ def test_a_damaged_tokenizer(whole: Path, tmp_path: Path, capsys: pytest.Capture
     for command in (["upcycle", str(bad), str(tmp_path / "out")], ["mix", str(tmp_path / "out"), str(bad), str(whole)]):
         assert main(command) == 2
         assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_text_that_is_not_there_leaves_no_mixture(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("so it goes " * 60_000)
+    out = tmp_path / "out"
+    mix = ["mix", str(out), str(whole), str(whole), str(whole), "--domain", str(text)]
+    for domains, says in ((["--domain", str(tmp_path / "typo")], "typo"), ([], "1 domains for 2 branches")):
+        assert main([*mix, *domains]) in (1, 2)
+        assert says in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    assert main([*mix, "--domain", str(text)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
+
+
+@pytest.mark.parametrize("command", ["upcycle", "branch", "mix"])
+def test_a_folder_that_cannot_be_made_is_known_before_the_work(
+    command: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out, missing = str(tmp_path / "file" / "out"), str(tmp_path / "missing")
+    arguments = [out, str(whole), missing] if command == "mix" else [missing, out]
+    assert main([command, *arguments]) == 2
+    assert f"{out} cannot be made" in capsys.readouterr().err
