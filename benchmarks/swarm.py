@@ -24,6 +24,7 @@ from rich.console import Console
 
 from ..node.demo import START_SECONDS, Demo, Peer
 from ..node.learning.evaluate import evaluate_checkpoint
+from ..node.run.kept_manifests import manifest_file
 from ..node.run.manifest import verify
 from .comparison import Comparison
 from .results import Result, markdown
@@ -105,7 +106,7 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
         demo.call("export", ["export", invite, str(folder / "checkpoint")])
     finally:
         demo.stop()
-    signed = folder / "bootstrap" / "manifest.signed"
+    signed = manifest_file(folder / "bootstrap", str(founder.get("run_id")))
     context = verify(signed.read_bytes()).data.context_length
     evaluation = evaluate_checkpoint(folder / "checkpoint", windows=arguments.windows, context_length=context)
     steps = [sum(each.step_seconds.values()) for each in costs[: len(tokens)]]

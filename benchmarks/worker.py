@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ..node.demo import POLL_SECONDS, START_SECONDS, Demo, DemoFailed, Peer
 from ..node.model.init import expert_shape
+from ..node.run.kept_manifests import manifest_file
 from ..node.run.manifest import verify
 
 TERNARY = ("train.expert_weights=ternary", "standin.kind=ternary")
@@ -62,7 +63,7 @@ def measure(name: str, preset: str, seconds: float, folder: Path, console: Conso
         worker = demo.start("worker", ["join", invite, "--role", "worker", "--threads", "1"])
         demo.wait([worker], frozenset({"training"}), "the worker's start", START_SECONDS)
         said = _events(worker)
-        manifest = verify((folder / "bootstrap" / "manifest.signed").read_bytes())
+        manifest = verify(manifest_file(folder / "bootstrap", str(founder.get("run_id"))).read_bytes())
         shape = expert_shape(manifest.model)
         _until(demo, lambda: len(worker.get("slots", {}).get("owned", [])) == shape.num_experts, "all slots")
         began, rows = time.monotonic(), _rows_in(worker)

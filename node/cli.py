@@ -235,8 +235,6 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
         invite=invite, role="observer", data_dir=data_dir or default_data_dir() / "export", log_level=log_level
     )
     logs.configure(format=config.log_format, level=config.log_level)
-    if out.exists():
-        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
     from .run.gather import export_run
 
     export_run(invite, out, config)
@@ -378,10 +376,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError:
         return 2  # cyclopts has printed what is wrong
     except ShoalError as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            traceback.print_exc()
-        print(f"shoal: {error}", file=sys.stderr)
-        return exit_code(error)
+        return _tell(str(error), exit_code(error))
+    except OSError as error:  # a full disk, a folder of somebody else's: where is all that a user needs to know
+        where = "" if error.filename is None else f": {error.filename}"
+        return _tell(f"{error.strerror or error}{where}", 1)
+
+
+def _tell(what: str, code: int) -> int:
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    print(f"shoal: {what}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

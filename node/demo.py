@@ -212,12 +212,18 @@ class Demo:
         if code:
             raise DemoFailed(f"`shoal {command[0]}` failed with exit code {code}\n{_tail(log)}")
 
+    def _manifest(self) -> Path:
+        from .run.kept_manifests import manifest_file
+
+        founder = self.peers[0]
+        return manifest_file(self.folder / founder.name, str(founder.get("run_id")))
+
     def _lone(self) -> dict[str, Any]:
         out = self.folder / "lone.json"
         log = self.folder / "lone.log"
         with log.open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.node.learning.lone", str(self.folder / "bootstrap" / "manifest.signed"),
+                [sys.executable, "-m", "shoal.node.learning.lone", str(self._manifest()),
                  "--shard", f"0/{self.arguments.composers}", "--out", str(out)],
                 stdout=err, stderr=subprocess.STDOUT, env=peer_environment(1),
             )  # fmt: skip

@@ -2,7 +2,8 @@
 
     ShoalError
     ├── ConfigError         what this peer was told makes no sense
-    │   └── InviteError     an invite cannot be read
+    │   ├── InviteError     an invite cannot be read
+    │   └── DataDirUnusable the data directory cannot be made or written to
     ├── RunNotFound         nobody at the invite's addresses knows its run
     ├── IdentityInUse       another process uses this data directory, and so this peer's identity
     ├── NoIdentity          no identity file exists yet
@@ -28,6 +29,12 @@ class InviteError(ConfigError):
     """The invite cannot be read: it is cut off, misspelled, or for another protocol version."""
 
     code = "SHOAL-221"
+
+
+class DataDirUnusable(ConfigError):
+    """The data directory is no folder, cannot be made, or is not this user's to write to."""
+
+    code = "SHOAL-228"
 
 
 class RunNotFound(ShoalError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from .config import ExpertModeName, parse_gib
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .learning.expert_mode import ExpertMode
@@ -142,7 +143,12 @@ def plan(
     from .learning.expert_mode import ExpertMode
 
     mode = ExpertMode(manifest.train, expert_mode, lora_rank)
-    found = plan_of(manifest, memory, composers, mode=mode, device=device)
+    try:
+        found = plan_of(manifest, memory, composers, mode=mode, device=device)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{model} is no model to train: {error}", fix="give a preset, or a checkpoint of a MoE family"
+        ) from error
     if json:
         print(jsonlib.dumps(asdict(found), indent=2))
         return 0
@@ -157,7 +163,6 @@ def plan(
 
 
 def _manifest(model: str, settings: tuple[str, ...]) -> Manifest:
-    from .errors import ConfigError
     from .model.presets import PRESETS, preset
     from .run.manifest import Manifest, ModelSpec, with_settings
 
@@ -166,7 +171,10 @@ def _manifest(model: str, settings: tuple[str, ...]) -> Manifest:
         spec = chosen.model
     elif (Path(model) / "config.json").is_file():
         chosen = preset("small")
-        spec = ModelSpec(config=jsonlib.loads((Path(model) / "config.json").read_text()))
+        try:
+            spec = ModelSpec(config=jsonlib.loads((Path(model) / "config.json").read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ConfigError(f"{model} has a damaged config.json: {error}", fix="download it again, whole") from error
     else:
         raise ConfigError(f"{model} is no preset and no checkpoint", fix=f"give {', '.join(PRESETS)} or a folder")
     manifest = Manifest(

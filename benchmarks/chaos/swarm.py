@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...node.learning.evaluate import evaluate_checkpoint
+from ...node.run.kept_manifests import manifest_file
 from ...node.run.manifest import verify
 from .network import Network
 from .peers import Peers
@@ -104,7 +105,7 @@ def play(setup: Setup, tape: Tape, say: Callable[[str], None]) -> Played:
     """The whole run. The same tape and setup are the same faults at the same times."""
     with started(setup, tape) as (network, peers, relays):
         wait(peers, lambda: sum(p.commits > 0 for p in peers.composers) > len(peers.composers) / 2, "the first merges")
-        signed = (peers.folder / "founder" / "manifest.signed").read_bytes()
+        signed = manifest_file(peers.folder / "founder", peers.all["founder"].status["run_id"]).read_bytes()
         manifest = verify(signed)
         player = Player(
             network, peers, relays,

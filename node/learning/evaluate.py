@@ -62,11 +62,10 @@ def evaluate_checkpoint(
     Raises:
         ConfigError: the folder is not a checkpoint, or has no tokenizer though its tokens are not bytes.
     """
-    from transformers import AutoModelForCausalLM
+    from ..model.local_checkpoint import load_model, require_checkpoint
 
-    if not (checkpoint / "config.json").is_file():
-        raise ConfigError(f"{checkpoint} is not a Hugging Face checkpoint folder", fix="write one with `shoal export`")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    require_checkpoint(checkpoint, fix="write one with `shoal export`")
+    model = load_model(checkpoint).eval()
     corpus, bytes_per_token = load_corpus(data), 1.0
     encode: Encode = tokens_of
     if model.config.vocab_size != VOCAB_SIZE:

@@ -74,6 +74,11 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def has_backbone(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether they are a composer's: workers have no backbone to save."""
+    return any(name.startswith("backbone.") for name in tensors)
+
+
 def saved_slots(tensors: Mapping[str, Tensor]) -> dict[int, SlotTensors]:
     """The owned slots that a checkpoint holds."""
     slots: dict[int, SlotTensors] = {}

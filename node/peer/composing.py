@@ -13,7 +13,6 @@ from ...protocol.averaging.averaging import OuterAverager
 from ...protocol.averaging.merging import digest as digest_of
 from ...protocol.experts.auditing import BYTES_PER_WEIGHT, SentLog
 from ...protocol.experts.handles import Handles
-from ...protocol.experts.ownership import Copy
 from ...protocol.identity import Identity
 from ...protocol.messages import MAX_SKETCH_BYTES
 from ..audits.auditor import Auditor
@@ -24,7 +23,7 @@ from ..config import PeerConfig
 from ..learning.composer import Composer, StepReport
 from ..learning.data import Batches, Encode, load_corpus, seed_of_peer, tokens_of
 from ..learning.expert_mode import ExpertMode
-from ..learning.persistence import composer_tensors, restore_backbone, saved_slots
+from ..learning.persistence import composer_tensors
 from ..learning.tokenizer import Encoder
 from ..learning.trainer import Trainer
 from ..logs import get_logger
@@ -43,14 +42,15 @@ from ..sketches.sketching import SketchCollector
 from ..slots.copies import Snapshot
 from ..slots.deposing import Deposing
 from ..slots.keeper import SlotKeeper
-from ..slots.slot_order import LayerOrder, inverse, renamed
+from ..slots.slot_order import LayerOrder
 from ..standins.exchange import Exchange
-from ..storage.checkpoint import Checkpoint, CheckpointStore
+from ..storage.checkpoint import CheckpointStore
 from ..storage.checkpoint_writer import CheckpointWriter
 from ..watching.state import Count, PeerState, Phase, StepPart
 from .background import NetworkThread
 from .links import Links
 from .membership import Membership
+from .restoring import restore_composer
 from .reviving import HELPER_ENDED
 from .serving import Library
 
@@ -384,18 +384,10 @@ class ComposerPeer:
 
     def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], dict[int, Snapshot]]:
         """The common state and slots of the newest checkpoint, or of the seed."""
-        checkpoint: Checkpoint | None = self.writer.store.latest()
         rounds, saved = [-1] * len(self.fragments), {}
-        if checkpoint is not None:
-            meta = checkpoint.meta
-            restore_backbone(composer, checkpoint.tensors, meta)
-            self.batches.load_state_dict(meta["batches"])
-            rounds = [int(number) for number in meta["held"]]
-            for slot, tensors in saved_slots(checkpoint.tensors).items():
-                copy = Copy(int(meta["slots"][str(slot)]), int(meta["step"]))
-                places = inverse(order.outward(slot, copy.epoch))
-                saved[slot] = Snapshot(copy, renamed(tensors, places))
+        found = restore_composer(self.writer.store, composer, self.batches, order)
+        if found is not None:
+            rounds, saved = found.rounds, found.saved
             self.state.resume(step=composer.step)
-            log.info("checkpoint.restored", step=composer.step, slots=sorted(saved))
         digests = [digest_of(c, m) for c, m in zip(composer.common, composer.momentum, strict=True)]
         return [Held(number, digest) for number, digest in zip(rounds, digests, strict=True)], saved

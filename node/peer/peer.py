@@ -34,6 +34,7 @@ from ..config import PeerConfig
 from ..errors import RunNotFound
 from ..logs import get_logger
 from ..run.invite import Invite
+from ..run.kept_manifests import founded_before, keep_manifest
 from ..run.manifest import Manifest, run_id_of, sign, verify
 from ..slots.handle_key import fetch_key, kept_key
 from ..storage.known_peers import KnownPeers
@@ -163,7 +164,7 @@ class _Peer:
         try:
             run = founded or self._fetch_manifest(dht, run_id)
             state.identify(run_id=run.run_id)
-            (config.data_dir / "manifest.signed").write_bytes(run.signed)
+            keep_manifest(config.data_dir, run.run_id, run.signed)
             state.enter(Phase.JOINING, "loading what its role takes")
             if config.role == "composer":
                 from .composing import ComposerPeer
@@ -213,13 +214,10 @@ class _Peer:
         """The run to found, or the one that was founded on this data directory before."""
         if manifest is None:
             return None
-        path = self.config.data_dir / "manifest.signed"
-        if path.exists():
-            signed = path.read_bytes()
-            known = verify(signed)
-            if known.founder == self.identity.peer_id and known.name == manifest.name:
-                log.info("run.resumed", run_id=run_id_of(known))
-                return Run(run_id_of(known), known, signed)
+        known = founded_before(self.config.data_dir, self.identity.peer_id, manifest.name)
+        if known is not None:
+            log.info("run.resumed", run_id=known.run_id)
+            return Run(known.run_id, known.manifest, known.signed)
         signed = sign(self.identity, manifest)
         return Run(run_id_of(manifest), manifest, signed)
 

@@ -32,11 +32,10 @@ from ..model.init import expert_shape
 from ..sketches.gradient_receiving import GradientReceiver
 from ..sketches.gradient_rounds import GradientRounds, form_of, sketch_averager
 from ..sketches.sketch_receiving import SketchReceiver
-from ..slots.copies import Snapshot
 from ..slots.deposing import Deposing
 from ..slots.keeper import SlotKeeper
 from ..slots.slot_order import HandleOrder
-from ..slots.slot_saving import saved_snapshots, slots_to_save
+from ..slots.slot_saving import slots_to_save
 from ..standins.publishing import ANNOUNCE_EVERY_SECONDS, Publishing
 from ..storage.checkpoint import CheckpointStore
 from ..storage.checkpoint_writer import CheckpointWriter
@@ -44,6 +43,7 @@ from ..watching.state import Count, PeerState, Phase, StepPart
 from .composing import CHECKPOINT_EVERY, HEADER_BYTES, POLL_SECONDS, SNAPSHOT_BYTES_PER_WEIGHT
 from .links import Links
 from .membership import Membership
+from .restoring import restore_worker
 from .reviving import HELPER_ENDED
 from .serving import Library
 
@@ -139,7 +139,7 @@ class WorkerPeer:
             capacity=member.capacity,
             num_slots=worker.num_slots,
             folder=self.config.data_dir / "standby" / self.facts.run_id,
-            saved=self._restore(),
+            saved=restore_worker(self.writer.store),
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
         self.receiver = SketchReceiver(links, self.trainer, self.publishing, self.keeper, worker)
@@ -260,21 +260,6 @@ class WorkerPeer:
 
     def _checkpoint_of(self, worker: Worker) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return slots_to_save(self.publishing, worker, dict(self.keeper.held))
-
-    # -- disk ------------------------------------------------------------------------------------------------------
-
-    def _restore(self) -> dict[int, Snapshot]:
-        """Slots of the newest checkpoint; one that is not a worker's, or damaged, is as good as none."""
-        checkpoint = self.writer.store.latest()
-        if checkpoint is None:
-            return {}
-        try:
-            saved = saved_snapshots(checkpoint)
-        except Refused as error:
-            log.warning("checkpoint.skipped", error=str(error))
-            return {}
-        log.info("checkpoint.restored", step=checkpoint.step, slots=sorted(saved))
-        return saved
 
     def _bases(self, network: NetworkThread, links: Links) -> Bases | None:
         """What the run's stand-ins are corrections of, fetched; they tell a worker which layer an expert may be of."""

@@ -20,6 +20,7 @@ from ..model.init import built_expert_shape, has_selection_biases
 from ..model.presets import preset
 from ..sketches.sketch_choice import within_budget
 from ..slots.handle_key import found_key
+from ..storage.presence import make_data_dir
 from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, TrainSpec, with_settings
 
 # Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
@@ -67,7 +68,7 @@ def new_manifest(
     if min_composers < 1:
         raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
     train = msgspec.structs.replace(train, min_composers=min_composers)
-    config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_data_dir(config.data_dir)
     manifest = Manifest(
         name=name,
         founder=Identity.load_or_create(config.identity_path).peer_id,

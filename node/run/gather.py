@@ -37,6 +37,7 @@ from ..seed.joining import SeedAtHome
 from ..seed.store import TOKENIZER
 from ..slots.handle_key import fetch_key
 from ..storage.blobs import fragment_from_bytes, from_bytes
+from ..storage.new_folder import new_folder
 from ..storage.presence import hold_data_dir
 from ..watching.state import PeerState
 from .invite import Invite
@@ -79,13 +80,20 @@ def export_run(invite: str, out: Path, config: PeerConfig) -> None:
     """Gather the run's model and write it as a Hugging Face checkpoint.
 
     Raises:
-        ShoalError: the run cannot be reached, or a part of it is nowhere to be had; `out` is not written then.
+        ShoalError: `out` cannot be made, which is known before anything is fetched; the run cannot be reached, a part
+            of it is nowhere to be had, or there is no room for it. `out` is not there then.
     """
+    with new_folder(out) as folder:
+        whole = gather(invite, config, lambda what: log.info("export.progress", what=what))
+        _write(whole, folder)
+    log.info("export.done", folder=str(out))
+
+
+def _write(whole: Gathered, folder: Path) -> None:
     from ..learning.tokenizer import byte_tokenizer, read_tokenizer
     from ..model.export import write_checkpoint
     from .model_card import model_card
 
-    whole = gather(invite, config, lambda what: log.info("export.progress", what=what))
     shapes = backbone_shapes(whole.manifest.model)
 
     def expert_of(layer: int, slot: int) -> tuple[Tensor, Tensor]:
@@ -95,14 +103,13 @@ def export_run(invite: str, out: Path, config: PeerConfig) -> None:
     end = whole.manifest.model.config.get("eos_token_id")
     tokenizer = read_tokenizer(whole.tokenizer, length, end) if whole.tokenizer else byte_tokenizer(length)
     write_checkpoint(
-        out,
+        folder,
         whole.manifest.model,
         {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()},
         expert_of,
         tokenizer=tokenizer,
         card=model_card(whole.manifest, whole.run_id, whole.rounds, whole.peers),
     )
-    log.info("export.done", folder=str(out))
 
 
 def gather(invite_text: str, config: PeerConfig, progress: Callable[[str], None]) -> Gathered:

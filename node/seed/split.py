@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ...kernels.bases import Bases, common_bases
 from ..errors import ConfigError
 from ..model.families import MoEBlock, about_the_model, moe_blocks, with_weights_only
+from ..model.local_checkpoint import load_model, require_checkpoint
 from ..run.manifest import StandInSpec
 from ..standins.standin_menu import menu_of
 from .store import write_part
@@ -31,12 +30,11 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} is no checkpoint", fix="name a folder that upcycle or export wrote")
+        require_checkpoint(folder, fix="name a folder that upcycle or export wrote")
+        self.network = with_weights_only(load_model(folder))
         try:
-            self.network = with_weights_only(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
             self.blocks = moe_blocks(self.network)
-        except (OSError, ValueError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise ConfigError(f"{folder} cannot start a run: {error}", fix="take one of a MoE family") from error
         tokenizer = folder / "tokenizer.json"
         self.most_bases = 0  # of a layer, in what `split` wrote

@@ -17,7 +17,7 @@ from ...protocol import messages
 from ...protocol.errors import Refused
 from ...protocol.experts.ownership import Copy
 from ...protocol.messages import StandInSnapshot
-from ..learning.persistence import saved_slots
+from ..learning.persistence import has_backbone, saved_slots
 from ..learning.worker import Worker
 from ..standins.publishing import Publishing
 from ..storage.checkpoint import Checkpoint
@@ -45,6 +45,8 @@ def slots_to_save(
 def saved_snapshots(checkpoint: Checkpoint) -> dict[int, Snapshot]:
     """The slots of a worker's checkpoint. Raises Refused if it is not one."""
     found = {}
+    if has_backbone(checkpoint.tensors):
+        raise Refused("malformed", f"the checkpoint at {checkpoint.path} is a composer's")
     for slot, tensors in saved_slots(checkpoint.tensors).items():
         published, epoch = checkpoint.tensors.get(f"published.{slot}"), checkpoint.meta["slots"].get(str(slot))
         if published is None or epoch is None:

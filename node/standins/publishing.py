@@ -49,7 +49,7 @@ ANNOUNCE_EVERY_SECONDS = 4.0  # while no deltas flow: so that a lost last one is
 class ExpertDiverged(ShoalError):
     """An owned expert's weights are not finite, or far too large: nothing can be published of it."""
 
-    code = "SHOAL-234"
+    code = "SHOAL-235"
 
 
 @dataclass(frozen=True)

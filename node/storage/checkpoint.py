@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...protocol.errors import ShoalError
+from .whole_file import sync as _sync
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +105,21 @@ class CheckpointStore:
         return final
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint or None. Damaged ones are skipped, each with a logged reason."""
+        """The newest complete checkpoint or None."""
+        return next(self.newest(), None)
+
+    def newest(self) -> Iterator[Checkpoint]:
+        """Complete checkpoints, the newest first, each read when asked for.
+
+        Damaged ones are skipped, each with a logged reason.
+        """
         for _, path in self._found():
             try:
-                return _load(path)
+                found = _load(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning("checkpoint skipped path=%s reason=%s", path, error)
-        return None
+                continue
+            yield found
 
     def _found(self) -> list[tuple[int, Path]]:
         """Directories that look like checkpoints, newest first."""
@@ -170,11 +178,3 @@ def _sha256(path: Path) -> str:
 
 def _self_digest(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

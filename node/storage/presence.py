@@ -9,7 +9,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import IdentityInUse, NoPeerHere
+from ..errors import DataDirUnusable, IdentityInUse, NoPeerHere
+
+
+def make_data_dir(data_dir: Path) -> None:
+    """Make it if it is missing, for this user alone.
+
+    Raises:
+        DataDirUnusable: that is not possible.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
+
+
+def _unusable(data_dir: Path, error: OSError) -> DataDirUnusable:
+    where = error.filename or data_dir
+    said = "is a file, not a folder" if isinstance(error, FileExistsError) else f"cannot be used: {error.strerror}"
+    at = "" if str(where) == str(data_dir) else f", at {where}"
+    return DataDirUnusable(f"the data directory {data_dir} {said}{at}", fix="give a --data-dir of your own")
 
 
 @contextlib.contextmanager
@@ -20,9 +39,14 @@ def hold_data_dir(data_dir: Path) -> Iterator[None]:
 
     Raises:
         IdentityInUse: another process holds it.
+        DataDirUnusable: it cannot be made or written to.
     """
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (data_dir / "lock").open("a+") as file:
+    make_data_dir(data_dir)
+    try:
+        lock = (data_dir / "lock").open("a+")
+    except OSError as error:
+        raise _unusable(data_dir, error) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

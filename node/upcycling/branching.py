@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..learning.data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
 from ..learning.tokenizer import Encoder
 from ..model.families import moe_blocks
+from ..model.local_checkpoint import load_config, load_model
+from ..storage.new_folder import new_folder
 
 WARM_UP = 0.05  # of the steps
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -22,11 +24,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def encoder_of(folder: Path) -> Encode:
     """Documents to tokens as a checkpoint's model knows them: its tokenizer's, or bytes where its vocabulary is that.
 
-    Raises ConfigError if there is no tokenizer and bytes are not its tokens.
+    Raises ConfigError if it cannot be read, or there is no tokenizer and bytes are not its tokens.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     path = folder / "tokenizer.json"
     if config.vocab_size == VOCAB_SIZE:
         return tokens_of
@@ -57,13 +57,37 @@ def train(
         report: told step and loss.
 
     Raises:
-        ConfigError: `out` exists, or there are no routers to tune.
+        ConfigError: see `new_folder`; `folder` cannot be read, or there are no routers to tune.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
+    with new_folder(out) as made:
+        model, loss = _trained(
+            folder, data, steps=steps, batch_size=batch_size, context_length=context_length,
+            learning_rate=learning_rate, device=device, seed=seed, only=only, report=report,
+        )  # fmt: skip
+        model.to("cpu").save_pretrained(made)
+        for name in TOKENIZER_FILES:
+            if (folder / name).exists():
+                (made / name).write_bytes((folder / name).read_bytes())
+    return loss
+
+
+def _trained(
+    folder: Path,
+    data: str,
+    *,
+    steps: int,
+    batch_size: int,
+    context_length: int,
+    learning_rate: float,
+    device: torch.device,
+    seed: int,
+    only: Literal["all", "router"],
+    report: Callable[[int, float], None],
+) -> tuple[PreTrainedModel, float]:
+    """The model and its last loss."""
     encode = encoder_of(folder)
     batches = Batches(encode(load_corpus(data).train), batch_size, context_length, seed=seed)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: PreTrainedModel = load_model(folder).to(device)
     if only == "router":
         try:
             routers = [block.router for block in moe_blocks(model)]
@@ -89,8 +113,4 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss = value.item()
         report(step + 1, loss)
-    model.to("cpu").save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (folder / name).exists():
-            (out / name).write_bytes((folder / name).read_bytes())
-    return loss
+    return model, loss

@@ -179,11 +179,10 @@ def mix(
         Seed of a random router.
     """
     from .. import logs
-    from .mixing import domain_tokens, mix, route_by_domains
+    from .mixing import domain_tokens, mix
 
     logs.configure()
-    config = mix([seed, *branches], out, top_k=top_k, merge=merge, seed=chance)
-    if domain:
-        route_by_domains(out, domain_tokens(seed, domain), generalist)
+    domains = domain_tokens(seed, domain)
+    config = mix([seed, *branches], out, top_k=top_k, merge=merge, seed=chance, domains=domains, bias=generalist)
     print(f"{out}: {config['model_type']} of {len(branches) + 1} experts, {top_k} to a token")
     return 0

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..model.export import write_checkpoint
 from ..model.families import moe_blocks, skeleton
 from ..run.manifest import ModelSpec
+from ..storage.new_folder import new_folder
 from .dense import Dense
 from .form import Form
 
@@ -191,11 +192,9 @@ def upcycle(
         progress: told experts written, and how many there are.
 
     Raises:
-        ConfigError: see `Dense`, `moe_config`; or `out` exists.
+        ConfigError: see `Dense`, `moe_config`, `new_folder`; `out` is not there then.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
-    with Dense(path) as dense:
+    with new_folder(out) as folder, Dense(path) as dense:
         made = Upcycled(dense, form, changes)
         total, done = dense.num_layers * form.experts, 0
 
@@ -206,5 +205,5 @@ def upcycle(
             return made.expert(layer, slot)
 
         card = f"# Upcycled from {path.name}\n\n{form}\n\n{changes}\n"
-        write_checkpoint(out, ModelSpec(config=made.config), made, expert_of, tokenizer=dense.tokenizer, card=card)
+        write_checkpoint(folder, ModelSpec(config=made.config), made, expert_of, tokenizer=dense.tokenizer, card=card)
     return made.config

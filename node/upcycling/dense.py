@@ -9,11 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
+from ..model.local_checkpoint import load_config, reading
 
 _FAMILIES = ("llama", "qwen3")
 
@@ -80,23 +81,25 @@ class Dense:
 
     def _open_folder(self, path: Path) -> tuple[dict[str, Any], PreTrainedTokenizerBase | None]:
         index = path / "model.safetensors.index.json"
-        try:
+        with reading(path):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else None
             for name in names or ["model.safetensors"]:
                 file = self._stack.enter_context(safe_open(path / name, framework="pt"))
                 self._where |= dict.fromkeys(file.keys(), file)
-            config = AutoConfig.from_pretrained(path).to_dict()
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", fix="download it again, whole") from error
-        has_tokenizer = (path / "tokenizer.json").exists()
-        return config, AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+            config = load_config(path).to_dict()
+            has_tokenizer = (path / "tokenizer.json").exists()
+            return config, AutoTokenizer.from_pretrained(path, local_files_only=True) if has_tokenizer else None
 
     def _open_gguf(self, path: Path) -> tuple[dict[str, Any], PreTrainedTokenizerBase]:
         try:
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}", fix="pip install gguf, if that is missing") from error
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        except ImportError as error:
+            raise ConfigError(f"{path} cannot be read: {error}", fix="pip install gguf") from error
+        except Exception as error:  # of a file that is cut off, its reader reads on, and fails in many ways
+            raise ConfigError(f"{path} cannot be read: {error!r}", fix="download it again, whole") from error
         weights = model.state_dict()
         self._where = dict.fromkeys(weights, weights)
         return model.config.to_dict(), tokenizer

@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..learning.data import Batches, load_corpus
 from ..model.export import write_checkpoint
 from ..model.families import moe_blocks, skeleton
+from ..model.local_checkpoint import load_model
 from ..run.manifest import ModelSpec
+from ..storage.new_folder import new_folder
 from .branching import encoder_of
 from .convert import ROUTER_STD, moe_config
 from .dense import Dense
@@ -97,25 +99,39 @@ def ties(base: Tensor, others: Sequence[Tensor]) -> Tensor:
     return base + torch.where(agreeing, trimmed, torch.zeros(())).sum(0) / count
 
 
-def mix(paths: Sequence[Path], out: Path, *, top_k: int, merge: Merge, seed: int) -> dict[str, Any]:
-    """Write the mixture as a Hugging Face checkpoint with a random router. Returns its config.
+def mix(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    top_k: int,
+    merge: Merge,
+    seed: int,
+    domains: Sequence[Tensor] = (),
+    bias: float = 0.0,
+) -> dict[str, Any]:
+    """Write the mixture as a Hugging Face checkpoint. Returns its config.
 
     Args:
         paths: of dense checkpoints, the seed first.
+        domains: what its routers know to begin with, see `route_by_domains`; without any they are random.
 
     Raises:
-        ConfigError: see `Dense`, `Mixture`; fewer than two, or `out` exists.
+        ConfigError: see `Dense`, `Mixture`, `new_folder`; fewer than two, or not a domain for each branch. `out` is not
+            there then.
     """
     if len(paths) < 2:
         raise ConfigError("a mixture takes a seed and a branch at least", fix="name more checkpoints")
-    if out.exists():
-        raise ConfigError(f"{out} exists already", fix="name a folder that does not")
-    with ExitStack() as stack:
+    if domains and len(domains) != len(paths) - 1:
+        raise ConfigError(f"{len(domains)} domains for {len(paths) - 1} branches", fix="give a text for each")
+    with new_folder(out) as folder, ExitStack() as stack:
         members = [stack.enter_context(Dense(path)) for path in paths]
         mixture = Mixture(members, top_k, merge, seed)
         card = f"# Mixed\n\nExperts by number: {', '.join(path.name for path in paths)}. Everything else by {merge}.\n"
         tokenizer = members[0].tokenizer
-        write_checkpoint(out, ModelSpec(config=mixture.config), mixture, mixture.expert, tokenizer=tokenizer, card=card)
+        spec = ModelSpec(config=mixture.config)
+        write_checkpoint(folder, spec, mixture, mixture.expert, tokenizer=tokenizer, card=card)
+        if domains:
+            route_by_domains(folder, domains, bias)
         return mixture.config
 
 
@@ -124,17 +140,13 @@ def route_by_domains(folder: Path, domains: Sequence[Tensor], bias: float = 0.0)
     """Give the routers of a mixture rows that know the domains, and write it back.
 
     Args:
-        domains: tokens (N, S) of each branch's text, in the order of branches. Expert 0, the generalist, has zeros: a
-            token that is like no domain goes there first.
+        domains: tokens (N, S) of the text of each branch, in the order of branches. Expert 0, the generalist, has
+            zeros: a token that is like no domain goes there first.
         bias: taken off the logits of all other experts; a token that looks just like its domain has a logit of
             `DOMAIN_ROUTER_SCALE`.
     """
-    network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    network: PreTrainedModel = load_model(folder)
     blocks = moe_blocks(network)
-    if len(domains) != blocks[0].num_experts - 1:
-        raise ConfigError(
-            f"{len(domains)} domains for {blocks[0].num_experts - 1} branches", fix="give a text for each"
-        )
     seen: dict[int, list[Tensor]] = {}
     for layer, block in enumerate(blocks):
         block.router.register_forward_hook(
@@ -155,6 +167,8 @@ def route_by_domains(folder: Path, domains: Sequence[Tensor], bias: float = 0.0)
 
 def domain_tokens(folder: Path, texts: Sequence[str]) -> list[Tensor]:
     """Some windows of each text, as the seed at `folder` knows its tokens."""
+    if not texts:
+        return []
     encode = encoder_of(folder)
     return [Batches(encode(load_corpus(text).train), DOMAIN_WINDOWS, DOMAIN_CONTEXT, seed=0).next() for text in texts]
 

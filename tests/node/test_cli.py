@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -139,6 +140,35 @@ def test_unexpected_errors_are_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cli, "_start", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["join", "X"])
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_of_the_system_is_one_line_with_its_path(
+    debug: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG if debug else logging.INFO)
+    (tmp_path / "peer.json").mkdir()  # where the peer says that it is here
+    assert cli.main(["join", "shoal://e/r-0123456789ab?v=1", "--data-dir", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("shoal: Is a directory: ")
+    assert str(tmp_path) in err.splitlines()[-1]
+    assert ("Traceback" in err) == debug
+
+
+@pytest.mark.parametrize("command", [["found"], ["join", "shoal://e/r-0123456789ab?v=1"]], ids=["found", "join"])
+def test_a_data_directory_that_cannot_be_one(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    (tmp_path / "locked" / "lock").mkdir(parents=True)
+    for folder in (file, file / "below", Path("/proc/nobody"), tmp_path / "locked"):
+        assert cli.main([*command, "--data-dir", str(folder)]) == 2, folder
+        err = capsys.readouterr().err
+        assert f"the data directory {folder} " in err
+        assert "SHOAL-228" in err
+        assert "fix: give a --data-dir of your own" in err
+        assert "Traceback" not in err
 
 
 def test_a_peers_address_stands_in_for_its_invite(

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import START_SECONDS, Swarm, owned_once
+from harness import START_SECONDS, Swarm, owned_once, run_id_of
 from safetensors.torch import load, load_file
 from shoal.node.learning.data import load_corpus
 from shoal.node.learning.evaluate import HELDOUT_SEED, heldout_loss
 from shoal.node.model.build import build_model
 from shoal.node.model.cut import backbone_fragments
 from shoal.node.run.invite import Invite
+from shoal.node.run.kept_manifests import manifest_file
 from shoal.node.run.manifest import Manifest, verify
 from shoal.node.slots.slot_order import renamed
 from shoal.node.storage.blobs import fragment_from_bytes
@@ -53,7 +54,7 @@ def test_all_hold_the_same_and_the_checkpoint_is_that(swarm: Swarm, tmp_path: Pa
         lambda: all(p.phase == "finished" and p.last["unmerged_steps"] == 0 for p in both) and owned_once(both),
         2 * START_SECONDS,
     )
-    manifest = verify((swarm.folder / "bootstrap" / "manifest.signed").read_bytes())
+    manifest = verify(manifest_file(swarm.folder / "bootstrap", run_id_of(swarm.invite)).read_bytes())
     assert all(peer.last["step"] == STEPS for peer in both)
 
     out = tmp_path / "checkpoint"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import START_SECONDS, Swarm, owned_once
+from harness import START_SECONDS, Swarm, owned_once, run_id_of
 from shoal.node.learning.data import load_corpus
+from shoal.node.run.kept_manifests import manifest_file
 from shoal.node.run.manifest import verify
 from shoal.node.seed.store import BACKBONE, SeedStore, bases_from, experts_of, standins_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,7 +63,7 @@ def test_from_a_dense_checkpoint_to_a_trained_mixture(swarm: Swarm, tmp_path: Pa
     swarm.wait_for("all own experts", lambda: owned_once(everybody, SLOTS), START_SECONDS)
     swarm.wait_for("both merge", lambda: all(peer.commits() > 1 for peer in peers), START_SECONDS)
 
-    manifest = verify((swarm.folder / "bootstrap" / "manifest.signed").read_bytes())
+    manifest = verify(manifest_file(swarm.folder / "bootstrap", run_id_of(swarm.invite)).read_bytes())
     assert manifest.data.tokenizer == "seed"
     for peer in peers:
         store = SeedStore(peer.folder / "seed", manifest.model.start)

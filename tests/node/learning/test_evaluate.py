@@ -62,5 +62,5 @@ def test_it_goes_on_writing(checkpoint: Path) -> None:
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a Hugging Face checkpoint"):
+    with pytest.raises(ConfigError, match="is no checkpoint"):
         evaluate_checkpoint(tmp_path)

@@ -185,6 +185,19 @@ def test_robust_rounds_follow_the_honest_majority_and_end_with_equal_bytes(swarm
     assert harm < 0.35, f"{seed=}"  # the mean itself would be off by 250
 
 
+@pytest.mark.parametrize("robust", [False, True])
+def test_those_who_have_finished_are_there_and_change_nothing(swarm, robust):
+    peers = swarm.start(3, sizes=(3000,), robust=robust)
+    learned = np.random.default_rng(secrets.randbits(32)).normal(size=3000)
+    for peer, vector in zip(peers, [np.zeros(3000), learned, np.zeros(3000)], strict=True):
+        peer.submit(vector, expected=3, quorum=3, tokens=4096 if vector.any() else 1)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes) == ["complete"] * 3, reasons(outcomes)
+    assert all_equal(outcomes)
+    assert all(len(outcome["members"]) == 3 for outcome in outcomes)
+    np.testing.assert_allclose(outcomes[0]["average"], learned, atol=1e-2)
+
+
 def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
     peers = swarm.start(3, sizes=(3000,), faults={1: "nan"})
     vectors = [np.ones(3000), np.ones(3000), np.ones(3000)]

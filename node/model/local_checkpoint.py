@@ -1,0 +1,47 @@
+"""Checkpoints on this machine, read by transformers: nothing is asked of a hub, and what is wrong is said in one line.
+
+For transformers, a folder that is not there is the name of a repository to download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..errors import ConfigError
+
+
+def require_checkpoint(folder: Path, *, fix: str = "name a folder with config.json and safetensors") -> None:
+    """Raises ConfigError, with that `fix`, where there is no folder with a config.json."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no checkpoint", fix=fix)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What cannot be read in the block becomes a ConfigError that names `path`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        first, *_ = str(error).strip().splitlines() or [repr(error)]
+        raise ConfigError(f"{path} cannot be read: {first}", fix="download it again, whole") from error
+
+
+def load_config(folder: Path) -> Any:
+    """A checkpoint's config. Raises ConfigError."""
+    require_checkpoint(folder)
+    with reading(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path) -> Any:
+    """A checkpoint's model, in float32. Raises ConfigError."""
+    require_checkpoint(folder)
+    with reading(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
