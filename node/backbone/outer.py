@@ -138,9 +138,12 @@ class OuterDriver:
         self._links.loop.call_soon_threadsafe(lambda: self._links.spawn(self._round(lane, number, entry)))
 
     @staticmethod
-    def _give_up(composer: Composer, lane: _Lane) -> None:
-        """The next round may begin only after this: it must not be abandoned in its place."""
-        composer.abandon_round(lane.index)
+    def _give_up(composer: Composer, lane: _Lane, told: bool) -> None:
+        """The next round may begin only after this: it must not be given up in its place."""
+        if told:
+            composer.doubt_round(lane.index)
+        else:
+            composer.withdraw_round(lane.index)
         lane.in_flight = False
 
     def unmerged_steps(self, composer: Composer) -> int:
@@ -165,12 +168,15 @@ class OuterDriver:
 
     async def _round(self, lane: _Lane, number: int, entry: Entry) -> None:
         began, index = time.monotonic(), lane.index
-        outcome, members, detail = "failed", 0, ""
+        outcome, members, detail, told = "failed", 0, "", False
         try:
             result = await self._average(lane, number, entry)
             outcome, members, detail = result.status.value, len(result.members), result.detail
             self._links.state.count(Count.BYTES, "outer", "out", by=result.bytes_sent)
             self._links.state.count(Count.BYTES, "outer", "in", by=result.bytes_received)
+            told = result.status not in (Status.NO_GROUP, Status.REFUSED)
+            if not told:  # what others have committed meanwhile is without it
+                await asyncio.wrap_future(self._trainer.ask(lambda composer: composer.withdraw_round(index)))
             if result.status is Status.COMPLETE:
                 await self._propose(index, number, result)
             elif result.status is not Status.NO_GROUP:
@@ -193,7 +199,7 @@ class OuterDriver:
                 lane.in_flight = False
             else:
                 lane.not_before = time.monotonic() + RETRY_SECONDS
-                self._trainer.ask(lambda composer: self._give_up(composer, lane))
+                self._trainer.ask(lambda composer: self._give_up(composer, lane, told))
             seconds = time.monotonic() - began
             self._links.state.record_round(
                 outcome=outcome, round=number, fragment=index, members=members, seconds=seconds

@@ -15,7 +15,7 @@ average arrives, local becomes new_common + (local_now - local_sent), so nothing
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -135,8 +135,9 @@ class Composer(ExpertOwner):
         self.fragments = backbone_fragments(manifest)
         self.common = [flatten(f, self.backbone) for f in self.fragments]
         self.momentum = [torch.zeros_like(c) for c in self.common]
-        self._rounds: dict[int, _Round] = {}
-        self._lost: dict[int, Tensor] = {}  # by fragment: what a coarse codec kept back; sent with the next commit
+        self._rounds: dict[int, _Round] = {}  # by fragment, under way
+        self._doubtful: dict[int, _Round] = {}  # that were given up here
+        self.lost: dict[int, Tensor] = {}  # by fragment: what a coarse codec kept back; sent with the next commit
         self._since_commit = [(0, 0) for _ in self.fragments]  # (step, tokens) that each fragment's common state has
 
     # -- inner training ------------------------------------------------------------------------------------------
@@ -263,11 +264,25 @@ class Composer(ExpertOwner):
             parameter = self.backbone[name]
             parameter.copy_(piece.view_as(parameter))
 
-    def resume(self, *, step: int, tokens: int, common: list[Tensor], momentum: list[Tensor]) -> None:
-        """Go on from a checkpoint: counters and last common state, whose weights are in the backbone already."""
+    def resume(
+        self,
+        *,
+        step: int,
+        tokens: int,
+        common: list[Tensor],
+        momentum: list[Tensor],
+        unmerged: Sequence[tuple[int, int]],
+        lost: Mapping[int, Tensor],
+    ) -> None:
+        """Go on from a checkpoint: counters and last common state, whose weights are in the backbone already.
+
+        Args:
+            unmerged: as `unmerged` said, by fragment.
+            lost: by fragment, what a coarse codec had kept back.
+        """
         self.step, self.tokens = step, tokens
-        self.common, self.momentum = common, momentum
-        self._since_commit = [(step, tokens) for _ in self.fragments]
+        self.common, self.momentum, self.lost = common, momentum, dict(lost)
+        self._since_commit = [(step - steps, tokens - more) for steps, more in unmerged]
 
     def start_at(self, step: int) -> None:
         """Begin a run that others have trained for `step` steps: the schedule goes on from there."""
@@ -275,17 +290,22 @@ class Composer(ExpertOwner):
         self._since_commit = [(step, self.tokens) for _ in self.fragments]
 
     def steps_since_commit(self, index: int) -> int:
-        """Inner steps of this composer that fragment `index`'s common state does not have yet."""
-        return self.step - self._since_commit[index][0]
+        """The first of `unmerged`."""
+        return self.unmerged(index)[0]
+
+    def unmerged(self, index: int) -> tuple[int, int]:
+        """Inner steps and tokens of this composer that fragment `index`'s common state does not have yet."""
+        since_step, since_tokens = self._since_commit[index]
+        return self.step - since_step, self.tokens - since_tokens
 
     def begin_round(self, index: int) -> Entry:
         """Enter an outer round of one fragment."""
         sent = self.local_fragment(index)
-        since_step, since_tokens = self._since_commit[index]
+        steps, tokens = self.unmerged(index)
         pseudo_gradient = self.common[index] - sent
-        if index in self._lost:
-            pseudo_gradient += self._lost[index]
-        entry = Entry(pseudo_gradient, self.tokens - since_tokens, self.step - since_step)
+        if index in self.lost:
+            pseudo_gradient += self.lost[index]
+        entry = Entry(pseudo_gradient, tokens, steps)
         if self.manifest.outer.merge == "radial":
             vector, norms = radial.split(self.fragments[index], pseudo_gradient)
             entry = entry._replace(vector=vector, norms=norms)
@@ -321,7 +341,8 @@ class Composer(ExpertOwner):
 
         Call `abandon_round` first if this composer entered a round but the state was made without it.
         """
-        entered = self._rounds.pop(index, None)
+        entered = self._rounds.pop(index, None) or self._doubtful.get(index)
+        self._doubtful.pop(index, None)
         if entered is None:
             # Not a member: all that was learned here since the last common state is still to be merged.
             drift = self.local_fragment(index) - self.common[index]
@@ -329,18 +350,29 @@ class Composer(ExpertOwner):
             drift = self.local_fragment(index) - entered.sent
             self._since_commit[index] = (entered.steps, entered.tokens)
             if entered.lost is not None:
-                self._lost[index] = entered.lost
+                self.lost[index] = entered.lost
         self.common[index], self.momentum[index] = fragment, momentum
         self._write(self.fragments[index], fragment + drift)
 
     def abandon_round(self, index: int) -> None:
-        """A round ended without a commit: nothing changes, training goes on."""
+        """A round ended without a commit, or in one without this composer: nothing changes, training goes on."""
         self._rounds.pop(index, None)
+        self._doubtful.pop(index, None)
+
+    def withdraw_round(self, index: int) -> None:
+        """An attempt at a round ended before anybody had its entry. What an earlier one has sent may still be
+        committed."""
+        self._rounds.pop(index, None)
+
+    def doubt_round(self, index: int) -> None:
+        """An attempt at a round has failed as seen from here; others, who have its entry, may commit it all the same."""
+        if index in self._rounds:
+            self._doubtful[index] = self._rounds.pop(index)
 
     def reset_fragment(self, index: int, fragment: Tensor, momentum: Tensor) -> None:
         """Take the swarm's state and drop local drift: for a peer that joins or fell behind."""
-        self._rounds.pop(index, None)
-        self._lost.pop(index, None)
+        self.abandon_round(index)
+        self.lost.pop(index, None)
         self.common[index], self.momentum[index] = fragment, momentum
         self._since_commit[index] = (self.step, self.tokens)
         self._write(self.fragments[index], fragment)

@@ -3,6 +3,8 @@
     backbone.<name>            local weights of the backbone
     optimizer.<name>.<moment>  their optimizer state
     common.<f>, momentum.<f>   last common state of fragment f
+    unmerged.<f>               int64 (2): inner steps and tokens that it does not have yet
+    lost.<f>                   what a coarse codec has kept back of it
     slot.<s>.<...>             an owned slot, as in `Composer.saved`
 
 Stand-ins of slots that others own are not kept: they are stale by the time a peer comes back, and the swarm has them.
@@ -31,6 +33,9 @@ def composer_tensors(composer: Composer) -> dict[str, Tensor]:
     for index, (common, momentum) in enumerate(zip(composer.common, composer.momentum, strict=True)):
         tensors[f"common.{index}"] = common.clone()
         tensors[f"momentum.{index}"] = momentum.clone()
+        tensors[f"unmerged.{index}"] = torch.tensor(composer.unmerged(index))
+        if index in composer.lost:
+            tensors[f"lost.{index}"] = composer.lost[index].clone()
     for slot in composer.owned:
         for key, value in composer.saved(slot).items():
             tensors[f"slot.{slot}.{key}"] = value
@@ -52,15 +57,24 @@ def restore_backbone(composer: Composer, tensors: Mapping[str, Tensor], meta: Ma
     for index, fragment in enumerate(composer.fragments):
         for kind in ("common", "momentum"):
             _check(f"{kind}.{index}", tensors, torch.Size([fragment.numel]))
+        if f"lost.{index}" in tensors:
+            _check(f"lost.{index}", tensors, torch.Size([fragment.numel]))
+    step, tokens, places = int(meta["step"]), int(meta["tokens"]), range(len(composer.fragments))
+    nothing = torch.zeros(2, dtype=torch.int64)  # of checkpoints that do not say it
+    unmerged = [tensors.get(f"unmerged.{i}", nothing).tolist() for i in places]
+    if not all(len(each) == 2 and 0 <= each[0] <= step and 0 <= each[1] <= tokens for each in unmerged):
+        raise ValueError("the checkpoint has more unmerged than was trained")
     for name, parameter in composer.backbone.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"backbone.{name}"])
         put_state(composer.optimizer, parameter, states[name])
     composer.resume(
-        step=int(meta["step"]),
-        tokens=int(meta["tokens"]),
-        common=[tensors[f"common.{i}"] for i in range(len(composer.fragments))],
-        momentum=[tensors[f"momentum.{i}"] for i in range(len(composer.fragments))],
+        step=step,
+        tokens=tokens,
+        common=[tensors[f"common.{i}"] for i in places],
+        momentum=[tensors[f"momentum.{i}"] for i in places],
+        unmerged=unmerged,
+        lost={i: tensors[f"lost.{i}"] for i in places if f"lost.{i}" in tensors},
     )
 
 

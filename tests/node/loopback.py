@@ -75,6 +75,7 @@ class Meeting:
         self._waiting: dict[tuple[int, int, bytes], dict[str, tuple[Tensor, RoundFacts, Future[Outcome]]]] = {}
         self.absent: set[str] = set()  # peers that never find a group
         self.spoilers: set[str] = set()  # peers whose parts are NaN
+        self.deaf: set[str] = set()  # peers that never hear what came of their next round
         self.stuck: set[int] = set()  # even, odd: rounds of such numbers never find a group
 
     def submit(self, peer: str, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
@@ -115,7 +116,11 @@ class Meeting:
             return future
         share = shares(weights([signed for _, signed, _ in group.values()]))
         average = sum((t * (share[p] / sum(share.values())) for p, (t, *_) in sorted(group.items())), torch.zeros(()))
-        for *_, waiting in group.values():
+        for member, (*_, waiting) in group.items():
+            if member in self.deaf:
+                self.deaf.discard(member)
+                waiting.set_result(Outcome(Status.TIMED_OUT, number, attempt, members=members))
+                continue
             waiting.set_result(
                 Outcome(
                     Status.COMPLETE,

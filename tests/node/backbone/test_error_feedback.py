@@ -50,7 +50,7 @@ def test_over_many_rounds_the_swarm_gets_all_that_was_learned(codec: str, merge:
         mine, theirs = one_round(it, index)
         learned, got = learned + mine, got + theirs
         errors.append(float((mine - theirs).norm()))
-    kept = it._lost[index]
+    kept = it.lost[index]
     torch.testing.assert_close(got + kept, learned, rtol=0, atol=1e-6)
     assert 0 < float(kept.norm()) < 2 * max(errors)
     assert float((learned - got).norm()) < 0.5 * sum(errors)
@@ -60,13 +60,13 @@ def test_nothing_is_kept_where_the_codec_is_fine_or_the_round_failed() -> None:
     fine = composer(codec="float16")
     taught(fine, 0)
     one_round(fine, 0)
-    assert not fine._lost
+    assert not fine.lost
     coarse = composer(codec="int4")
     taught(coarse, 0)
     coarse.begin_round(0)
     coarse.abandon_round(0)
-    assert not coarse._lost
+    assert not coarse.lost
     one_round(coarse, 0)
-    assert coarse._lost
+    assert coarse.lost
     coarse.reset_fragment(0, coarse.common[0].clone(), coarse.momentum[0].clone())
-    assert not coarse._lost
+    assert not coarse.lost

@@ -103,6 +103,24 @@ def test_who_misses_a_round_keeps_its_work_for_the_next(swarm: Loopback) -> None
     assert len({tuple(common(peer)) for peer in swarm.peers}) == 1
 
 
+def test_who_gave_up_a_round_that_others_commit_merges_its_work_once(swarm: Loopback) -> None:
+    *others, deaf = swarm.peers
+    before, common = rounds_of(deaf), deaf.ask(lambda c: [each.clone() for each in c.common])
+    swarm.meeting.stuck = {1}  # one fragment's turn
+    swarm.meeting.deaf = {deaf.peer_id}
+    try:
+        more_steps(deaf, 4)
+        swarm.until(lambda: all(rounds_of(peer)[0] > before[0] for peer in swarm.peers), "it has what others committed")
+        assert not swarm.meeting.deaf, "it was told"
+        assert all(deaf.peer_id in peer.common.held[0].members for peer in others)
+        assert deaf.ask(lambda c: c.unmerged(0)) == (0, 0)
+        assert float((deaf.ask(lambda c: c.local_fragment(0)) - deaf.composer.common[0]).abs().max()) < 1e-6
+        assert not torch.equal(deaf.composer.common[0], common[0])
+    finally:
+        swarm.meeting.stuck = set()
+    swarm.until(lambda: merged(swarm), "the rest is merged")
+
+
 def test_those_who_have_finished_undo_nothing(swarm: Loopback) -> None:
     """They are in the round, for its quorum; all that the one learns that still trains is in what is merged."""
     first, *finished = swarm.peers

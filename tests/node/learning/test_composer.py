@@ -123,6 +123,26 @@ def test_commit_without_steps_meanwhile_is_the_common_state_to_the_bit() -> None
         assert composer.steps_since_commit(index) == 0
 
 
+def test_of_attempts_at_a_round_the_last_one_that_others_have_counts() -> None:
+    composer = composer_of()
+    train(composer, 2)
+    composer.begin_round(0)
+    told = composer.local_fragment(0)
+    composer.doubt_round(0)  # others have it, and may commit it
+    train(composer, 1)
+    composer.begin_round(0)
+    composer.withdraw_round(0)  # nobody came
+    train(composer, 1)
+    drift = composer.local_fragment(0) - told
+    fragment, momentum = random_state(composer, 0)
+    composer.commit_round(0, fragment, momentum)
+    assert torch.equal(composer.local_fragment(0), fragment + drift)
+    assert composer.steps_since_commit(0) == 2
+    later = composer.local_fragment(0) - composer.common[0]
+    composer.commit_round(0, *random_state(composer, 0))  # it counts once
+    torch.testing.assert_close(composer.local_fragment(0) - composer.common[0], later)
+
+
 @pytest.mark.parametrize("abandoned", [False, True], ids=["never entered", "abandoned"])
 def test_a_commit_without_this_composer_keeps_its_work_unmerged(abandoned: bool) -> None:
     composer = composer_of()

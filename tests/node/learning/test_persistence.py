@@ -52,6 +52,23 @@ def test_a_restored_composer_goes_on_to_the_bit(optimizer: str, tmp_path: Path) 
     assert [expert_bits(again, s) for s in range(SLOTS)] == [expert_bits(composer, s) for s in range(SLOTS)]
 
 
+@pytest.mark.parametrize("codec", ["float16", "int4"])
+def test_what_is_not_merged_yet_is_remembered(codec: str, tmp_path: Path) -> None:
+    composer = composer_of(manifest_of(outer={"codec": codec}))
+    train(composer, 2)
+    composer.begin_round(0)
+    composer.commit_round(0, composer.common[0] + 0.01, torch.zeros_like(composer.common[0]))
+    train(composer, 3)
+    again = restored(saved(composer, tmp_path), composer.manifest, batches())
+    assert [again.unmerged(index) for index in range(2)] == [composer.unmerged(index) for index in range(2)]
+    assert again.unmerged(0)[0] == 3
+    assert bool(composer.lost) == (codec == "int4")
+    for index in range(2):
+        (vector, *counts), (wanted, *same) = again.begin_round(index), composer.begin_round(index)
+        assert torch.equal(vector, wanted)
+        assert counts == same
+
+
 def test_owned_slots_are_saved_and_no_others(tmp_path: Path) -> None:
     composer = composer_of(owned=[1, 3])
     train(composer, 1)
@@ -66,6 +83,8 @@ FOREIGN: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "a weight is NaN": lambda t: t["backbone.lm_head.weight"].view(-1)[0].fill_(math.nan),
     "a moment is missing": lambda t: t.pop("optimizer.lm_head.weight.exp_avg"),
     "a fragment is missing": lambda t: t.pop("common.1"),
+    "more is unmerged than was trained": lambda t: t["unmerged.1"].fill_(1 << 40),
+    "what a codec kept back is NaN": lambda t: t.update({"lost.1": torch.full_like(t["common.1"], math.nan)}),
     "a fragment is cut otherwise": lambda t: t.update({"momentum.1": t["momentum.1"][1:]}),
 }
 
