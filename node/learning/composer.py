@@ -365,7 +365,7 @@ class Composer(ExpertOwner):
         self._rounds.pop(index, None)
 
     def doubt_round(self, index: int) -> None:
-        """An attempt at a round has failed as seen from here; others, who have its entry, may commit it all the same."""
+        """An attempt at a round has failed as seen from here; others have its entry, and may commit it all the same."""
         if index in self._rounds:
             self._doubtful[index] = self._rounds.pop(index)
 
