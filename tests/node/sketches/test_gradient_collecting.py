@@ -108,6 +108,31 @@ def test_what_is_forgotten_counts_no_more_and_begins_anew() -> None:
     assert (collector.interval, collector.tokens, collector.take(LAYER_ORDER)) == (40, 0, {})
 
 
+def test_what_another_collector_has_summed_is_as_if_its_rows_had_come_here() -> None:
+    here, elsewhere, one = (GradientCollector(FORM, 7) for _ in range(3))
+    told, spoilt = rows(5), rows(4)
+    spoilt[0][1, 1] = float("nan")
+    for collector in (here, one):
+        collector.begin_step(10)
+        collector.add(0, 2, *told)
+        collector.also(6)
+    elsewhere.begin_step(6)
+    for collector in (elsewhere, one):
+        collector.add(0, 2, *spoilt)
+        collector.add(1, 3, *told)
+    drained = elsewhere.drain()
+    here.merge(drained, torch.device("cpu"))
+    assert not elsewhere.drain().flats
+    mine, theirs = here.take(LAYER_ORDER), one.take(LAYER_ORDER)
+    assert mine.keys() == theirs.keys()
+    for slot, sums in theirs.items():
+        assert mine[slot].tokens == sums.tokens
+        close(mine[slot].flat, sums.flat)
+    assert here.take_refused() == one.take_refused() == 1
+    with pytest.raises(ValueError, match="interval 7"):
+        here.merge(drained, torch.device("cpu"))  # which is at 8 by now
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_rows_that_cannot_be_summed_are_left_out_and_counted(bad: float) -> None:
     collector = GradientCollector(FORM)
