@@ -8,7 +8,7 @@ import pytest
 import torch
 from shoal.node.learning.composer import Composer
 from shoal.node.model.init import expert_shape
-from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.gradient_collecting import DrainedGradients, GradientCollector, GradientForm
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS, WIDTH, batches, composer_of, manifest_of
 from torch import Tensor
 
@@ -131,6 +131,8 @@ def test_what_another_collector_has_summed_is_as_if_its_rows_had_come_here() -> 
     assert here.take_refused() == one.take_refused() == 1
     with pytest.raises(ValueError, match="interval 7"):
         here.merge(drained, torch.device("cpu"))  # which is at 8 by now
+    with pytest.raises(ValueError, match="is not a sketch"):
+        here.merge(DrainedGradients(8, {(2, 0): (torch.ones(1), 0)}), torch.device("cpu"))  # else added to every number
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
