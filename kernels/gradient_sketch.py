@@ -186,6 +186,17 @@ class GradientSketcher:
         p.gate_up.accumulate(self._flat, dh_NH, x_ND)
         p.down.accumulate(self._flat, dy_ND, a_NF)
 
+    def merge(self, flat: Tensor, refused: int = 0) -> None:
+        """Adds what another sketcher under the same projections has summed, on whatever device.
+
+        Raises:
+            ValueError: it is not a sketch of this size; nothing is added.
+        """
+        if flat.shape != self._flat.shape:
+            raise ValueError(f"{tuple(flat.shape)} is not a sketch of {self.projections.numel} numbers")
+        self._flat += flat.to(self._flat.device)
+        self._refused += refused
+
     def flat(self) -> Tensor:
         """float32 (numel,), a copy: Y then Z of d gate_up, then of d down, each row by row."""
         return self._flat.clone()

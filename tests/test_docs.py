@@ -83,6 +83,19 @@ def test_commands_parse(page: str, command: str) -> None:
     (check_dev if words[0] == "./dev" else check_shoal)(words[1:])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_makes_a_folder_twice(page: Path) -> None:
+    """Commands that make a checkpoint refuse a folder that is there: one after the other, they have to work."""
+    made_by = {"upcycle": 1, "branch": 1, "export": 1, "mix": 0}  # which argument is the folder
+    for block in FENCE.findall(page.read_text(encoding="utf-8")):
+        made = []
+        for line in block.splitlines():
+            found = re.match(r"(?:\./dev )?shoal (upcycle|branch|export|mix) (.*)", line)
+            if found:
+                made.append(shlex.split(found[2], comments=True)[made_by[found[1]]])
+        assert len(made) == len(set(made)), f"{made}: the second is refused"
+
+
 @pytest.mark.parametrize("wrong", ["./dev dance", "./dev demo --fast", "./dev shoal join INVITE --nope", "shoal leave"])
 def test_wrong_commands_are_noticed(wrong: str) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):

@@ -49,7 +49,7 @@ from .leader import BROKEN, Island
 from .merging import trained_of
 from .orders import Setup, Slot
 from .replica import Answer, Replica, fill, flat, numel
-from .rows import Encoded, Raw, Wanted, put, wanted_by
+from .rows import Rows, Wanted, give_also, wanted_by
 
 if TYPE_CHECKING:
     from ..learning.composer import Composer
@@ -76,7 +76,7 @@ class Learned:
     """A member's answer, before the merge."""
 
     loss: float  # mean of its steps'
-    rows: Raw | Encoded
+    rows: Rows
 
 
 def shares(composer: Composer, own_tokens: int) -> list[float]:
@@ -149,9 +149,7 @@ class Learners(Island):
                 return computed
             if composer.collector is not None:
                 for answer in self._answers:
-                    for _ in range(self._steps):
-                        composer.collector.also(computed.tokens)
-                    put(composer.collector, answer.rows, composer.device)
+                    give_also(composer.collector, answer.rows, computed.tokens, self._steps, composer.device)
         return computed
 
     def _compute(self, composer: Composer) -> Computed:

@@ -31,7 +31,7 @@ from ..model.stages import Span, Stage, Weighing, build_stage, spans
 from .leader import Island
 from .orders import Setup, StageStep, packed_gradients, unpack_gradients
 from .replica import Answer, Replica, experts_in, fill, flat, numel
-from .rows import Encoded, Raw, StepRows, give, wanted_by
+from .rows import Rows, StepRows, give, wanted_by
 
 if TYPE_CHECKING:
     from ..learning.composer import Composer
@@ -78,7 +78,7 @@ class StageDone:
     """A member's answer."""
 
     counts_LE: Tensor  # pairs routed in its MoE layers
-    others: Raw | Encoded
+    others: Rows
     own: Observed
 
 

@@ -30,6 +30,13 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(VOCAB_SIZE)]
 
 
+def first_end(end: int | Sequence[int] | None) -> int | None:
+    """The token that ends a document. A config may list several that end a text, as chat models do; none at all too."""
+    if end is None or isinstance(end, int):
+        return end
+    return end[0] if end else None
+
+
 class Encoder:
     """Documents to tokens by a tokenizer.json; each ends with `end`, if there is one.
 
@@ -41,7 +48,8 @@ class Encoder:
             self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
         except Exception as error:  # tokenizers raises no class of its own
             raise DataError(f"the run's tokenizer cannot be read: {error}", fix="ask the run's founder") from error
-        self._end = [] if end is None else [end if isinstance(end, int) else end[0]]
+        first = first_end(end)
+        self._end = [] if first is None else [first]
 
     def __call__(self, documents: Sequence[Document]) -> Tokens:
         texts = [document.text.decode("utf-8", "replace") for document in documents]
@@ -52,12 +60,15 @@ class Encoder:
         return np.array(tokens, dtype=np.int32)
 
 
-def read_tokenizer(tokenizer_json: bytes, context_length: int, end: int | None) -> PreTrainedTokenizerFast:
+def read_tokenizer(
+    tokenizer_json: bytes, context_length: int, end: int | Sequence[int] | None
+) -> PreTrainedTokenizerFast:
     """The same as a Hugging Face tokenizer, for `save_pretrained`."""
     from transformers import PreTrainedTokenizerFast  # not above: seconds that peers without a backbone need not spend
 
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
-    text = None if end is None else tokenizer.id_to_token(end)
+    first = first_end(end)
+    text = None if first is None else tokenizer.id_to_token(first)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, eos_token=text)
 
 

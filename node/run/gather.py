@@ -102,14 +102,12 @@ def _write(whole: Gathered, folder: Path) -> None:
     length = whole.manifest.data.context_length
     end = whole.manifest.model.config.get("eos_token_id")
     tokenizer = read_tokenizer(whole.tokenizer, length, end) if whole.tokenizer else byte_tokenizer(length)
-    write_checkpoint(
-        folder,
-        whole.manifest.model,
-        {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()},
-        expert_of,
-        tokenizer=tokenizer,
-        card=model_card(whole.manifest, whole.run_id, whole.rounds, whole.peers),
-    )
+    card = model_card(whole.manifest, whole.run_id, whole.rounds, whole.peers)
+    backbone = {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()}
+    try:
+        write_checkpoint(folder, whole.manifest.model, backbone, expert_of, tokenizer=tokenizer, card=card)
+    except ValueError as error:
+        raise ExportFailed(f"what the run has learned is no model: {error}", fix=_SPOILT) from error
 
 
 def gather(invite_text: str, config: PeerConfig, progress: Callable[[str], None]) -> Gathered:
@@ -236,6 +234,7 @@ async def _retry(links: Links, fetch: Callable[[], Awaitable[T]]) -> T:
 
 
 _WAIT = "wait until the swarm has recovered (every slot owned, at least two composers or exactly one), then try again"
+_SPOILT = "see whether the run's loss is still a number: if so try again later, else take an earlier export"
 
 
 async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tensor, int]:
@@ -255,10 +254,10 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
             got = await links.fetch(
                 peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
             )
-        except (FetchFailed, PeerUnreachable) as error:
-            problem = error.cause
+            flat, momentum = fragment_from_bytes(got.data, fragment.numel)
+        except (FetchFailed, PeerUnreachable, Refused) as error:
+            problem = f"{peer}: {error.cause}"
             continue
-        flat, momentum = fragment_from_bytes(got.data, fragment.numel)
         if digest_of(flat, momentum) == wanted.digest:
             return flat, wanted.round
         problem = f"{peer} has another state by now"
@@ -273,12 +272,16 @@ async def _slot(links: Links, handles: Handles, slot: int) -> dict[str, Tensor]:
     limit = 8 * 3 * shape.hidden * shape.width * shape.num_layers + (1 << 20)
     got = await links.fetch(claim.owner, resources.weights(slot), max_bytes=limit, deadline_seconds=FETCH_SECONDS)
     state = messages.decode(got.data, messages.SlotState)
-    tensors = from_bytes(state.tensors, what=f"slot {slot}")
+    tensors = from_bytes(state.tensors, what=f"slot {slot} from {claim.owner}")
     weights = {}
     for place, layer in enumerate(handles.order(slot, state.epoch, shape.num_layers)):
         for name, size in (("gate_up", (2 * shape.width, shape.hidden)), ("down", (shape.hidden, shape.width))):
             value = tensors.get(f"{place}.{name}")
             if value is None or tuple(value.shape) != size:
                 raise Refused("misshapen", f"slot {slot} from {claim.owner}: expert {place} {name} is not {size}")
+            # Again, in the type that is written: a float64 may be finite and too large for it; integers are no weights.
+            if not value.is_floating_point() or not bool(value.float().isfinite().all()):
+                what = f"expert {place} {name} is no finite float32"
+                raise Refused("not-finite", f"slot {slot} from {claim.owner}: {what}")
             weights[f"{layer}.{name}"] = value
     return weights

@@ -49,14 +49,35 @@ class CollectedGradient:
     tokens: int
 
 
+@dataclass(frozen=True)
+class GradientInterval:
+    """What another process of a composer needs to add up rows for it."""
+
+    form: GradientForm
+    interval: int
+
+
+@dataclass(frozen=True)
+class DrainedGradients:
+    """What one collector has for another one of the same interval."""
+
+    interval: int
+    flats: dict[tuple[int, int], tuple[Tensor, int]]  # by slot and layer: sketch on the CPU, rows left out of it
+
+
 class GradientCollector:
     """Sums of one interval."""
 
-    def __init__(self, form: GradientForm) -> None:
+    def __init__(self, form: GradientForm, interval: int = 0) -> None:
         self._form = form
         self._of_step = 0
         self._refused = 0
-        self.begin(0)
+        self.begin(interval)
+
+    @property
+    def collecting(self) -> GradientInterval:
+        """What it collects now."""
+        return GradientInterval(self._form, self.interval)
 
     def begin(self, interval: int) -> None:
         """Drop everything and collect for `interval` from now on."""
@@ -79,10 +100,31 @@ class GradientCollector:
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. dy and dh are of the mean loss."""
+        sketcher = self._sketcher(slot, layer, x_ND.device)
+        sketcher.add(x_ND, dy_ND * self._of_step, a_NF, dh_NH * self._of_step)
+
+    def drain(self) -> DrainedGradients:
+        """All sums; there are none here then. For a collector that collects for another one: sketches are linear."""
+        flats = {at: (sketcher.flat().cpu(), sketcher.refused) for at, sketcher in self._sketchers.items()}
+        self._sketchers = {}
+        return DrainedGradients(self.interval, flats)
+
+    def merge(self, drained: DrainedGradients, device: torch.device) -> None:
+        """Take in what another collector has drained, of steps that have begun here, into sums on `device`.
+
+        Raises:
+            ValueError: it is of another interval, under other projections; nothing is added.
+        """
+        if drained.interval != self.interval:
+            raise ValueError(f"sums of interval {drained.interval} do not add up with those of {self.interval}")
+        for (slot, layer), (flat, refused) in drained.flats.items():
+            self._sketcher(slot, layer, device).merge(flat, refused)
+
+    def _sketcher(self, slot: int, layer: int, device: torch.device) -> GradientSketcher:
         sketcher = self._sketchers.get((slot, layer))
         if sketcher is None:
-            sketcher = self._sketchers[slot, layer] = GradientSketcher(self._on(x_ND.device))
-        sketcher.add(x_ND, dy_ND * self._of_step, a_NF, dh_NH * self._of_step)
+            sketcher = self._sketchers[slot, layer] = GradientSketcher(self._on(device))
+        return sketcher
 
     def _on(self, device: torch.device) -> Projections:
         if device not in self._projections:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 from collections.abc import Callable, Sequence
@@ -229,6 +230,42 @@ def test_sketches_of_gradients_come_from_all_learners(islands: list[Island]) -> 
     island.collector = GradientCollector(form)
     block_alike(simulated, island, 2)
     assert island.collector.steps == 2, "of the swarm's, however many take them"
+    same_gradient_sketches(simulated.first, island)
+
+
+def test_sketches_of_gradients_do_not_grow_with_the_steps_of_a_block(islands: list[Island]) -> None:
+    """They exist so that memory does not: members send sums, not rows."""
+    sizes = []
+    for every in (2, 8):
+        _, island = pair(2, every, islands, owned={0})
+        form = GradientForm(run_id="r", shape=island.shape, rank=4)
+        collector = island.collector = GradientCollector(form)
+        collector.begin(3)
+        island.train_step()
+        assert isinstance(island.island, Learners)
+        (answer,) = island.island._answers
+        sizes.append(len(pickle.dumps(answer.rows)))
+        island.island.close()
+    sketches = (tiny.SLOTS - 1) * form.numel * 4
+    assert max(sizes) < 1.2 * sketches
+    assert max(sizes) - min(sizes) < 0.1 * sketches
+
+
+def test_an_interval_that_ends_within_a_block_loses_what_members_summed(islands: list[Island]) -> None:
+    """Their sums are under its projections, and their tokens would dilute the mean of the next one."""
+    simulated, island = pair(2, 3, islands, owned={0})
+    form = GradientForm(run_id="r", shape=island.shape, rank=4)
+    for composer in (simulated.first, island):
+        collector = composer.collector = GradientCollector(form)
+
+        def between(composer: Composer, collector: GradientCollector = collector) -> None:
+            if composer.step == 1:
+                collector.begin(5)
+
+        composer.on_computed = between
+    block_alike(simulated, island, 3)
+    assert isinstance(island.collector, GradientCollector)
+    assert (island.collector.interval, island.collector.tokens) == (5, BATCH_TOKENS)
     same_gradient_sketches(simulated.first, island)
 
 

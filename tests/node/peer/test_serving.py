@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from loopback import HANDLE_KEY, MANIFEST_BYTES, SECONDS, Loopback, loopback
+from msgspec import structs
+from safetensors.torch import load
 from shoal.node.peer.links import Links
-from shoal.node.run.gather import _fetch_all
+from shoal.node.run.gather import ExportFailed, _fetch_all, _slot, _write
+from shoal.node.run.joining import newest
 from shoal.node.slots.slot_order import moved, renamed
-from shoal.node.storage.blobs import fragment_from_bytes, from_bytes
+from shoal.node.storage.blobs import fragment_from_bytes, from_bytes, to_bytes
 from shoal.protocol import messages, resources
+from shoal.protocol.errors import Refused
 from shoal.protocol.experts.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
-from shoal.protocol.transport.downloads import FetchEnded
+from shoal.protocol.transport.downloads import FetchEnded, FetchQuery, Resource
 from shoal.protocol.transport.wire import Reason
 from tiny import LAYERS, SLOTS, manifest_of
+from torch import Tensor
 
 STEPS = 8
 
@@ -126,3 +134,70 @@ def test_a_whole_model_is_gathered(swarm: Loopback, onlooker: Links) -> None:
             for layer, expert in enumerate(peer.composer.model.experts_of(slot)):
                 assert torch.equal(whole.slots[slot][f"{layer}.gate_up"], expert.gate_up)
                 assert torch.equal(whole.slots[slot][f"{layer}.down"], expert.down)
+
+
+@contextmanager
+def answering(swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind: str) -> Iterator[list[str]]:
+    """One peer sends something else for resources of a kind. Yields what it was asked for."""
+    library, transport, asked = swarm.peers[peer].library, swarm.peers[peer].links.transport, list[str]()
+    assert library is not None
+
+    async def answer(query: FetchQuery) -> Resource | None:
+        resource = await library.answer(query)
+        if resource is None or query.resource.split("/")[0] != kind:
+            return resource
+        asked.append(query.resource)
+        return Resource(spoilt(resource.data))
+
+    transport.serve(answer)
+    try:
+        yield asked
+    finally:
+        transport.serve(library.answer)
+
+
+def a_nan(data: bytes) -> bytes:
+    tensors = load(data)
+    tensors["fragment"][3] = torch.nan
+    return to_bytes(tensors)
+
+
+@pytest.mark.parametrize("spoilt", [a_nan, lambda data: data[:50], lambda _: to_bytes({"fragment": torch.zeros(1)})])
+def test_a_backer_that_sends_nonsense_is_passed_over(
+    swarm: Loopback, onlooker: Links, spoilt: Callable[[bytes], bytes]
+) -> None:
+    backers = newest(onlooker, 0, 2)[1]
+    first = [peer.peer_id for peer in swarm.peers].index(backers[0])
+    with answering(swarm, first, spoilt, "backbone") as asked:
+        whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
+    assert asked.count(resources.backbone(0)) == 1, "and not asked again"
+    for name, parameter in swarm.peers[0].composer.backbone.items():
+        assert torch.equal(whole.backbone[name].view_as(parameter), parameter.detach())
+
+
+@pytest.mark.parametrize(
+    "value", [torch.full((), 1e300, dtype=torch.float64), torch.tensor(torch.nan), torch.tensor(1)]
+)
+def test_an_owner_whose_weights_are_none_is_named(swarm: Loopback, onlooker: Links, value: Tensor) -> None:
+    """A float64 may be finite and not fit into the float32 that is written; an integer tensor cannot be trained."""
+
+    def spoilt(data: bytes) -> bytes:
+        state = messages.decode(data, SlotState)
+        tensors = from_bytes(state.tensors, what="slot")
+        tensors["1.down"] = value.expand(tensors["1.down"].shape)
+        return messages.encode(structs.replace(state, tensors=to_bytes(tensors)))
+
+    slot, owner = min(swarm.peers[1].keeper.held), swarm.peers[1].peer_id
+    with answering(swarm, 1, spoilt, "weights"), pytest.raises(Refused, match=owner) as refused:
+        swarm.call(_slot(onlooker, Handles(HANDLE_KEY), slot))
+    assert refused.value.reason == "not-finite"
+
+
+def test_a_model_that_is_not_finite_is_no_checkpoint(swarm: Loopback, onlooker: Links, tmp_path: Path) -> None:
+    whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
+    _write(whole, tmp_path / "sound")
+    name = next(iter(whole.backbone))
+    ill = replace(whole, backbone=whole.backbone | {name: torch.full_like(whole.backbone[name], torch.nan)})
+    with pytest.raises(ExportFailed, match="not finite") as failed:
+        _write(ill, tmp_path / "ill")
+    assert "loss" in failed.value.fix

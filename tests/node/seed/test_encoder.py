@@ -14,6 +14,7 @@ def test_documents_end_with_the_end() -> None:
     wanted = [*"grüße".encode(), 7, *"ab\N{REPLACEMENT CHARACTER}".encode(), 7]
     assert Encoder(TOKENIZER, 7)(DOCUMENTS).tolist() == wanted
     assert Encoder(TOKENIZER, [7, 8])(DOCUMENTS).tolist() == wanted
+    assert Encoder(TOKENIZER, [])(DOCUMENTS).tolist() == Encoder(TOKENIZER, None)(DOCUMENTS).tolist()
     assert Encoder(TOKENIZER, None)(DOCUMENTS).tolist() == [token for token in wanted if token != 7]
 
 
@@ -21,6 +22,12 @@ def test_the_same_as_a_hugging_face_tokenizer() -> None:
     tokenizer = read_tokenizer(TOKENIZER, 16, 10)
     assert tokenizer("grüße").input_ids == list("grüße".encode())
     assert tokenizer.eos_token_id == 10
+
+
+def test_of_several_ends_the_first_is_exported() -> None:
+    assert read_tokenizer(TOKENIZER, 16, [10, 11]).eos_token_id == 10
+    assert read_tokenizer(TOKENIZER, 16, []).eos_token_id is None
+    assert read_tokenizer(TOKENIZER, 16, None).eos_token_id is None
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from shoal.node.learning.composer import Composer
 from shoal.node.model.init import expert_shape
-from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.gradient_collecting import DrainedGradients, GradientCollector, GradientForm
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS, WIDTH, batches, composer_of, manifest_of
 from torch import Tensor
 
@@ -106,6 +106,33 @@ def test_what_is_forgotten_counts_no_more_and_begins_anew() -> None:
     collector.begin_step(5)
     collector.begin(40)
     assert (collector.interval, collector.tokens, collector.take(LAYER_ORDER)) == (40, 0, {})
+
+
+def test_what_another_collector_has_summed_is_as_if_its_rows_had_come_here() -> None:
+    here, elsewhere, one = (GradientCollector(FORM, 7) for _ in range(3))
+    told, spoilt = rows(5), rows(4)
+    spoilt[0][1, 1] = float("nan")
+    for collector in (here, one):
+        collector.begin_step(10)
+        collector.add(0, 2, *told)
+        collector.also(6)
+    elsewhere.begin_step(6)
+    for collector in (elsewhere, one):
+        collector.add(0, 2, *spoilt)
+        collector.add(1, 3, *told)
+    drained = elsewhere.drain()
+    here.merge(drained, torch.device("cpu"))
+    assert not elsewhere.drain().flats
+    mine, theirs = here.take(LAYER_ORDER), one.take(LAYER_ORDER)
+    assert mine.keys() == theirs.keys()
+    for slot, sums in theirs.items():
+        assert mine[slot].tokens == sums.tokens
+        close(mine[slot].flat, sums.flat)
+    assert here.take_refused() == one.take_refused() == 1
+    with pytest.raises(ValueError, match="interval 7"):
+        here.merge(drained, torch.device("cpu"))  # which is at 8 by now
+    with pytest.raises(ValueError, match="is not a sketch"):
+        here.merge(DrainedGradients(8, {(2, 0): (torch.ones(1), 0)}), torch.device("cpu"))  # else added to every number
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
