@@ -91,7 +91,7 @@ class OuterDriver:
         overlap = spec.overlap_steps or max(1, spec.in_flight * spec.every_steps // spec.fragments)
         self._grace = Grace(overlap, spec.matchmaking_seconds)
         self._in_flight_limit = spec.in_flight
-        self._stepped: float | None = None  # monotonic seconds; when the last step ended
+        self._stepped: tuple[float, int] | None = None  # monotonic seconds when the last step ended, and its number
         self._polled: Future[None] | None = None
 
     # -- training thread -------------------------------------------------------------------------------------------
@@ -100,8 +100,9 @@ class OuterDriver:
         """Begin the rounds that are due: this peer's own cadence came round, or another peer opened one."""
         now = time.monotonic()
         if self._stepped is not None:
-            self._grace.took_step(now - self._stepped)
-        self._stepped = now
+            began, step = self._stepped  # an island takes several at once
+            self._grace.took_step((now - began) / max(1, composer.step - step))
+        self._stepped = now, composer.step
         self._begin_due(composer)
 
     def _begin_due(self, composer: Composer) -> None:

@@ -61,9 +61,12 @@ def restore_backbone(composer: Composer, tensors: Mapping[str, Tensor], meta: Ma
             _check(f"lost.{index}", tensors, torch.Size([fragment.numel]))
     step, tokens, places = int(meta["step"]), int(meta["tokens"]), range(len(composer.fragments))
     nothing = torch.zeros(2, dtype=torch.int64)  # of checkpoints that do not say it
-    unmerged = [tensors.get(f"unmerged.{i}", nothing).tolist() for i in places]
-    if not all(len(each) == 2 and 0 <= each[0] <= step and 0 <= each[1] <= tokens for each in unmerged):
-        raise ValueError("the checkpoint has more unmerged than was trained")
+    unmerged = []
+    for i in places:
+        steps_left, tokens_left = map(int, tensors.get(f"unmerged.{i}", nothing))
+        if not (0 <= steps_left <= step and 0 <= tokens_left <= tokens):
+            raise ValueError("the checkpoint has more unmerged than was trained")
+        unmerged.append((steps_left, tokens_left))
     for name, parameter in composer.backbone.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"backbone.{name}"])

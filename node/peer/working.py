@@ -23,6 +23,7 @@ from ...protocol.messages import HandleTable
 from ..audits.audit_record import AuditDesk
 from ..capacity import device_to_use, slot_bytes
 from ..config import PeerConfig
+from ..errors import ConfigError
 from ..learning.data import seed_of_peer
 from ..learning.expert_mode import ExpertMode
 from ..learning.trainer import Trainer
@@ -99,6 +100,11 @@ class WorkerPeer:
     """
 
     def __init__(self, config: PeerConfig, state: PeerState, identity: Identity, run: Run, dht: hivemind.DHT) -> None:
+        if config.expert_mode == "frozen" and run.manifest.trust.audit_every:
+            raise ConfigError(
+                "this run audits its workers, and one that learns nothing from sketches is taken for a liar",
+                fix="leave --expert-mode at full or take lora; composers may keep theirs frozen",
+            )
         self.config, self.state, self.identity, self.facts = config, state, identity, run
         self.averager = sketch_averager(dht, identity, run, config.pace)
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)

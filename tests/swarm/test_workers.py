@@ -37,6 +37,10 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
         "audits of it pass", lambda: all(p.status()["audits"].get("passed", 0) >= 3 for p in composers), START_SECONDS
     )
 
+    idle = swarm.join("w3", "--role", "worker", "--expert-mode", "frozen")
+    assert idle.wait(START_SECONDS) == 2, "it would be taken for a liar"
+    assert "audits its workers" in idle.tail()
+
     # A second worker is handed its share, and each keeps copies for the other. It trains low-rank factors only.
     second = swarm.join("w2", "--role", "worker", "--expert-mode", "lora", "--lora-rank", "8")
     both = [first, second]
