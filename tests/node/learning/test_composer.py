@@ -129,7 +129,6 @@ def test_of_attempts_at_a_round_the_last_one_that_others_have_counts() -> None:
     composer.begin_round(0)
     told = composer.local_fragment(0)
     composer.doubt_round(0)  # others have it, and may commit it
-    train(composer, 1)
     composer.begin_round(0)
     composer.withdraw_round(0)  # nobody came
     train(composer, 1)
@@ -137,10 +136,9 @@ def test_of_attempts_at_a_round_the_last_one_that_others_have_counts() -> None:
     fragment, momentum = random_state(composer, 0)
     composer.commit_round(0, fragment, momentum)
     assert torch.equal(composer.local_fragment(0), fragment + drift)
-    assert composer.steps_since_commit(0) == 2
-    later = composer.local_fragment(0) - composer.common[0]
+    assert composer.steps_since_commit(0) == 1
     composer.commit_round(0, *random_state(composer, 0))  # it counts once
-    torch.testing.assert_close(composer.local_fragment(0) - composer.common[0], later)
+    torch.testing.assert_close(composer.local_fragment(0) - composer.common[0], drift, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("abandoned", [False, True], ids=["never entered", "abandoned"])
