@@ -25,6 +25,7 @@ import enum
 import re
 from dataclasses import dataclass
 
+from .directory.records import MAX_EPOCH
 from .errors import Refused
 from .messages import MAX_SLOTS
 
@@ -48,7 +49,6 @@ class ResourceKind(enum.Enum):
 _PAIRED = frozenset({ResourceKind.HANDLES, ResourceKind.AUDIT})
 _RUN_WIDE = frozenset({ResourceKind.MANIFEST, ResourceKind.HANDLE_KEY, ResourceKind.SEED_INDEX})
 _MAX_PARTS = 2 * MAX_SLOTS + 2
-_MAX_EPOCH = (1 << 48) - 1  # that messages carry
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def parse_resource(name: str) -> Resource:
         (index is None) != (kind in _RUN_WIDE)
         or (pair is None) != (kind not in _PAIRED)
         or (index is not None and index >= (_MAX_PARTS if kind is ResourceKind.SEED else MAX_SLOTS))
-        or (pair is not None and not (pair[0] <= _MAX_EPOCH and pair[1] <= _MAX_EPOCH))
+        or (pair is not None and not (pair[0] <= MAX_EPOCH and pair[1] <= MAX_EPOCH))
         or (pair is not None and kind is ResourceKind.HANDLES and pair[0] > pair[1])
     ):
         raise Refused("unknown-resource", f"there is no {name[:40]!r}")

@@ -117,7 +117,7 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
     ] = {}  # by digest: the same text twice would otherwise be on both sides of the split
     read = 0
     for path in paths:
-        text = _read_text(path)
+        text = _read_text(path, max_bytes - read)
         if read + len(text) > max_bytes:
             text = text[: max_bytes - read]
             log.warning("corpus cut source=%s kept_bytes=%d first_file_cut=%s", source, max_bytes, path)
@@ -224,15 +224,17 @@ def _files(root: Path, skipped: Callable[[str], bool]) -> list[Path]:
     return sorted(found)
 
 
-def _read_text(path: Path) -> bytes:
-    """The file's bytes; none if it is binary."""
+def _read_text(path: Path, most: int) -> bytes:
+    """The file's bytes, or `most` of them and one more; none if it is binary. It may be larger than memory."""
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(SNIFFED_BYTES)
+            text = b"" if 0 in head else head + file.read(max(0, most + 1 - len(head)))
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}", fix="make the file readable or leave it out"
         ) from error
-    return b"" if 0 in text[:SNIFFED_BYTES] else text.replace(END_OF_DOCUMENT, b"")
+    return text.replace(END_OF_DOCUMENT, b"")
 
 
 def _cut(text: bytes) -> Iterator[bytes]:

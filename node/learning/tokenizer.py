@@ -8,13 +8,15 @@ never encodes to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from .data import VOCAB_SIZE, DataError, Document, Tokens
+
+TOGETHER = 8  # documents: what is known of their tokens while they are made takes a hundred times their bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,24 +42,38 @@ def first_end(end: int | Sequence[int] | None) -> int | None:
 class Encoder:
     """Documents to tokens by a tokenizer.json; each ends with `end`, if there is one.
 
+    Args:
+        progress: called now and then, as this may take minutes.
+
     Raises DataError if the bytes are no tokenizer.
     """
 
-    def __init__(self, tokenizer_json: bytes, end: int | Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        end: int | Sequence[int] | None,
+        *,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
         except Exception as error:  # tokenizers raises no class of its own
             raise DataError(f"the run's tokenizer cannot be read: {error}", fix="ask the run's founder") from error
         first = first_end(end)
         self._end = [] if first is None else [first]
+        self._progress = progress
 
     def __call__(self, documents: Sequence[Document]) -> Tokens:
-        texts = [document.text.decode("utf-8", "replace") for document in documents]
-        tokens: list[int] = []
-        for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
-            tokens += encoding.ids
-            tokens += self._end
-        return np.array(tokens, dtype=np.int32)
+        parts = [np.empty(0, dtype=np.int32)]
+        for start in range(0, len(documents), TOGETHER):
+            texts = [document.text.decode("utf-8", "replace") for document in documents[start : start + TOGETHER]]
+            tokens: list[int] = []
+            for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False):
+                tokens += encoding.ids
+                tokens += self._end
+            parts.append(np.array(tokens, dtype=np.int32))
+            self._progress()
+        return np.concatenate(parts)
 
 
 def read_tokenizer(

@@ -369,7 +369,8 @@ class ComposerPeer:
         encode: Encode = tokens_of
         if manifest.data.tokenizer == "seed":
             assert seed is not None
-            encode = Encoder(seed.store.need(TOKENIZER), manifest.model.config.get("eos_token_id"))
+            end = manifest.model.config.get("eos_token_id")
+            encode = Encoder(seed.store.need(TOKENIZER), end, progress=self.state.beat)
         corpus = load_corpus(self.config.data if self.config.data != "stdlib" else manifest.data.corpus)
         if self.config.data_shard is not None:
             tokens = corpus.shard(*self.config.data_shard, encode)

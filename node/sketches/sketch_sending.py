@@ -90,7 +90,7 @@ class SketchSender:
 
     def _send_soon(self, step: int, taken: Mapping[str, Sequence[_Taken]]) -> None:
         for owner, slots in taken.items():
-            self._links.spawn(self._send(owner, self._batches(step, slots)))
+            self._links.spawn(self._send(owner, step, slots))
 
     def _batches(self, step: int, taken: Sequence[_Taken]) -> list[SketchBatch]:
         alike: dict[tuple[int, int], list[SlotSketch]] = defaultdict(list)
@@ -106,17 +106,18 @@ class SketchSender:
         ]
         return SlotSketch(slot, target.epoch, target.seq, tuple(experts))
 
-    async def _send(self, owner: str, batches: list[SketchBatch]) -> None:
+    async def _send(self, owner: str, step: int, taken: Sequence[_Taken]) -> None:
         rate = self._rates[owner]
-        waiting = deque(batches)
+        waiting: deque[SketchBatch] = deque()
         try:
+            waiting.extend(self._batches(step, taken))
             while waiting:
                 await self._send_one(owner, waiting[0], rate)
                 waiting.popleft()
         except (PeerUnreachable, Refused, TransportError, TimeoutError, ValueError) as error:
             rate.failed(time.monotonic())
             reason = error.reason if isinstance(error, Refused) else "unreachable"
-            self._lost(reason, sum(len(batch.slots) for batch in waiting))
+            self._lost(reason, sum(len(batch.slots) for batch in waiting) or len(taken))
             log.info("sketch.not_delivered", owner=owner, error=str(error))
         finally:
             self._under_way.discard(owner)

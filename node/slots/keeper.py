@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ...protocol import messages, resources
-from ...protocol.directory.records import Lease, LeaseRecord
+from ...protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord
 from ...protocol.directory.standing import situation_of
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
 from ...protocol.experts.ownership import (
     COPY_RAISE,
-    MAX_EPOCH,
     ClaimFree,
     Copy,
     DropStandby,

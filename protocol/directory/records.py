@@ -27,6 +27,7 @@ from ..errors import Refused
 from ..identity import SIGNATURE_BYTES, Identity
 
 MAX_SLOTS = 65536
+MAX_EPOCH = (1 << 48) - 1  # that messages and handles carry: a claim beyond would leave all others speechless
 MAX_FRAGMENTS = 256  # of a backbone: as many votes may one identity have in everybody's memory
 MAX_LIFETIME_SECONDS = 600.0  # no record outlives its last renewal by more
 MAX_CLOCK_AHEAD_SECONDS = 5.0  # how far in the future a record may have been issued
@@ -88,7 +89,7 @@ class Lease(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """The claim to own one slot."""
 
     slot: _Slot
-    epoch: _Counter  # grows by one with every change of owner
+    epoch: Annotated[int, Meta(ge=0, le=MAX_EPOCH)]  # grows by one with every change of owner
     version: _Counter  # owner's step of the last snapshot
 
 

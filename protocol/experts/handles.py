@@ -18,10 +18,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 
+from ..directory.records import MAX_EPOCH
 from ..messages import HANDLE_BYTES, MAX_LAYERS, MAX_SLOTS, HandleTable
 
 KEY_BYTES = 32
-_MAX_EPOCH = (1 << 48) - 1  # that messages carry
 
 
 def new_key() -> bytes:
@@ -47,7 +47,7 @@ class Handles:
 
     def of(self, slot: int, layer: int, epoch: int) -> bytes:
         """8 bytes. Raises ValueError for numbers that no message can carry."""
-        if not (0 <= slot < MAX_SLOTS and 0 <= layer < MAX_LAYERS and 0 <= epoch <= _MAX_EPOCH):
+        if not (0 <= slot < MAX_SLOTS and 0 <= layer < MAX_LAYERS and 0 <= epoch <= MAX_EPOCH):
             raise ValueError(f"no expert is at slot {slot}, layer {layer}, epoch {epoch}")
         place = slot.to_bytes(4) + layer.to_bytes(4) + epoch.to_bytes(8)
         return hashlib.blake2b(place, digest_size=HANDLE_BYTES, key=self._key, person=b"shoal-handle").digest()

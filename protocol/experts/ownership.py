@@ -23,10 +23,10 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..directory.records import MAX_EPOCH
 from ..directory.view import LeaseClaim, wins
 from .rendezvous import draws_of
 
-MAX_EPOCH = (1 << 48) - 1  # that messages carry; a claim beyond cannot be published
 COPY_RAISE = 2  # of the epoch, by who goes on from a copy, kept or handed over; a restart raises it by one
 UNKNOWN_OWNER = "~"  # of an epoch learned otherwise; loses every tie, being greater than any peer id
 DEPOSED_OWNER = "~deposed"  # of a slot whose owner is distrusted; any live claim beats it

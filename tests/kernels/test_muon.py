@@ -29,8 +29,10 @@ def test_singular_values_become_about_one(shape: tuple[int, int, int], size: flo
     for matrix, one in zip(matrices, made, strict=True):
         if size >= 1.0:  # below 1e-7 a matrix counts as zero, and is made no larger than that
             torch.testing.assert_close(one.double(), newton_schulz(matrix), rtol=1e-3, atol=1e-4)
-            values = torch.linalg.svdvals(one)
-            assert 0.3 < values.min() <= values.max() < 1.3
+            before, values = torch.linalg.svdvals(matrix), torch.linalg.svdvals(one)
+            assert values.max() < 1.3
+            if before.min() > 0.01 * before.square().sum().sqrt():  # five iterations lift no smaller ones so far
+                assert values.min() > 0.3
         assert torch.isfinite(one).all()
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
 

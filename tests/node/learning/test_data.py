@@ -134,6 +134,17 @@ def test_corpus_is_bounded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "corpus cut" in caplog.text
 
 
+@pytest.mark.parametrize("first", [b"\0", b"text\n" * 2000], ids=["binary", "text"])
+def test_no_more_of_a_file_is_read_than_is_kept(tmp_path: Path, first: bytes) -> None:
+    with (tmp_path / "0").open("wb") as file:
+        file.write(first)
+        file.truncate(1 << 40)  # a hole: larger than any memory
+    (tmp_path / "1").write_text("words\n" * 200_000)
+    corpus = load_corpus(str(tmp_path), max_bytes=1 << 20)
+    read = sum(len(document.text) for document in (*corpus.train, *corpus.heldout_documents))
+    assert 0 < read <= 1 << 20
+
+
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist") as missing:
         load_corpus(str(tmp_path / "nothing"))

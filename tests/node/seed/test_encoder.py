@@ -18,6 +18,15 @@ def test_documents_end_with_the_end() -> None:
     assert Encoder(TOKENIZER, None)(DOCUMENTS).tolist() == [token for token in wanted if token != 7]
 
 
+def test_many_documents_are_taken_some_at_a_time() -> None:
+    documents, told = DOCUMENTS * 13, []
+    assert Encoder(TOKENIZER, 7, progress=lambda: told.append(1))(documents).tolist() == [
+        token for document in documents for token in Encoder(TOKENIZER, 7)([document]).tolist()
+    ]
+    assert len(told) > 2
+    assert len(Encoder(TOKENIZER, 7)([])) == 0
+
+
 def test_the_same_as_a_hugging_face_tokenizer() -> None:
     tokenizer = read_tokenizer(TOKENIZER, 16, 10)
     assert tokenizer("grüße").input_ids == list("grüße".encode())

@@ -14,8 +14,8 @@ from loopback import RUN, Loopback, LoopbackPeer, WallClock, loopback
 from shoal.node.run.manifest import Manifest, OwnershipSpec
 from shoal.node.slots.keeper import PARALLEL_FETCHES
 from shoal.node.watching.state import Phase
-from shoal.protocol.directory.records import Lease, LeaseRecord, PeerRecord, seal_record
-from shoal.protocol.experts.ownership import COPY_RAISE, MAX_EPOCH, Copy, TakeOver
+from shoal.protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord, PeerRecord, seal_record
+from shoal.protocol.experts.ownership import COPY_RAISE, Copy, TakeOver
 from shoal.protocol.identity import Identity
 from tiny import SLOTS, manifest_of
 

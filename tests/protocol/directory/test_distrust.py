@@ -8,14 +8,13 @@ import pytest
 from fake_standins import FakeStandIn, load, seeded
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.protocol.directory.records import Lease, LeaseRecord, PeerRecord
+from shoal.protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord, PeerRecord
 from shoal.protocol.directory.standing import situation_of
 from shoal.protocol.directory.view import LeaseClaim, View, resolve, wins
 from shoal.protocol.errors import Refused
 from shoal.protocol.experts.ownership import (
     COPY_RAISE,
     DEPOSED_OWNER,
-    MAX_EPOCH,
     ClaimFree,
     Copy,
     Reclaim,

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 from shoal.protocol.directory.records import (
+    MAX_EPOCH,
+    MAX_FRAGMENTS,
     RECORD_TYPES,
     Lease,
     LeaseRecord,
@@ -222,10 +224,12 @@ def test_times_just_in_bounds(times: tuple[float, float]) -> None:
         (peer_record, {"round": True}),
         (lease_record, {"leases": [Lease(1, 2, 3), Lease(1, 3, 3)]}),
         (lease_record, {"leases": [Lease(1, -1, 3)]}),
+        (lease_record, {"leases": [Lease(1, MAX_EPOCH + 1, 3)]}),
         (lease_record, {"leases": [Lease(65536, 1, 3)]}),
         (vote_record, {"digest": bytes(31)}),
         (vote_record, {"members": ["QmYwAPJzv5CZsnA625s3Xf2nemtYgPpHdWEz79ojWKrPpY"]}),
         (vote_record, {"fragment": -1}),
+        (vote_record, {"fragment": MAX_FRAGMENTS}),
     ],
 )
 def test_out_of_bounds_is_malformed(make: Callable[..., Record], changes: dict[str, Any]) -> None:
@@ -260,7 +264,7 @@ def test_the_largest_legitimate_records_fit() -> None:
     peer = peer_record(
         identity, slots=list(range(61440, 65536)), transport_addrs=[address] * 16, dht_addrs=[address] * 16
     )
-    lease = lease_record(identity, leases=[Lease(slot, 1 << 53, 1 << 53) for slot in range(61440, 65536)])
+    lease = lease_record(identity, leases=[Lease(slot, MAX_EPOCH, 1 << 53) for slot in range(61440, 65536)])
     vote = vote_record(identity, members=[Identity.generate().peer_id] * 128)
     for record in (peer, lease, vote):
         assert open_record(seal_record(identity, RUN, record), RUN, now=NOW)[1] == record

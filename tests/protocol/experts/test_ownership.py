@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shoal.protocol.directory.records import MAX_EPOCH
 from shoal.protocol.directory.view import LeaseClaim, wins
 from shoal.protocol.experts.ownership import (
-    MAX_EPOCH,
     ClaimFree,
     Copy,
     DropStandby,
