@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
 import re
 import urllib.error
@@ -60,7 +61,7 @@ def fetch_status(url: str, *, timeout_seconds: float = 5.0) -> dict[str, Any]:
             f"nobody answers at {address}: {reason}",
             fix="check that the peer runs and that its --http-host lets you in",
         ) from None
-    except ValueError:
+    except (ValueError, http.client.HTTPException):  # the latter: no HTTP, or a port that is no number
         raise NoPeerHere(
             f"{address} did not answer with a status", fix="is this really a Shoal peer's address?"
         ) from None
