@@ -104,7 +104,19 @@ def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
         used = int((cgroup / "memory.current").read_text())
     except FileNotFoundError:
         return available  # not in a container, or one of an older kernel
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+    if limit == "max":
+        return available
+    return min(available, max(0, int(limit) - max(0, used - _idle_cache(cgroup))))
+
+
+def _idle_cache(cgroup: Path) -> int:
+    """Cache of files that the kernel takes back as soon as memory is wanted. A checkpoint just written leaves as much
+    of it as it is large, and `memory.current` has it as used."""
+    try:
+        lines = (cgroup / "memory.stat").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def usable_bytes(device: torch.device, max_memory_gib: float | None) -> float:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from .watching.status import speed_text
+from .watching.status import DIRECT, speed_text
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -58,7 +57,7 @@ class Peer:
             raise DemoFailed(f"{self.name} ended with exit code {code}; its log: {self.log}\n{_tail(self.log)}")
         try:
             url = json.loads((self.folder / "peer.json").read_text())["url"]
-            with urllib.request.urlopen(f"{url}/status.json", timeout=HTTP_SECONDS) as answer:
+            with DIRECT.open(f"{url}/status.json", timeout=HTTP_SECONDS) as answer:
                 self.status = json.load(answer)
         except (OSError, ValueError, KeyError, urllib.error.URLError):
             return

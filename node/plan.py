@@ -139,6 +139,8 @@ def plan(
     json:
         Print the numbers as JSON.
     """
+    if composers < 1:
+        raise ConfigError(f"--composers {composers} share nothing", fix="give 1 or more")
     manifest = _manifest(model, set_)
     from .learning.expert_mode import ExpertMode
 

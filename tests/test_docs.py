@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cyclopts import CycloptsError, MissingArgumentError
 from shoal.node.cli import app
+from shoal.node.watching.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -166,3 +167,11 @@ def test_events_that_operators_are_told_of_are_logged() -> None:
     ]
     assert len(events) > 12
     assert not [event for event in events if f'"{event}"' not in code]
+
+
+def test_named_metrics_exist() -> None:
+    ends = ("_bucket", "_sum", "_count")  # the series of a histogram
+    known = {spec.exposed_name for spec in METRICS} | {spec.name + end for spec in METRICS for end in ends}
+    for page in PAGES:
+        named = set(re.findall(r"\bshoal_[a-z_]+", page.read_text(encoding="utf-8")))
+        assert named <= known, (page.name, named - known)

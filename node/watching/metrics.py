@@ -77,8 +77,9 @@ def _slots(snapshot: Snapshot) -> Iterator[Sample]:
 
 def _unowned(snapshot: Snapshot) -> Iterator[Sample]:
     if snapshot["peers"]:
-        owned = {slot for peer in snapshot["peers"] for slot in peer["slots"]}
-        yield (), max(0, snapshot["slots_total"] - len(owned))
+        total = snapshot["slots_total"]
+        owned = {slot for peer in snapshot["peers"] for slot in peer["slots"] if slot < total}
+        yield (), total - len(owned)
 
 
 def _peers(snapshot: Snapshot) -> Iterator[Sample]:

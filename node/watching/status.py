@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import json
 import re
 import urllib.error
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 PAGE_FILE = Path(__file__).with_name("status_page.html")
 MAX_STATUS_BYTES = 16 << 20
+# A peer on this machine or network is asked directly, whatever proxy the environment names.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def page() -> tuple[bytes, str]:
@@ -48,10 +51,8 @@ def fetch_status(url: str, *, timeout_seconds: float = 5.0) -> dict[str, Any]:
     address = url.rstrip("/").removesuffix("/status").removesuffix("/status.json") + "/status.json"
     if not address.startswith(("http://", "https://")):
         raise NoPeerHere(f"{url} is not an HTTP address", fix="write it like http://127.0.0.1:8470")
-    # A peer on this machine or network is asked directly, whatever proxy the environment names.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(address, timeout=timeout_seconds) as response:
+        with DIRECT.open(address, timeout=timeout_seconds) as response:
             status = json.loads(response.read(MAX_STATUS_BYTES))
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
@@ -60,7 +61,7 @@ def fetch_status(url: str, *, timeout_seconds: float = 5.0) -> dict[str, Any]:
             f"nobody answers at {address}: {reason}",
             fix="check that the peer runs and that its --http-host lets you in",
         ) from None
-    except ValueError:
+    except (ValueError, http.client.HTTPException):  # the latter: no HTTP, or a port that is no number
         raise NoPeerHere(
             f"{address} did not answer with a status", fix="is this really a Shoal peer's address?"
         ) from None

@@ -63,6 +63,7 @@ class _Loan:
     servers: list[asyncio.Server] = field(default_factory=list)
     waiting: dict[int, asyncio.Future[Ends]] = field(default_factory=dict)  # connections that it has been told of
     streams: int = 0
+    lent: bool = False  # its ports are open, and it has been told of them
     ended: bool = False
 
 
@@ -98,7 +99,7 @@ class Lender:
 
     @property
     def borrowers(self) -> list[str]:
-        return sorted(self._loans)
+        return sorted(peer_id for peer_id, loan in self._loans.items() if loan.lent)
 
     async def start(self) -> None:
         """Begin to listen. OSError if the port is not free."""
@@ -173,12 +174,16 @@ class Lender:
         if before is not None:  # it has noticed sooner than this end that the connection is gone
             self._end(before)
         loan = _Loan(message.peer_id, self._choose(message), writer, message.meets)
+        # Before anything is waited for: whoever borrows meanwhile gets other ports.
+        self._loans[loan.peer_id] = loan
+        self._kept |= dict.fromkeys(loan.ports, (loan.peer_id, float("inf")))
         try:
             for index, port in enumerate(loan.ports):
                 arrived = self._spawned(partial(self._arrived, loan, index))
                 loan.servers.append(await asyncio.start_server(arrived, self._host, port))
-            self._loans[loan.peer_id] = loan
-            self._kept |= {port: (loan.peer_id, float("inf")) for port in loan.ports}
+            if loan.ended:  # this peer has asked again meanwhile
+                return
+            loan.lent = True
             send(writer, Lent(loan.ports, loan.key))
             logger.info("ports %s are lent to %s", loan.ports, loan.peer_id)
             while isinstance(await read(reader, SILENCE_SECONDS), Ping):
@@ -207,7 +212,8 @@ class Lender:
             waiting.cancel()
         if self._loans.get(loan.peer_id) is loan:
             del self._loans[loan.peer_id]
-            until = time.monotonic() + KEEP_SECONDS
+            # Ports that could not be opened are no good to keep.
+            until = time.monotonic() + KEEP_SECONDS if loan.lent else 0.0
             self._kept |= dict.fromkeys(loan.ports, (loan.peer_id, until))
             logger.info("ports %s are no longer lent to %s", loan.ports, loan.peer_id)
         loan.control.close()
@@ -257,7 +263,7 @@ class Lender:
     async def _introduce(self, message: Punch, dialler: Ends) -> None:
         """Tell a dialler and a borrower where each is seen, and leave them to it."""
         self._punches.take(dialler[1].get_extra_info("peername")[0])
-        found = [loan for loan in self._loans.values() if message.port in loan.ports]
+        found = [loan for loan in self._loans.values() if loan.lent and message.port in loan.ports]
         if not found:
             raise Refused("unknown", f"port {message.port} is not lent")
         if not found[0].meets:

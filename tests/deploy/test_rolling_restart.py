@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from deployed import DEPLOY, peers
+from shoal.node.watching.http import StatusServer
 from shoal.node.watching.state import Count, Lease, PeerState, Phase
 
 SCRIPT = DEPLOY / "rolling_restart"
@@ -94,6 +95,16 @@ def test_composed_peers_are_asked_and_restarted_by_docker(script: ModuleType) ->
         peer = script.peer_of(name, "deploy/compose.yaml", False)
         assert peer.restart[:4] == ["docker", "compose", "-f", "deploy/compose.yaml"]
         assert peer.restart[-1] == name
+
+
+def test_peers_are_asked_directly_whatever_proxy_the_environment_names(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with StatusServer(PeerState("composer")) as server:
+        assert script.peer_of(f"{server.url} true", None, False).ask()["role"] == "composer"
 
 
 @pytest.mark.parametrize("wrong", [("--systemd", "shoal@a"), ("http://127.0.0.1:1",), ("shoal restart",)])

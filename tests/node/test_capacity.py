@@ -90,7 +90,12 @@ def test_a_container_has_what_it_is_allowed(tmp_path: Path) -> None:
     assert free_bytes(CPU, tmp_path) > 3000
     (tmp_path / "memory.max").write_text("5000\n")
     assert free_bytes(CPU, tmp_path) == 2000
+    # Of the cache of files, what nobody has read again goes before anybody goes without memory.
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 2000\ninactive_anon 1000\ninactive_file 1200\n")
+    assert free_bytes(CPU, tmp_path) == 3200
     (tmp_path / "memory.max").write_text("2000\n")
+    assert free_bytes(CPU, tmp_path) == 200
+    (tmp_path / "memory.stat").unlink()
     assert free_bytes(CPU, tmp_path) == 0
 
 

@@ -71,6 +71,9 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["slots"] == 4
     assert main(["plan", str(tmp_path / "nothing")]) == 2
     assert "no preset and no checkpoint" in capsys.readouterr().err
+    for nobody in ("0", "-1"):
+        assert main(["plan", "small", "--composers", nobody]) == 2
+        assert f"--composers {nobody} share nothing" in capsys.readouterr().err
 
 
 def test_low_rank_training_fits_ten_times_the_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ START_SECONDS = 90.0  # of which importing torch takes most, on a busy machine
 POLL_SECONDS = 0.1
 HTTP_SECONDS = 5.0
 MARK = "SWARM_OF_TEST"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
 
 Status = dict[str, Any]
 
@@ -64,7 +65,7 @@ class Peer:
         if code is not None:
             raise SwarmError(f"{self.name} has ended with exit code {code}\n{self.tail()}")
         try:
-            with urllib.request.urlopen(f"{self.url}/status.json", timeout=HTTP_SECONDS) as answer:
+            with DIRECT.open(f"{self.url}/status.json", timeout=HTTP_SECONDS) as answer:
                 self.last = json.load(answer)
         except (OSError, ValueError, KeyError, urllib.error.URLError):
             pass

@@ -4,13 +4,12 @@ import json
 import shlex
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import restart
-from harness import SHOAL, START_SECONDS, Peer, Swarm, backed_up, owned_once
+from harness import DIRECT, SHOAL, START_SECONDS, Peer, Swarm, backed_up, owned_once
 from prometheus_server import free_port
 
 SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "rolling_restart"
@@ -28,7 +27,7 @@ def argument(peer: Peer, command: list[str]) -> str:
 
 def told(peer: Peer) -> dict[str, Any]:
     """What the peer in this one's place says."""
-    with urllib.request.urlopen(f"{peer.url}/status.json", timeout=10) as answer:
+    with DIRECT.open(f"{peer.url}/status.json", timeout=10) as answer:
         status: dict[str, Any] = json.load(answer)
     return status
 

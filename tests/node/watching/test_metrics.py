@@ -118,6 +118,13 @@ def test_values_are_the_states() -> None:
     assert samples["shoal_peer_info", info] == 1
 
 
+def test_slots_that_do_not_exist_hide_none_that_nobody_owns() -> None:
+    """What a peer lists in its record, it alone has signed."""
+    state = busy_state()
+    state.set_peers([PeerSeen(peer_id="12D3KooWz", role="worker", phase="training", slots=(0, *range(8, 100)))])
+    assert scraped(state)["shoal_slots_unowned", ()] == 7
+
+
 def test_every_metric_of_the_list_has_a_value_and_no_other_exists() -> None:
     names = {name for name, _ in scraped(busy_state()) if name.startswith("shoal_")}
     listed = {spec.exposed_name for spec in METRICS}

@@ -220,9 +220,10 @@ def test_urls(state: PeerState) -> None:
             assert fetch_status(form)["run_id"] == "r-0123456789ab"
 
 
-def test_asking_what_is_no_peer() -> None:
-    with pytest.raises(NoPeerHere, match="not an HTTP address"):
-        fetch_status("file:///etc/passwd")
+@pytest.mark.parametrize(
+    "said", [b"HTTP/1.0 200 OK\r\n\r\n[1, 2]", b"\x13/multistream/1.0.0\n"], ids=["other JSON", "a DHT's port"]
+)
+def test_asking_what_is_no_peer(said: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
@@ -230,13 +231,20 @@ def test_asking_what_is_no_peer() -> None:
             client, _ = listener.accept()
             with client:
                 client.recv(4096)
-                client.sendall(b"HTTP/1.0 200 OK\r\n\r\n[1, 2]")
+                client.sendall(said)
 
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(NoPeerHere, match="did not answer with a status"):
             fetch_status(f"127.0.0.1:{port}")
         thread.join()
+
+
+def test_asking_at_what_is_no_address() -> None:
+    with pytest.raises(NoPeerHere, match="not an HTTP address"):
+        fetch_status("file:///etc/passwd")
+    with pytest.raises(NoPeerHere, match="did not answer with a status"):
+        fetch_status("http://127.0.0.1:port")
 
 
 def test_terminal_view_shows_what_matters_and_peers_cannot_style_it(state: PeerState, clock: Clock) -> None:

@@ -142,6 +142,28 @@ def test_ports_stay_their_borrowers_and_are_never_lent_twice() -> None:
     run(scenario())
 
 
+def test_who_borrow_at_once_get_ports_of_their_own() -> None:
+    async def scenario() -> None:
+        async with relay(ports(9)) as (_, at):
+            lent = await asyncio.gather(*(reserve(at, Identity.generate()) for _ in range(4)))
+            assert len({port for each in lent for port in each}) == 8
+
+    run(scenario())
+
+
+def test_ports_that_could_not_be_opened_are_nobodys() -> None:
+    async def scenario() -> None:
+        range_ = ports(3)
+        async with relay(range_) as (lender, at):
+            async with echo(range_[2], b""):
+                with pytest.raises(PeerUnreachable):
+                    await reserve(at, Identity.generate())
+            await until(lambda: lender.borrowers == [], "the end of the loan")
+            assert set(await reserve(at, Identity.generate())) == set(range_[1:])
+
+    run(scenario())
+
+
 def test_nobody_borrows_in_the_name_of_another() -> None:
     async def scenario() -> None:
         async with relay(ports(5)) as (lender, at):
