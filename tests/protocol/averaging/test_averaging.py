@@ -210,8 +210,9 @@ def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
     assert outcomes[1]["status"] != "complete"
     for outcome in (outcomes[0], outcomes[2]):
         assert peers[1].peer_id in outcome["failed"], reasons(outcomes)
-        assert outcome["proven"] == (peers[1].peer_id,)
         assert outcome["fraction"] < 1
+    # Its own part overflows, too, and may end its round before the other reducers have its NaN. One has it.
+    assert {proven for outcome in (outcomes[0], outcomes[2]) for proven in outcome["proven"]} == {peers[1].peer_id}
     for i in (0, 2):
         peers[i].submit(np.ones(3000), attempt=1, expected=2, avoid=[peers[1].peer_id])
     peers[1].submit(np.ones(3000), attempt=1, expected=2)

@@ -12,6 +12,7 @@ from directory_nodes import RUN, Node, leases, peer_record, vote
 from shoal.protocol.directory.dht import start_dht
 from shoal.protocol.directory.directory import Directory
 from shoal.protocol.directory.records import (
+    MAX_EPOCH,
     seal_record,
 )
 from shoal.protocol.errors import DirectoryError
@@ -191,7 +192,7 @@ def test_a_stopped_dht_process_is_an_error_with_a_deadline(tmp_path: Path) -> No
                 with pytest.raises(DirectoryError, match="did not answer"):
                     await directory.read()
                 # The pipe holds what a stalled process does not take: sending never blocks.
-                large = leases(identity, *((slot, 1 << 53) for slot in range(4096)), issued=time.time())
+                large = leases(identity, *((slot, MAX_EPOCH) for slot in range(4096)), issued=time.time())
                 started = time.monotonic()
                 for result in await asyncio.gather(
                     *(directory.put_lease(large) for _ in range(6)), return_exceptions=True
