@@ -76,3 +76,11 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
     assert lost([again]) == 0
     swarm.wait_for("training goes on", lambda: again.status()["step"] > step + 20, 60)
     assert not any(LIES & p.status()["audits"].keys() for p in composers)
+
+    # As a composer on the same directory it passes over what it wrote as a worker.
+    again.signal(signal.SIGTERM)
+    assert again.wait(60) == 0, again.tail()
+    composer = swarm.join("w1")
+    swarm.wait_for("it composes", lambda: composer.phase == "training" and owned_once([composer]), START_SECONDS)
+    assert composer.said("checkpoint.skipped")
+    assert not composer.said("checkpoint.restored")
