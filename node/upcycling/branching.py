@@ -60,10 +60,9 @@ def train(
         ConfigError: see `new_folder`; `folder` cannot be read, or there are no routers to tune.
     """
     with new_folder(out) as made:
-        model, loss = _trained(
-            folder, data, steps=steps, batch_size=batch_size, context_length=context_length,
-            learning_rate=learning_rate, device=device, seed=seed, only=only, report=report,
-        )  # fmt: skip
+        batches = Batches(encoder_of(folder)(load_corpus(data).train), batch_size, context_length, seed=seed)
+        model = _to_train(folder, only).to(device)
+        loss = _fit(model, batches, steps, learning_rate, report)
         model.to("cpu").save_pretrained(made)
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
@@ -71,23 +70,8 @@ def train(
     return loss
 
 
-def _trained(
-    folder: Path,
-    data: str,
-    *,
-    steps: int,
-    batch_size: int,
-    context_length: int,
-    learning_rate: float,
-    device: torch.device,
-    seed: int,
-    only: Literal["all", "router"],
-    report: Callable[[int, float], None],
-) -> tuple[PreTrainedModel, float]:
-    """The model and its last loss."""
-    encode = encoder_of(folder)
-    batches = Batches(encode(load_corpus(data).train), batch_size, context_length, seed=seed)
-    model: PreTrainedModel = load_model(folder).to(device)
+def _to_train(folder: Path, only: Literal["all", "router"]) -> PreTrainedModel:
+    model = load_model(folder)
     if only == "router":
         try:
             routers = [block.router for block in moe_blocks(model)]
@@ -96,6 +80,13 @@ def _trained(
         model.requires_grad_(False)
         for router in routers:
             router.requires_grad_(True)
+    return model
+
+
+def _fit(
+    model: PreTrainedModel, batches: Batches, steps: int, learning_rate: float, report: Callable[[int, float], None]
+) -> float:
+    """The last loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, round(WARM_UP * steps))
@@ -105,7 +96,7 @@ def _trained(
         rate = learning_rate * min(1.0, (step + 1) / warm) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens = batches.next().to(device)
+        tokens = batches.next().to(model.device)
         value = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -113,4 +104,4 @@ def _trained(
         optimizer.zero_grad(set_to_none=True)
         loss = value.item()
         report(step + 1, loss)
-    return model, loss
+    return loss
