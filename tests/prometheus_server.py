@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 DEADLINE_SECONDS = 60.0
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -38,6 +40,12 @@ def until(what: str, check: Callable[[], Any], log: Path) -> Any:
                 return last
         time.sleep(0.05)  # between questions; what is waited for is the answer
     raise AssertionError(f"{what}: last answer {last!r}; Prometheus said:\n{log.read_text()[-3000:]}")
+
+
+def _listens_at(process: subprocess.Popen[bytes]) -> int | None:
+    assert process.poll() is None, f"Prometheus ended with {process.returncode}"
+    held = psutil.Process(process.pid).net_connections("tcp")
+    return next((one.laddr.port for one in held if one.status == psutil.CONN_LISTEN), None)
 
 
 class Prometheus:
@@ -73,16 +81,17 @@ def prometheus_server(targets: Sequence[str], folder: Path, rules: Sequence[Path
         f"rule_files: {json.dumps([str(path) for path in rules])}\n"
         f"scrape_configs: [{{job_name: shoal, static_configs: [{{targets: {json.dumps(list(targets))}}}]}}]\n"
     )
-    port = free_port()
     with log.open("w") as output:
         process = subprocess.Popen(
             [
                 binary, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}", "--storage.tsdb.retention.time=1h",
+                "--web.listen-address=127.0.0.1:0", "--storage.tsdb.retention.time=1h",
             ],
             stdout=output, stderr=subprocess.STDOUT, env={"GOMAXPROCS": "1"},
         )  # fmt: skip
         try:
+            # Its own choice of a port: one that was free before it started can be another's by then.
+            port = until("listens", lambda: _listens_at(process), log)
             yield Prometheus(f"http://127.0.0.1:{port}", log)
         finally:
             process.terminate()
