@@ -5,8 +5,8 @@ stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments
 While that is fitted beside training, it and its inputs are there twice, and a copy of the experts.
 Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
 memory. Low-rank factors cost that too, and are few; the 4-bit weights beside them, and weights that are frozen, have
-neither moments nor gradients. A composer holds the backbone and all stand-ins beside its slots, and what a batch leaves
-behind for the backward pass, of which the largest tensors, the logits, are counted.
+neither moments nor gradients. A composer holds the backbone and all stand-ins beside its slots, sketches that wait for
+owners, and what a batch leaves behind for the backward pass, of which the largest tensors, the logits, are counted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .learning.expert_mode import ExpertMode
 from .logs import get_logger
 from .model.init import backbone_shapes, expert_shape
 from .run.manifest import ExpertShape, Manifest, ModelSpec, StandInSpec, TrainSpec
+from .sketches.row_memory import collected_bytes
 from .standins.standin_menu import menu_of
 
 log = get_logger(__name__)
@@ -153,14 +154,15 @@ def bases_bytes(model: ModelSpec, standin: StandInSpec) -> int:
 
 
 def composer_bytes(manifest: Manifest) -> int:
-    """Memory of a composer that owns nothing, libraries not counted: backbone, stand-ins, logits."""
+    """Memory of a composer that owns nothing, libraries not counted: backbone, stand-ins, logits, and sketches, of
+    which many come together while owners are away."""
     model, train = manifest.model, manifest.train
     shape = expert_shape(model)
     backbone = sum(math.prod(size) for size in backbone_shapes(model).values())
     logits = train.batch_size * manifest.data.context_length * int(model.config.get("vocab_size") or 0)
     standins = standin_bytes(shape, manifest.standin) * shape.num_experts
     bases = bases_bytes(model, manifest.standin)
-    return BACKBONE_BYTES * backbone + LOGITS_BYTES * logits + standins + bases
+    return BACKBONE_BYTES * backbone + LOGITS_BYTES * logits + standins + bases + collected_bytes(manifest)
 
 
 def capacity_of(config: PeerConfig, manifest: Manifest) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import json as jsonlib
 import logging
 import platform
 import sys
-import tomllib
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,17 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.config import Env, Toml
+from cyclopts.config import Env
 
 from .. import __version__
 from ..protocol.errors import ShoalError
 from . import logs
 from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
-from .errors import ConfigError, NoIdentity, exit_code
+from .errors import NoIdentity, exit_code
 from .peer.reviving import reap, reviving
 from .plan import plan
 from .run.runs import runs
+from .settings_file import for_each, read_settings
 from .simulation.command import simulate
 from .upcycling.command import branch, mix, upcycle
 
@@ -66,7 +66,7 @@ app.command(plan)
 app.command(simulate)
 app.command(upcycle)
 
-CONFIGURED = ("found", "join", "doctor")  # commands that take a peer's settings from file and environment too
+CONFIGURED = ("found", "join", "doctor")  # commands that take settings from file and environment too
 PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]
 
 
@@ -345,26 +345,21 @@ def _with_settings(
     Parameters
     ----------
     config:
-        TOML file with settings of `found` and `join`, named like the flags with underscores.
+        TOML file with settings of `found`, `join` and `doctor`, named like the flags with underscores. Each takes
+        what it knows.
     """
-    # cyclopts lets an earlier source win over a later one; flags come before all of them.
-    sources: list[Env | Toml] = [Env(ENV_PREFIX, command=False)]
-    if config is not None:
-        if not config.is_file():
-            raise ConfigError(f"there is no settings file {config}", fix="check --config and SHOAL_CONFIG")
-        try:
-            tomllib.loads(config.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{config} is not TOML: {error}", fix="settings look like: http_port = 8470") from None
-        sources.append(Toml(config, must_exist=True, use_commands_as_keys=False))
-    before = {command: app[command].config for command in CONFIGURED}
+    commands = {name: app[name] for name in CONFIGURED}
+    files = {} if config is None else for_each(commands, read_settings(config), config)
+    before = {name: command.config for name, command in commands.items()}
     try:
-        for command in before:
-            app[command].config = sources
+        for name, command in commands.items():
+            # cyclopts lets an earlier source win over a later one; flags come before all of them.
+            file = [files[name]] if name in files else []
+            command.config = [Env(ENV_PREFIX, command=False), *file]
         code: int | None = app(tokens, exit_on_error=False, print_error=True)
     finally:
-        for command, config_before in before.items():
-            app[command].config = config_before
+        for name, command in commands.items():
+            command.config = before[name]
     return code or 0
 
 

@@ -32,6 +32,7 @@ class Plan:
     slot_weights: int  # of one expert in every layer
     backbone: int  # a composer's memory for it
     standins: int  # and for all stand-ins
+    sketches: int  # and at most for sketches that wait for owners
     slot: int  # and for each slot that it owns; a worker's too
     composer_slots: int  # that fit the memory of a composer; -1: not even one that owns nothing fits
     worker_slots: int  # that fit a worker's
@@ -54,6 +55,7 @@ def plan_of(
     from .capacity import BACKBONE_BYTES, bases_bytes, slot_bytes, standin_bytes, working_bytes
     from .learning.expert_mode import ExpertMode
     from .model.init import backbone_shapes, expert_shape
+    from .sketches.row_memory import collected_bytes
 
     shape = expert_shape(manifest.model)
     mode = mode or ExpertMode(manifest.train)
@@ -66,7 +68,8 @@ def plan_of(
     slot = slot_bytes(shape, spec, torch.device(device), mode)
     memory = memory_gib * GIB - working_bytes(shape, mode) - (PROCESSES if device == "cpu" else 0)
     standins = standin * shape.num_experts + bases_bytes(manifest.model, spec)
-    room = memory - BACKBONE_BYTES * backbone - standins
+    sketches = collected_bytes(manifest)
+    room = memory - BACKBONE_BYTES * backbone - standins - sketches
     owned_share = 1 / composers
     tokens_per_step = manifest.train.batch_size * manifest.data.context_length
     rounds = 2 * PartCodec(outer.codec).encoded_bytes(backbone) / (outer.mean_every * tokens_per_step)
@@ -78,6 +81,7 @@ def plan_of(
         slot_weights=slot_weights,
         backbone=BACKBONE_BYTES * backbone,
         standins=standins,
+        sketches=sketches,
         slot=slot,
         composer_slots=-1 if room < 0 else min(shape.num_experts, int(room // max(1, slot - standin))),
         worker_slots=min(shape.num_experts, max(0, int(memory // slot))),
@@ -200,7 +204,8 @@ def _lines(found: Plan, memory: float, composers: int, speed: float | None) -> l
         ("a slot", f"{_count(found.slot_weights)} weights: one expert in every layer"),
         (
             "composer",
-            f"{_size(found.backbone)} backbone, {_size(found.standins)} stand-ins, {_size(found.slot)} a slot",
+            f"{_size(found.backbone)} backbone, {_size(found.standins)} stand-ins, "
+            f"{_size(found.sketches)} sketches at most, {_size(found.slot)} a slot",
         ),
         ("", fits),
         ("worker", f"{found.worker_slots} of {found.slots} slots fit {memory:g} GiB"),

@@ -16,6 +16,7 @@ from ..model.init import expert_shape
 from ..model.shard import SketchTap
 from ..run.manifest import Manifest
 from ..sketches.gradient_collecting import DrainedGradients, GradientCollector, GradientInterval
+from ..sketches.row_memory import rows_held
 from ..sketches.sketching import Collector, SketchCollector
 
 log = get_logger(__name__)
@@ -36,7 +37,8 @@ class StepRows:
     """Of one step at a time, or of some in a row."""
 
     def __init__(self, manifest: Manifest, seed: int) -> None:
-        self._encoding = SketchCollector(manifest.sketch, expert_shape(manifest.model), seed=seed)
+        shape, most = expert_shape(manifest.model), rows_held(manifest)
+        self._encoding = SketchCollector(manifest.sketch, shape, seed=seed, max_rows=most)
         self._summing: GradientCollector | None = None
         self._wanted: Wanted = "no"
 

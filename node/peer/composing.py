@@ -36,6 +36,7 @@ from ..sketches.gradient_collecting import GradientCollector
 from ..sketches.gradient_receiving import GradientReceiver
 from ..sketches.gradient_rounds import GradientRounds, form_of, sketch_averager
 from ..sketches.gradient_sending import GradientSender
+from ..sketches.row_memory import rows_held
 from ..sketches.sketch_receiving import SketchReceiver
 from ..sketches.sketch_sending import SketchSender
 from ..sketches.sketching import SketchCollector
@@ -163,7 +164,9 @@ class ComposerPeer:
         self.sender: SketchSender | GradientSender | None = None
         if self.facts.manifest.sketch.kind == "rows":
             chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
-            composer.collector = SketchCollector(self.facts.manifest.sketch, composer.shape, seed=chance)
+            composer.collector = SketchCollector(
+                self.facts.manifest.sketch, composer.shape, seed=chance, max_rows=rows_held(self.facts.manifest)
+            )
             self.sender = SketchSender(links, self.exchange, composer.collector)
         elif self.sketch_averager is not None:
             form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.sketch import RowBuffer, RowSketch, add_rows, row_bytes
-from ...protocol.messages import MAX_SKETCH_BYTES
 from ..run.manifest import ExpertShape, SketchSpec
+from .row_memory import rows_of_a_message
 
-# Rows that one expert's buffer holds at most: bounds memory where an owner stays away. 8 MiB at hidden size 2048.
-MAX_BUFFERED_ROWS = 2048
-# Nor does it hold more than travel in one message.
-MAX_BUFFERED_BYTES = MAX_SKETCH_BYTES - 4096
 # Values of x that wait to be encoded together, with as many of dy: few on a CPU, which still has them in its cache; 64
 # MB on a GPU, where every operation costs its launch.
 MAX_WAITING = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -64,10 +60,12 @@ class SketchCollector:
 
     Args:
         seed: of sampling; every composer has its own.
+        max_rows: held of one expert: `rows_held` of a run. None: as many as one message carries.
     """
 
-    def __init__(self, spec: SketchSpec, shape: ExpertShape, *, seed: int) -> None:
+    def __init__(self, spec: SketchSpec, shape: ExpertShape, *, seed: int, max_rows: int | None = None) -> None:
         self._spec, self._shape = spec, shape
+        self._max_rows = rows_of_a_message(shape.hidden, spec.codec) if max_rows is None else max_rows
         self._generator = torch.Generator().manual_seed(seed)
         self._buffers: dict[tuple[int, int], RowBuffer] = {}  # by slot and layer
         self._tokens = self._steps = 0  # ever
@@ -109,9 +107,9 @@ class SketchCollector:
     def _buffer(self, slot: int, layer: int) -> RowBuffer:
         buffer = self._buffers.get((slot, layer))
         if buffer is None:
-            hidden, codec = self._shape.hidden, self._spec.codec
-            max_rows = max(1, min(MAX_BUFFERED_ROWS, MAX_BUFFERED_BYTES // row_bytes(hidden, codec)))
-            buffer = self._buffers[slot, layer] = RowBuffer(hidden, codec, max_rows=max_rows, generator=self._generator)
+            buffer = self._buffers[slot, layer] = RowBuffer(
+                self._shape.hidden, self._spec.codec, max_rows=self._max_rows, generator=self._generator
+            )
         return buffer
 
     def drain(self) -> dict[tuple[int, int], RowBuffer]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from shoal.node import cli
 from shoal.node.config import PeerConfig, outward_address, parse_shard
+from shoal.node.doctor import machine, network
 from shoal.node.errors import ConfigError, IdentityInUse, InviteError, exit_code
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.pacing import UNLIMITED
@@ -90,12 +91,37 @@ def test_home_moves_the_default_data_dir(joined, tmp_path: Path) -> None:
         ("http_port = 99999\n", "99999"),
         ("http_port = \n", "is not TOML"),
         ('log_level = "loud"\n', "loud"),
+        ("[join]\nhttp_port = 8470\n", "table [join]"),
+        ('[peer]\nannounce = ["a.example"]\n', "at the top"),
     ],
 )
 def test_bad_files_end_with_code_2(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "peer.toml").write_text(text)
     assert cli.main(["join", "shoal://h/run?v=1", "--config", str(tmp_path / "peer.toml")]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_one_file_serves_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only another command knows is left out; what none knows is an error of each."""
+    file = tmp_path / "peer.toml"
+    file.write_text('invite = "shoal://h/run?v=1"\nrole = "worker"\nhttp_port = 3001\npreset = "small"\n')
+    monkeypatch.setattr(cli.logs, "configure", lambda **_: None)
+    seen: list[tuple[PeerConfig, object]] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest=None: seen.append((config, manifest)) or 0)
+    checked: list[PeerConfig] = []
+    monkeypatch.setattr(machine, "machine_checks", lambda _: [])
+    monkeypatch.setattr(network, "network_checks", lambda config, _: checked.append(config) or [])
+    assert cli.main(["join", "--config", str(file)]) == 0
+    assert cli.main(["found", "--role", "composer", "--config", str(file)]) == 0
+    assert cli.main(["doctor", "--config", str(file)]) == 0
+    (joined, _), (founder, manifest) = seen
+    assert manifest is not None
+    assert (joined.role, joined.invite, joined.http_port) == ("worker", "shoal://h/run?v=1", 3001)
+    assert (founder.role, founder.invite, founder.http_port) == ("composer", None, 3001)
+    assert (checked[0].invite, checked[0].http_port) == ("shoal://h/run?v=1", 3001)
+    file.write_text("htp_port = 1\n")
+    for one in ("join", "found", "doctor"):
+        assert cli.main([one, "--config", str(file)]) == 2
 
 
 def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shoal.kernels.sketch import row_bytes
 from shoal.node.model.init import expert_shape
 from shoal.node.run.manifest import SketchSpec
-from shoal.node.sketches import sketching
+from shoal.node.sketches import row_memory
 from shoal.node.sketches.sketching import Collected, SketchCollector
 from sketches import rows
 from tiny import BATCH, CONTEXT, HIDDEN, LAYERS, SLOTS, WIDTH, composer_of, manifest_of
@@ -136,9 +136,8 @@ def test_where_not_all_experts_can_have_a_row_each_has_its_turn() -> None:
     assert bool((times > 20).all())  # 50 each; below 20 once in 10^6
 
 
-def test_rows_that_cannot_leave_stay_bounded_and_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketching, "MAX_BUFFERED_ROWS", 16)
-    collector = collector_of()
+def test_rows_that_cannot_leave_stay_bounded_and_right_on_average() -> None:
+    collector = SketchCollector(SketchSpec(), SHAPE, seed=0, max_rows=16)
     for _ in range(40):
         collector.begin_step(10)
         add(collector, 0, 0, 5)
@@ -155,7 +154,7 @@ def test_rows_that_cannot_leave_stay_bounded_and_right_on_average(monkeypatch: p
 def test_a_full_buffer_fits_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of rows: one expert's sketch is not cut."""
     limit = 20 * row_bytes(HIDDEN, "float16")
-    monkeypatch.setattr(sketching, "MAX_BUFFERED_BYTES", limit)
+    monkeypatch.setattr(row_memory, "MAX_BYTES", limit)
     collector = collector_of(codec="float16")
     collector.begin_step(10)
     add(collector, 0, 0, 500)

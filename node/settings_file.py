@@ -1,0 +1,48 @@
+"""The settings file: TOML, of which each command takes what it knows."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+from cyclopts.config import Dict
+
+from .errors import ConfigError
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What it says. ConfigError if it is missing, no TOML, or divided into tables."""
+    if not file.is_file():
+        raise ConfigError(f"there is no settings file {file}", fix="check --config and SHOAL_CONFIG")
+    try:
+        settings = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}", fix="settings look like: http_port = 8470") from None
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            raise ConfigError(f"{file} has a table [{name}]", fix="put its settings at the top, in no table")
+    return settings
+
+
+def for_each(commands: Mapping[str, App], settings: Mapping[str, Any], file: Path) -> dict[str, Dict]:
+    """By command, the source of its settings: all but what only others know. What none knows is left in, for each to
+    refuse."""
+    known = {name: _known_to(command) for name, command in commands.items()}
+    everything = set().union(*known.values())
+    return {
+        command: Dict(
+            {name: value for name, value in settings.items() if name.replace("-", "_") not in everything - mine},
+            use_commands_as_keys=False,
+            source=str(file),
+        )
+        for command, mine in known.items()
+    }
+
+
+def _known_to(command: App) -> set[str]:
+    """Settings of a command, as they are named in the file."""
+    parsed = (argument for argument in command.assemble_argument_collection() if argument.parse)
+    return {name.removeprefix("--").replace("-", "_") for argument in parsed for name in argument.names}
