@@ -1,49 +1,56 @@
-"""A composer of two processes in a swarm with one of one: they merge, and losing a process costs it nothing."""
+"""Composers of two processes, one in each form, in one swarm: they merge, and losing a process costs none of them."""
 
 from pathlib import Path
 
 import pytest
 from harness import START_SECONDS, Peer, Swarm, owned_once
+from shoal.node.model.presets import preset
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
+
+BATCH_SIZE = 2
+FORMS: dict[str, tuple[tuple[str, ...], int]] = {  # and how many batches a step has
+    "data": ((), 2),
+    "learners": (("--island-every", "4"), 2),
+    "pipeline": (("--island-form", "pipeline"), 1),
+}
 
 
-@pytest.mark.parametrize(
-    ("form", "batches"),
-    [((), 2), (("--island-every", "4"), 2), (("--island-form", "pipeline"), 1)],
-    ids=["data", "learners", "pipeline"],
-)
-def test_an_island_is_one_peer_and_outlives_its_members(form: tuple[str, ...], batches: int, tmp_path: Path) -> None:
-    with Swarm(tmp_path) as swarm:
-        swarm.found("--steps", "100000", "--min-composers", "2", "--lease-seconds", "4")
-        island = swarm.join("island", "--data-shard", "0/2", "--island", "2", *form)
-        plain = swarm.join("plain", "--data-shard", "1/2")
-        both = [island, plain]
-        swarm.wait_for(
-            "both train and merge, each with its slots",
-            lambda: all(peer.phase == "training" and peer.commits() > 1 for peer in both) and owned_once(both),
-            START_SECONDS,
-        )
+def test_islands_are_peers_and_outlive_their_members(swarm: Swarm) -> None:
+    swarm.found(
+        "--steps", "100000", "--min-composers", "3", "--lease-seconds", "4", "--set", f"train.batch_size={BATCH_SIZE}"
+    )
+    islands = [
+        swarm.join(name, "--data-shard", f"{shard}/3", "--island", "2", *form)
+        for shard, (name, (form, _)) in enumerate(FORMS.items())
+    ]
+    swarm.wait_for(
+        "all train and merge, each with its slots",
+        lambda: all(it.phase == "training" and it.commits() > 1 for it in islands) and owned_once(islands),
+        2 * START_SECONDS,
+    )
+    batch = BATCH_SIZE * preset("tiny").data.context_length
+    for island, (_, batches) in zip(islands, FORMS.values(), strict=True):
         assert island.status()["processes"] == 2
-        assert 0.75 * batches < _tokens_a_step(island) / _tokens_a_step(plain) < 1.25 * batches
-        assert len([seen for seen in island.status()["peers"] if seen["role"] == "composer"]) == 2, (
-            "members are no peers"
-        )
-        swarm.wait_for("owners learn from it", lambda: _rows_sent(island) > 0, 30)
+        assert 0.75 * batches < _tokens_a_step(island) / batch < 1.25 * batches
+        composers = [seen for seen in island.status()["peers"] if seen["role"] == "composer"]
+        assert len(composers) == len(islands), "members are no peers"
+    swarm.wait_for("owners learn from them", lambda: all(_rows_sent(it) > 0 for it in islands), 30)
 
-        member = island.child("member")
-        member.kill()
-        swarm.wait_for("it goes on alone", lambda: bool(island.said("island.lost")), 30)
-        commits = island.commits()
-        swarm.wait_for("and merges", lambda: island.commits() > commits, 30)
-        swarm.wait_for("the member is replaced", lambda: len(island.said("island.formed")) == 2, 60)
-        swarm.wait_for("they compute together", lambda: island.status()["processes"] == 2, 30)
-        assert owned_once(both)
+    for island in islands:
+        island.child("member").kill()
+    swarm.wait_for("they go on alone", lambda: all(bool(it.said("island.lost")) for it in islands), 30)
+    commits = [it.commits() for it in islands]
+    swarm.wait_for("and merge", lambda: all(it.commits() > n for it, n in zip(islands, commits, strict=True)), 60)
+    swarm.wait_for("members are replaced", lambda: all(len(it.said("island.formed")) == 2 for it in islands), 60)
+    swarm.wait_for("they compute together", lambda: all(it.status()["processes"] == 2 for it in islands), 30)
+    assert owned_once(islands)
+    for island in islands:
         assert "too-many-tokens" not in str(island.status()["sketches_lost"]), "owners take what it sends"
 
-        member = island.child("member")
-        assert set(swarm.stop(both).values()) == {0}
-        assert not Path(f"/proc/{member.pid}").exists()
+    members = [island.child("member") for island in islands]
+    assert set(swarm.stop(islands).values()) == {0}
+    assert not any(Path(f"/proc/{member.pid}").exists() for member in members)
 
 
 def _tokens_a_step(peer: Peer) -> float:

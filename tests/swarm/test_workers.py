@@ -37,11 +37,8 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
         "audits of it pass", lambda: all(p.status()["audits"].get("passed", 0) >= 3 for p in composers), START_SECONDS
     )
 
-    idle = swarm.join("w3", "--role", "worker", "--expert-mode", "frozen")
-    assert idle.wait(START_SECONDS) == 2, "it would be taken for a liar"
-    assert "audits its workers" in idle.tail()
-
     # A second worker is handed its share, and each keeps copies for the other. It trains low-rank factors only.
+    idle = swarm.join("w3", "--role", "worker", "--expert-mode", "frozen")
     second = swarm.join("w2", "--role", "worker", "--expert-mode", "lora", "--lora-rank", "8")
     both = [first, second]
     swarm.wait_for(
@@ -49,6 +46,8 @@ def test_all_experts_live_on_workers(swarm: Swarm) -> None:
         lambda: len(second.epochs()) >= 6 and owned_once(both) and backed_up(both) and second.phase == "training",
         START_SECONDS,
     )
+    assert idle.wait(START_SECONDS) == 2, "it would be taken for a liar"
+    assert "audits its workers" in idle.tail()
     step, passed = second.status()["step"], [p.status()["audits"].get("passed", 0) for p in composers]
     swarm.wait_for(
         "it trains them, and audits pass",
