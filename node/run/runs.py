@@ -114,5 +114,5 @@ def _show(seen: Sequence[RunSeen]) -> None:
         table.add_row(run.run_id, str(run.composers), str(run.workers), step, loss)
     if seen:
         console.print(table)
-    for run in seen:
-        console.print(f"\nshoal join {run.invite}", soft_wrap=True, highlight=False)
+    for run in seen:  # an IPv6 address in brackets is no markup
+        console.print(f"\nshoal join {run.invite}", soft_wrap=True, highlight=False, markup=False)
