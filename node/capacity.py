@@ -12,6 +12,7 @@ owners, and what a batch leaves behind for the backward pass, of which the large
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ import torch
 
 from ..kernels.bases import Bases
 from ..kernels.lora import lora_bytes
-from .config import PeerConfig
+from .config import DEVICE, PeerConfig
 from .errors import ConfigError
 from .learning.expert_mode import ExpertMode
 from .logs import get_logger
@@ -46,6 +47,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def device_of(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU if there is one. ConfigError if there is no such device."""
+    if re.fullmatch(DEVICE, name) is None:
+        raise ConfigError(f"device = {name!r} is not possible", fix="give cpu, cuda or auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"

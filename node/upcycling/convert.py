@@ -49,6 +49,8 @@ class Changes:
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 10 or not 0 <= self.reinit <= 1:
             raise ConfigError("--noise is from 0 to 10 and --reinit from 0 to 1", fix="give such numbers")
+        if not 0 <= self.seed < 1 << 20:
+            raise ConfigError(f"--seed {self.seed} is not possible", fix="give a number from 0 to a million")
 
 
 def moe_config(dense: Mapping[str, Any], form: Form) -> dict[str, Any]:

@@ -105,6 +105,9 @@ def test_devices() -> None:
     missing = f"cuda:{torch.cuda.device_count() if torch.cuda.is_available() else 0}"
     with pytest.raises(ConfigError, match="GPUs that torch can use"):
         device_of(missing)
+    for other in ("tpu", "meta", "cuda:x", ""):
+        with pytest.raises(ConfigError, match="give cpu, cuda or auto"):
+            device_of(other)
 
 
 MEASURE = """
