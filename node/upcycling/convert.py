@@ -62,6 +62,10 @@ def moe_config(dense: Mapping[str, Any], form: Form) -> dict[str, Any]:
     config = {key: dense[key] for key in _KEPT if dense.get(key) is not None}
     if config.pop("attention_bias", False):
         raise ConfigError("its attention has biases, which no family here has", fix="take a checkpoint without")
+    if dense.get("mlp_bias"):
+        raise ConfigError("its feed-forward layers have biases, and experts have none", fix="take a checkpoint without")
+    if "sliding_attention" in (dense.get("layer_types") or ()):
+        raise ConfigError("some of its layers see a window only, and here all see all", fix="take a checkpoint without")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.setdefault(token, None)
     head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
