@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +146,8 @@ def plan(
     """
     if composers < 1:
         raise ConfigError(f"--composers {composers} share nothing", fix="give 1 or more")
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise ConfigError(f"--tokens-per-second {tokens_per_second:g} is no speed", fix="give a number above 0")
     manifest = _manifest(model, set_)
     from .learning.expert_mode import ExpertMode
 

@@ -74,6 +74,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for nobody in ("0", "-1"):
         assert main(["plan", "small", "--composers", nobody]) == 2
         assert f"--composers {nobody} share nothing" in capsys.readouterr().err
+    for speed in ("-3", "0", "nan"):
+        assert main(["plan", "small", "--tokens-per-second", speed]) == 2
+        assert "is no speed" in capsys.readouterr().err
+    for rank in ("-5", "0", "1000"):
+        assert main(["plan", "small", "--expert-mode", "lora", "--lora-rank", rank]) == 2
+        assert "give --lora-rank" in capsys.readouterr().err
 
 
 def test_low_rank_training_fits_ten_times_the_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
