@@ -16,9 +16,11 @@ from shoal import __version__
 from shoal.node import cli, logs
 from shoal.node.errors import IdentityInUse
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import Manifest
 from shoal.node.storage.presence import announce_here, find_peer, hold_data_dir
 from shoal.node.watching.http import StatusServer
 from shoal.node.watching.state import PeerState, Phase
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -234,6 +236,35 @@ def test_found_takes_a_model(
     file.write_text(json.dumps(config))
     assert cli.main(["found", "--model", str(file), "--seed", str(tmp_path)]) == 2
     assert len(seen) == 2
+
+
+def test_found_compares_the_models_positions_with_what_is_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(preset("tiny").model.config | {"max_position_embeddings": 128}))
+    assert cli.main(["found", "--model", str(file)]) == 2
+    assert "--set data.context_length=128" in capsys.readouterr().err
+    assert cli.main(["found", "--model", str(file), "--set", "data.context_length=128"]) == 0
+    assert seen[0].data.context_length == 128
+    assert cli.main(["found", "--model", str(file), "--set", "data.context_length=129"]) == 2
+
+
+@pytest.mark.parametrize(("vocabulary", "says"), [(300, "no tokenizer.json"), (200, "no tokenizer.json"), (256, "")])
+def test_a_seed_whose_tokens_nobody_knows_is_refused(
+    vocabulary: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    config = dict(preset("tiny").model.config) | {"vocab_size": vocabulary}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model.save_pretrained(tmp_path / "moe")
+    capsys.readouterr()
+    assert cli.main(["found", "--seed", str(tmp_path / "moe")]) == (2 if says else 0)
+    assert says in capsys.readouterr().err
+    assert [manifest.data.tokenizer for manifest in seen] == ([] if says else ["bytes"])
 
 
 def test_found_chooses_sketches_by_what_may_be_sent(
