@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import NoPeerHere
-from ..watching.status import fetch_status
+from ..watching.status import SHOWN, fetch_status
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def look(addresses: Sequence[str]) -> tuple[list[RunSeen], list[NoPeerHere]]:
 
 def _ask(address: str) -> RunSeen | NoPeerHere:
     try:
-        return _seen(address, fetch_status(address))
+        return _seen(address, fetch_status(address, needed=SHOWN))
     except NoPeerHere as error:
         return error
 
