@@ -54,6 +54,7 @@ def new_manifest(
 
     Raises ConfigError or ManifestError for what is not possible.
     """
+    model, seed = (path and path.expanduser() for path in (model, seed))
     name = name or preset_name
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
         raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from shoal import __version__
 from shoal.node import cli, logs
+from shoal.node.config import PeerConfig
 from shoal.node.errors import IdentityInUse
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import Manifest
@@ -236,6 +237,26 @@ def test_found_takes_a_model(
     file.write_text(json.dumps(config))
     assert cli.main(["found", "--model", str(file), "--seed", str(tmp_path)]) == 2
     assert len(seen) == 2
+
+
+def test_paths_may_begin_at_home_where_no_shell_says_where_that_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[tuple[PeerConfig, Manifest]] = []
+    monkeypatch.setattr(cli, "_start", lambda *told: seen.append(told) or 0)
+    (tmp_path / "peer.toml").write_text('http_port = 8470\nmodel = "~/m"\n')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps(preset("fine-grained").model.config))
+    for argv, variable in ((["--config=~/peer.toml"], {}), ([], {"SHOAL_CONFIG": "~/peer.toml"})):
+        for name, value in variable.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(["found", *argv]) == 0, capsys.readouterr().err
+        assert seen[-1][0].http_port == 8470
+        assert seen[-1][1].model.experts.num_experts == 64
+    monkeypatch.delenv("SHOAL_CONFIG")
+    assert cli.main(["found", "--seed=~/nothing"]) == 2
+    assert f"{tmp_path}/nothing is no checkpoint" in capsys.readouterr().err
 
 
 def test_found_compares_the_models_positions_with_what_is_set(
