@@ -103,8 +103,11 @@ def selection_bias(block: MoEBlock) -> nn.Parameter | None:
 
 
 def about_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a config.json says, what makes the model: a config by value."""
-    return {name: value for name, value in config.items() if name not in _BESIDE_THE_MODEL and value is not None}
+    """Of what a config.json says, what makes the model: a config by value.
+
+    With what is null: left out, it would be the family's default, and DeepSeek-V2-Lite would get a `q_lora_rank`.
+    """
+    return {name: value for name, value in config.items() if name not in _BESIDE_THE_MODEL}
 
 
 def moe_blocks(network: nn.Module) -> list[MoEBlock]:

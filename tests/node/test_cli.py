@@ -16,6 +16,7 @@ from shoal import __version__
 from shoal.node import cli, logs
 from shoal.node.config import PeerConfig
 from shoal.node.errors import IdentityInUse
+from shoal.node.model.init import backbone_shapes
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import Manifest
 from shoal.node.storage.presence import announce_here, find_peer, hold_data_dir
@@ -257,6 +258,22 @@ def test_paths_may_begin_at_home_where_no_shell_says_where_that_is(
     monkeypatch.delenv("SHOAL_CONFIG")
     assert cli.main(["found", "--seed=~/nothing"]) == 2
     assert f"{tmp_path}/nothing is no checkpoint" in capsys.readouterr().err
+
+
+def test_what_a_config_says_is_null_is_no_familys_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    sizes = {
+        "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+        "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model("deepseek_v2", **sizes, q_lora_rank=None, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for option in ("--model", "--seed"):
+        assert cli.main(["found", option, str(tmp_path)]) == 0
+        assert "model.layers.0.self_attn.q_proj.weight" in backbone_shapes(seen[-1].model)
+        assert seen[-1].model.config["eos_token_id"] is None
 
 
 def test_found_compares_the_models_positions_with_what_is_set(
