@@ -55,14 +55,14 @@ def plan_of(
     from ..protocol.averaging.parts import PartCodec
     from .capacity import BACKBONE_BYTES, bases_bytes, slot_bytes, standin_bytes, working_bytes
     from .learning.expert_mode import ExpertMode
-    from .model.init import backbone_shapes, expert_shape
+    from .model.init import backbone_shapes, expert_shape, experts_per_token
     from .sketches.row_memory import collected_bytes
 
     shape = expert_shape(manifest.model)
     mode = mode or ExpertMode(manifest.train)
     mode.require_rank(shape.hidden, shape.width)
-    config, spec, outer = manifest.model.config, manifest.standin, manifest.outer
-    top_k = int(config.get("num_experts_per_tok") or 1)
+    spec, outer = manifest.standin, manifest.outer
+    top_k = experts_per_token(manifest.model)
     backbone = sum(_numel(size) for size in backbone_shapes(manifest.model).values())
     slot_weights = 3 * shape.hidden * shape.width * shape.num_layers
     standin = standin_bytes(shape, spec)
