@@ -12,6 +12,7 @@ owners, and what a batch leaves behind for the backward pass, of which the large
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ import torch
 
 from ..kernels.bases import Bases
 from ..kernels.lora import lora_bytes
-from .config import PeerConfig
+from .config import DEVICE, PeerConfig
 from .errors import ConfigError
 from .learning.expert_mode import ExpertMode
 from .logs import get_logger
@@ -42,10 +43,17 @@ DENSE_COPIES = 24  # of one expert at once, with what the allocator does not giv
 SLACK = 1.15  # dense copies of one expert while it is stepped or published, the allocator, snapshots being packed
 FREE_SHARE = 0.8  # of what is free now
 CGROUP = Path("/sys/fs/cgroup")
+# Of both versions: the folder; files of the limit and of what is used; what is idle of it, by its name in memory.stat.
+CGROUP_FILES = (
+    (".", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def device_of(name: str) -> torch.device:
     """The device called `name`; `auto` is a GPU if there is one. ConfigError if there is no such device."""
+    if re.fullmatch(DEVICE, name) is None:
+        raise ConfigError(f"device = {name!r} is not possible", fix="give cpu, cuda or auto")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -100,24 +108,25 @@ def free_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = int(psutil.virtual_memory().available)
-    try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
-    except FileNotFoundError:
-        return available  # not in a container, or one of an older kernel
-    if limit == "max":
-        return available
-    return min(available, max(0, int(limit) - max(0, used - _idle_cache(cgroup))))
+    for folder, most, taken, idle in CGROUP_FILES:
+        try:
+            limit = (cgroup / folder / most).read_text().strip()
+            used = int((cgroup / folder / taken).read_text())
+        except FileNotFoundError:
+            continue
+        if limit != "max":  # the older kind says a number larger than any memory
+            return min(available, max(0, int(limit) - max(0, used - _idle_cache(cgroup / folder, idle))))
+    return available  # not in a container
 
 
-def _idle_cache(cgroup: Path) -> int:
+def _idle_cache(cgroup: Path, name: str) -> int:
     """Cache of files that the kernel takes back as soon as memory is wanted. A checkpoint just written leaves as much
-    of it as it is large, and `memory.current` has it as used."""
+    of it as it is large, and the cgroup has it as used."""
     try:
         lines = (cgroup / "memory.stat").read_text().splitlines()
     except FileNotFoundError:
         return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def usable_bytes(device: torch.device, max_memory_gib: float | None) -> float:

@@ -199,9 +199,10 @@ def status(
         Print everything the peer says as JSON.
     """
     from .storage.presence import find_peer
-    from .watching.status import fetch_status, render
+    from .watching.status import SHOWN, fetch_status, render
 
-    told = fetch_status(url or find_peer((data_dir or default_data_dir()).expanduser()))
+    peer = url or find_peer((data_dir or default_data_dir()).expanduser())
+    told = fetch_status(peer) if json else fetch_status(peer, needed=SHOWN)
     if json:
         print(jsonlib.dumps(told, indent=2))
     else:

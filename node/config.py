@@ -29,6 +29,7 @@ IslandForm = Literal["data", "pipeline"]
 PresetName = Literal["tiny", "small", "bench", "standard", "fine-grained"]  # of `model/presets.py`, which needs torch
 
 ENV_PREFIX = "SHOAL_"
+DEVICE = r"auto|cpu|cuda(:\d{1,3})?"
 DATA = Group("Training", sort_key=1)
 NETWORK = Group("Network", sort_key=2)
 LOCAL = Group("This machine", sort_key=3)
@@ -225,9 +226,7 @@ class PeerConfig:
         for name in ("max_upload", "max_download"):
             rate = getattr(self, name)
             _require(rate is None or 0.01 <= rate <= 1e6, name, self, "give megabits per second, from 0.01 up")
-        _require(
-            re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None, "device", self, "give cpu, cuda or auto"
-        )
+        _require(re.fullmatch(DEVICE, self.device) is not None, "device", self, "give cpu, cuda or auto")
         _require(1 <= self.lora_rank <= 1024, "lora_rank", self, "give a number from 1 to 1024")
         alpha = self.lora_alpha
         _require(alpha is None or 0 < alpha <= 1e4, "lora_alpha", self, "give a number above 0, or leave it out")

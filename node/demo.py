@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from .config import ENV_PREFIX
 from .watching.status import DIRECT, speed_text
 
 POLL_SECONDS = 0.5
@@ -288,8 +289,12 @@ def shoal_command() -> list[str]:
 
 
 def peer_environment(threads: int) -> dict[str, str]:
-    """The environment of a peer of the demo: few threads each, and no repository root on sys.path."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """The environment of a peer of the demo: few threads each, and no repository root on sys.path.
+
+    None of the settings that the user's own peer takes from it: several cannot have one port.
+    """
+    others = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return {**others, "OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _progress(peer: Peer) -> str:
@@ -353,7 +358,8 @@ def main() -> None:
         try:
             demo.run()
         except DemoFailed as error:
-            console.print(f"[bold red]demo failed:[/] {error}", highlight=False)
+            console.print("[bold red]demo failed:[/]", end=" ")
+            console.print(str(error), markup=False, highlight=False)  # the end of a log: brackets are no markup
             sys.exit(1)
         finally:
             demo.stop()

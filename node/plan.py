@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,14 +55,14 @@ def plan_of(
     from ..protocol.averaging.parts import PartCodec
     from .capacity import BACKBONE_BYTES, bases_bytes, slot_bytes, standin_bytes, working_bytes
     from .learning.expert_mode import ExpertMode
-    from .model.init import backbone_shapes, expert_shape
+    from .model.init import backbone_shapes, expert_shape, experts_per_token
     from .sketches.row_memory import collected_bytes
 
     shape = expert_shape(manifest.model)
     mode = mode or ExpertMode(manifest.train)
     mode.require_rank(shape.hidden, shape.width)
-    config, spec, outer = manifest.model.config, manifest.standin, manifest.outer
-    top_k = int(config.get("num_experts_per_tok") or 1)
+    spec, outer = manifest.standin, manifest.outer
+    top_k = experts_per_token(manifest.model)
     backbone = sum(_numel(size) for size in backbone_shapes(manifest.model).values())
     slot_weights = 3 * shape.hidden * shape.width * shape.num_layers
     standin = standin_bytes(shape, spec)
@@ -145,6 +146,8 @@ def plan(
     """
     if composers < 1:
         raise ConfigError(f"--composers {composers} share nothing", fix="give 1 or more")
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise ConfigError(f"--tokens-per-second {tokens_per_second:g} is no speed", fix="give a number above 0")
     manifest = _manifest(model, set_)
     from .learning.expert_mode import ExpertMode
 

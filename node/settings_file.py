@@ -15,6 +15,7 @@ from .errors import ConfigError
 
 def read_settings(file: Path) -> dict[str, Any]:
     """What it says. ConfigError if it is missing, no TOML, or divided into tables."""
+    file = file.expanduser()  # no shell does it in the environment, or after a `=`
     if not file.is_file():
         raise ConfigError(f"there is no settings file {file}", fix="check --config and SHOAL_CONFIG")
     try:

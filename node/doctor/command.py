@@ -65,7 +65,7 @@ def doctor(
     if bundle is not None:
         from .bundle import write_bundle
 
-        names = write_bundle(bundle, config, findings, log)
+        names = write_bundle(bundle.expanduser(), config, findings, log and log.expanduser())
         if not json:
             print(f"\n{bundle}: {', '.join(names)}")
     return int(any(finding.verdict is Verdict.FAIL for finding in findings))

@@ -29,6 +29,7 @@ GOOD_FILES = 1024
 GOOD_SHM = 256 << 20
 WRITTEN = 32 << 20
 SLOW_DISK = 20e6  # bytes per second
+_FINE = (0, errno.EADDRINUSE)
 
 
 def machine_checks(config: PeerConfig) -> Iterator[Finding]:
@@ -165,7 +166,12 @@ def _ports(config: PeerConfig) -> Finding:
         "--transport-port": (config.host, config.transport_port),
         "--http-port": (config.http_host, config.http_port),
     }
-    taken = [f"{name} {port}" for name, (host, port) in fixed.items() if port and not _free(host, port)]
+    problems = {name: _why_not(host, port) for name, (host, port) in fixed.items()}
+    taken = [f"{name} {fixed[name][1]}" for name, why in problems.items() if why == errno.EADDRINUSE]
+    barred = [f"{name} on {fixed[name][0]}: {os.strerror(why)}" for name, why in problems.items() if why not in _FINE]
+    if barred:
+        fix = "give ports from 1024 up, and --host and --http-host addresses of this machine"
+        return fail("ports", f"cannot be listened on: {'; '.join(barred)}", fix)
     if taken:
         fix = "if the peer itself runs, that is why; else choose others"
         return warn("ports", f"in use: {', '.join(taken)}", fix)
@@ -173,11 +179,12 @@ def _ports(config: PeerConfig) -> Finding:
     return ok("ports", f"{', '.join(chosen)} free" if chosen else "none fixed: any free ones are taken at the start")
 
 
-def _free(host: str, port: int) -> bool:
+def _why_not(host: str, port: int) -> int:
+    """0 if it can be listened on, else the error's number."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True
+            return error.errno or errno.EIO
+    return 0

@@ -67,6 +67,10 @@ class Island(ABC):
         self._standins: dict[int, list[bytes]] = {}  # digests
         self._pause, self._not_before = FIRST_PAUSE_SECONDS, 0.0
 
+    def serve(self, composer: Composer) -> None:
+        """Compute for this composer from now on. Raises ConfigError where its model cannot be computed in this form."""
+        composer.island, composer.processes = self, self.size
+
     @property
     def together(self) -> bool:
         """Whether there are members now."""

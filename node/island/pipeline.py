@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
+from ..errors import ConfigError
 from ..learning.composer import Computed
-from ..model.stages import Span, Stage, Weighing, build_stage, spans
+from ..model.stages import Span, Stage, Weighing, build_stage, check_stages, spans
 from .leader import Island
 from .orders import Setup, StageStep, packed_gradients, unpack_gradients
 from .replica import Answer, Replica, experts_in, fill, flat, numel
@@ -134,6 +135,13 @@ class Pipeline(Island):
         super().__init__(*args, **more)
         self._spans = spans
         self._runner: Runner | None = None
+
+    def serve(self, composer: Composer) -> None:
+        try:
+            check_stages(composer.model, self._spans)
+        except ValueError as error:
+            raise ConfigError(f"island_form = 'pipeline': {error}", fix="leave --island-form out") from error
+        super().serve(composer)
 
     def form_with(self, composer: Composer) -> bool:
         before = self.together

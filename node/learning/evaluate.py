@@ -60,9 +60,15 @@ def evaluate_checkpoint(
     """Load a checkpoint folder with transformers and measure it on the corpus's held-out part.
 
     Raises:
-        ConfigError: the folder is not a checkpoint, or has no tokenizer though its tokens are not bytes.
+        ConfigError: the folder is not a checkpoint, or has no tokenizer though its tokens are not bytes; no window, or
+            none in which a token has one before it.
     """
     from ..model.local_checkpoint import load_model, require_checkpoint
+
+    if windows < 1:
+        raise ConfigError(f"--windows {windows} measure nothing", fix="give 1 or more")
+    if context_length < 2:
+        raise ConfigError(f"--context-length {context_length} leaves no token to predict", fix="give 2 or more")
 
     require_checkpoint(checkpoint, fix="write one with `shoal export`")
     model = load_model(checkpoint).eval()

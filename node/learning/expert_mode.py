@@ -56,10 +56,10 @@ class ExpertMode:
 
     def require_rank(self, hidden: int, width: int) -> None:
         """Raises ConfigError for a rank that experts of this size have not."""
-        if self.mode == "lora" and self.rank > min(hidden, width):
+        if self.mode == "lora" and not 1 <= self.rank <= min(hidden, width):
             raise ConfigError(
-                f"lora_rank = {self.rank} is more than experts of {hidden} x {width} have",
-                fix=f"give --lora-rank {min(hidden, width)} at most",
+                f"lora_rank = {self.rank} is not one that experts of {hidden} x {width} have",
+                fix=f"give --lora-rank {min(hidden, width)} at most, and at least 1",
             )
 
     def __call__(self, gate_up: Tensor, down: Tensor) -> OwnedExpert:

@@ -42,6 +42,8 @@ def first_end(end: int | Sequence[int] | None) -> int | None:
 class Encoder:
     """Documents to tokens by a tokenizer.json; each ends with `end`, if there is one.
 
+    Whole ones and nothing else: how texts of a batch were once cut or filled up, which the file may say, is left out.
+
     Args:
         progress: called now and then, as this may take minutes.
 
@@ -59,6 +61,8 @@ class Encoder:
             self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
         except Exception as error:  # tokenizers raises no class of its own
             raise DataError(f"the run's tokenizer cannot be read: {error}", fix="ask the run's founder") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         first = first_end(end)
         self._end = [] if first is None else [first]
         self._progress = progress

@@ -3,19 +3,22 @@
 transformers 5 writes every MoE block alike: a module with a child `experts`, called as
 `experts(hidden_states, top_k_index, top_k_weights)`, and a router beside it. So a family works here if its experts are
 gated MLPs stored as `gate_up_proj (E, 2F, D)` and `down_proj (E, D, F)` and nothing else (Qwen2/3-MoE, Qwen3-Next,
-Mixtral, OLMoE, DeepSeek-V2/V3, GLM-4-MoE and more); families with biases or interleaved rows (GPT-OSS) are refused.
+Mixtral, OLMoE, DeepSeek-V2/V3, GLM-4-MoE and more); families with biases or interleaved rows (GPT-OSS), or with another
+gate than act(gate x) ⊙ up x (MiniMax-M3), are refused.
 
 Shapes: T tokens, K experts per token, D hidden, F expert width, E experts per layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ...kernels.activations import ACTIVATIONS, check_activation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -100,8 +103,11 @@ def selection_bias(block: MoEBlock) -> nn.Parameter | None:
 
 
 def about_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a config.json says, what makes the model: a config by value."""
-    return {name: value for name, value in config.items() if name not in _BESIDE_THE_MODEL and value is not None}
+    """Of what a config.json says, what makes the model: a config by value.
+
+    With what is null: left out, it would be the family's default, and DeepSeek-V2-Lite would get a `q_lora_rank`.
+    """
+    return {name: value for name, value in config.items() if name not in _BESIDE_THE_MODEL}
 
 
 def moe_blocks(network: nn.Module) -> list[MoEBlock]:
@@ -134,6 +140,8 @@ def _describe(name: str, block: nn.Module) -> MoEBlock:
     routers = [getattr(block, key) for key in _ROUTER_NAMES if isinstance(getattr(block, key, None), nn.Module)]
     if len(routers) != 1:
         raise ValueError(f"{name} has {len(routers)} routers named {' or '.join(_ROUTER_NAMES)}")
+    act = _activation(experts)
+    _check_gate(name, experts, act)
     return MoEBlock(
         name=name,
         block=block,
@@ -141,7 +149,7 @@ def _describe(name: str, block: nn.Module) -> MoEBlock:
         num_experts=down[0],
         hidden=down[1],
         width=down[2],
-        act=_activation(experts),
+        act=act,
     )
 
 
@@ -150,7 +158,24 @@ def _activation(experts: nn.Module) -> str:
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if not isinstance(act, str):
         raise ValueError(f"{type(experts).__name__} does not say which activation it uses")
+    check_activation(act)
     return act
+
+
+@torch.no_grad()
+def _check_gate(name: str, experts: nn.Module, act: str) -> None:
+    """Raises ValueError unless these experts make act(gate) ⊙ up of [gate, up], as what they do with some values tells.
+
+    Shapes and names do not tell it: some families clamp both, or add one to what is up. Experts that transformers has
+    not given a gate of their own are plain.
+    """
+    apply_gate: Callable[[Tensor], Tensor] | None = getattr(experts, "_apply_gate", None)
+    if apply_gate is None:
+        return
+    values = torch.linspace(-100.0, 100.0, 40, device="cpu")
+    gate, up = (grid.flatten() for grid in torch.meshgrid(values, values, indexing="ij"))
+    if not torch.allclose(apply_gate(torch.cat((gate, up)).unsqueeze(0))[0], ACTIVATIONS[act](gate) * up, rtol=1e-3):
+        raise ValueError(f"{name}.experts are not gated by {act} alone: {type(experts).__name__} has a gate of its own")
 
 
 def initializer_range(config: PreTrainedConfig) -> float:

@@ -65,6 +65,20 @@ def _expert_shape(config: bytes, private_layers: int) -> ExpertShape:
     )
 
 
+def experts_per_token(spec: ModelSpec) -> int:
+    """K of every router. Families name it in many ways, or leave it to their default; transformers knows all of them.
+
+    Raises ValueError for a model that cannot be built.
+    """
+    return _experts_per_token(msgspec.json.encode(spec.config))
+
+
+@functools.lru_cache(maxsize=16)
+def _experts_per_token(config: bytes) -> int:
+    found = getattr(skeleton(msgspec.json.decode(config)).config.get_text_config(), "num_experts_per_tok", None) or 1
+    return max(found) if isinstance(found, list) else int(found)  # a list says it layer by layer
+
+
 def has_selection_biases(spec: ModelSpec) -> bool:
     """Whether routers select experts by more than their scores. Raises ValueError for a model that cannot be built."""
     return all(selection_bias(block) is not None for block in moe_blocks(skeleton(spec.config)))

@@ -43,6 +43,9 @@ from .start import Seeded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CHECKED_TOKENS = 8
+_CHECKED_ERROR = 1e-3  # of logits, relative: the same operations in the same order have next to none
+
 
 @dataclass(frozen=True)
 class Span:
@@ -214,6 +217,23 @@ class Stage(nn.Module):
         )
         of_all = len(logits) / span.moe_layers / weighing.microbatches
         return (weighing.balance_coef * balance + weighing.z_coef * z) * of_all
+
+
+@torch.no_grad()
+def check_stages(model: MoEModel, cut: Sequence[Span]) -> None:
+    """Raises ValueError where stages one after another do not compute what the whole model does of some tokens.
+
+    Some families do more around their layers than is cut off here: they scale what they embed (Granite), or norm what
+    leaves the last layer under another name (Jamba). Every stage would do it again.
+    """
+    embedding = model.network.get_input_embeddings().weight
+    tokens = torch.arange(_CHECKED_TOKENS, device=embedding.device).remainder(len(embedding)).unsqueeze(0)
+    whole, x = model(tokens), tokens
+    for span in cut:
+        x = Stage(model, span)._run(x)
+    if not float((x - whole).norm()) <= _CHECKED_ERROR * float(whole.norm()):
+        family = model.network.config.model_type
+        raise ValueError(f"the layers of {family} do not make stages: computed apart they come to something else")
 
 
 class _Carry(torch.autograd.Function):

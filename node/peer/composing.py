@@ -139,8 +139,8 @@ class ComposerPeer:
         except ValueError as error:
             raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
-        composer.island = self.island
-        composer.processes = 1 if self.island is None else self.island.size
+        if self.island is not None:
+            self.island.serve(composer)
         held, saved = self._restore(composer, order)
         self.composer = composer
         self.trainer = Trainer(composer, self._after_step)

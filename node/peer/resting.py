@@ -54,6 +54,8 @@ class ByHours:
                     if may_start_over("a helper process of it ended"):
                         continue
                     return 1
+                if ended_by_us and not self._stopping and code == 128 + signal.SIGTERM:
+                    continue  # it had not joined yet when the hours ended
                 if code or not ended_by_us:
                     return code
             return 0

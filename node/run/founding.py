@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ...protocol.experts.handles import key_digest
 from ...protocol.identity import Identity
 from ..config import PeerConfig
 from ..errors import ConfigError
+from ..learning.data import VOCAB_SIZE
 from ..model.families import about_the_model
 from ..model.init import built_expert_shape, has_selection_biases
 from ..model.presets import preset
@@ -53,6 +54,7 @@ def new_manifest(
 
     Raises ConfigError or ManifestError for what is not possible.
     """
+    model, seed = (path and path.expanduser() for path in (model, seed))
     name = name or preset_name
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
         raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
@@ -75,7 +77,7 @@ def new_manifest(
         created_at=int(time.time()),
         model=msgspec.structs.replace(
             parts.model,
-            config=parts.model.config if model is None else _config_in(model, parts.data.context_length),
+            config=parts.model.config if model is None else _config_in(model),
             private_layers=private_layers,
         ),
         data=parts.data,
@@ -90,6 +92,8 @@ def new_manifest(
         raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
     if settings:
         manifest = with_settings(manifest, settings)
+    if model is not None:
+        _check_positions(manifest.model.config, manifest, model)
     lease_seconds = manifest.ownership.lease_seconds
     if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise ConfigError(
@@ -118,10 +122,8 @@ def new_manifest(
     return msgspec.structs.replace(manifest, model=stated)
 
 
-def _config_in(path: Path, context_length: int) -> dict[str, Any]:
+def _config_in(path: Path) -> dict[str, Any]:
     """A model's config as a manifest has it."""
-    from ..learning.data import VOCAB_SIZE
-
     file = path / "config.json" if path.is_dir() else path
     try:
         config = about_the_model(json.loads(file.read_text(encoding="utf-8")))
@@ -132,12 +134,18 @@ def _config_in(path: Path, context_length: int) -> dict[str, Any]:
         ) from error
     if config.get("vocab_size", 0) < VOCAB_SIZE:
         raise ConfigError(f"{file} has a vocabulary below {VOCAB_SIZE}, and text is bytes", fix="set vocab_size to 256")
-    if config.get("max_position_embeddings", context_length) < context_length:
-        raise ConfigError(
-            f"{file} has fewer positions than the {context_length} of the preset",
-            fix="raise max_position_embeddings, or take another --preset",
-        )
     return config
+
+
+def _check_positions(config: Mapping[str, Any], manifest: Manifest, where: Path) -> None:
+    """Raises ConfigError for a model that is not made for texts as long as the run's."""
+    context_length = manifest.data.context_length
+    positions = config.get("max_position_embeddings", context_length)
+    if positions < context_length:
+        raise ConfigError(
+            f"{where} has {positions} positions, fewer than the {context_length} of the run",
+            fix=f"give --set data.context_length={positions}, or another --preset",
+        )
 
 
 def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:
@@ -149,6 +157,12 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
     if manifest.train.expert_weights == "ternary":
         raise ConfigError("a checkpoint's experts are not ternary", fix="leave train.expert_weights as it is")
     checkpoint = Checkpoint(seed)
+    _check_positions(checkpoint.config(), manifest, seed)
+    if not checkpoint.tokenizer and checkpoint.vocabulary != VOCAB_SIZE:
+        raise ConfigError(
+            f"{seed} has no tokenizer.json, and a vocabulary of {checkpoint.vocabulary}, which is not that of bytes",
+            fix="put its tokenizer beside it",
+        )
     start = checkpoint.split(folder, manifest.standin, progress)
     model = msgspec.structs.replace(
         manifest.model, config=checkpoint.config(), start=start, bases=checkpoint.most_bases

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from ...protocol.directory.records import PeerRecord
-from ..model.init import backbone_shapes, expert_shape
+from ..model.init import backbone_shapes, expert_shape, experts_per_token
 from .manifest import Manifest
 
 
@@ -72,7 +72,7 @@ def _facts(
     shape, sketch, standin = expert_shape(model), manifest.sketch, manifest.standin
     backbone = sum(math.prod(size) for size in backbone_shapes(model).values())
     slot = 3 * shape.hidden * shape.width * shape.num_layers
-    top_k = int(model.config.get("num_experts_per_tok") or 1)
+    top_k = experts_per_token(model)
     whole, active = (f"{(backbone + number * slot) / 1e6:,.1f}M" for number in (shape.num_experts, top_k))
     started = datetime.fromtimestamp(manifest.created_at, UTC).date().isoformat()
     merged = ", ".join("none" if number < 0 else str(number) for number in rounds)

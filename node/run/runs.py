@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from ..errors import NoPeerHere
-from ..watching.status import fetch_status
+from ..watching.status import SHOWN, fetch_status
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def look(addresses: Sequence[str]) -> tuple[list[RunSeen], list[NoPeerHere]]:
 
 def _ask(address: str) -> RunSeen | NoPeerHere:
     try:
-        return _seen(address, fetch_status(address))
+        return _seen(address, fetch_status(address, needed=SHOWN))
     except NoPeerHere as error:
         return error
 
@@ -114,5 +114,5 @@ def _show(seen: Sequence[RunSeen]) -> None:
         table.add_row(run.run_id, str(run.composers), str(run.workers), step, loss)
     if seen:
         console.print(table)
-    for run in seen:
-        console.print(f"\nshoal join {run.invite}", soft_wrap=True, highlight=False)
+    for run in seen:  # an IPv6 address in brackets is no markup
+        console.print(f"\nshoal join {run.invite}", soft_wrap=True, highlight=False, markup=False)

@@ -10,7 +10,7 @@ from ...kernels.gradient_sketch import sketch_numel
 from ...kernels.rows import RowCodec
 from ...kernels.sketch import row_bytes
 from ...protocol.messages import MAX_SKETCH_BYTES
-from ..model.init import expert_shape
+from ..model.init import expert_shape, experts_per_token
 from ..run.manifest import Manifest
 
 MAX_ROWS = 2048  # of one expert. 8 MiB at hidden size 2048
@@ -38,7 +38,7 @@ def _interval_bytes(manifest: Manifest) -> int:
     shape, sketch, train = expert_shape(manifest.model), manifest.sketch, manifest.train
     if sketch.budget_bytes:
         return sketch.budget_bytes
-    pairs = train.batch_size * manifest.data.context_length * int(manifest.model.config.get("num_experts_per_tok") or 1)
+    pairs = train.batch_size * manifest.data.context_length * experts_per_token(manifest.model)
     return pairs * shape.num_layers * sketch.every * (row_bytes(shape.hidden, sketch.codec) + BESIDE)
 
 

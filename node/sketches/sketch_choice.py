@@ -18,8 +18,7 @@ import msgspec
 
 from ...kernels.gradient_sketch import largest_rank, sketch_numel
 from ...kernels.sketch import row_bytes
-from ..model.families import skeleton
-from ..model.init import expert_shape
+from ..model.init import expert_shape, experts_per_token
 from ..run.manifest import Manifest, SketchSpec
 
 LEAST_ROWS = 0.01  # share of the rows that must fit
@@ -93,7 +92,7 @@ def traffic_of(manifest: Manifest, *, owned_share: float = 0.0) -> Traffic:
         width=shape.width,
         num_layers=shape.num_layers,
         num_slots=shape.num_experts,
-        top_k=int(skeleton(manifest.model.config).config.num_experts_per_tok),
+        top_k=experts_per_token(manifest.model),
         tokens=manifest.train.batch_size * manifest.data.context_length,
         owned_share=owned_share,
     )

@@ -57,17 +57,36 @@ def train(
         report: told step and loss.
 
     Raises:
-        ConfigError: see `new_folder`; `folder` cannot be read, or there are no routers to tune.
+        ConfigError: see `new_folder`; `folder` cannot be read, there are no routers to tune, a number is none to train
+            with, or training diverged. `out` is not there then.
     """
+    _check(steps, batch_size, context_length, learning_rate, seed)
     with new_folder(out) as made:
         batches = Batches(encoder_of(folder)(load_corpus(data).train), batch_size, context_length, seed=seed)
         model = _to_train(folder, only).to(device)
         loss = _fit(model, batches, steps, learning_rate, report)
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise ConfigError("training diverged: weights are not finite", fix="give a smaller --learning-rate")
         model.to("cpu").save_pretrained(made)
         for name in TOKENIZER_FILES:
             if (folder / name).exists():
                 (made / name).write_bytes((folder / name).read_bytes())
     return loss
+
+
+def _check(steps: int, batch_size: int, context_length: int, learning_rate: float, seed: int) -> None:
+    """Raises ConfigError."""
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("batch-size", batch_size, 1),
+        ("context-length", context_length, 2),
+    ):
+        if value < least:
+            raise ConfigError(f"--{name} {value} is not possible", fix=f"give {least} or more")
+    if not 0 < learning_rate < math.inf:
+        raise ConfigError(f"--learning-rate {learning_rate:g} is not possible", fix="give a number above 0")
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"--seed {seed} is not possible", fix="give a number from 0 up")
 
 
 def _to_train(folder: Path, only: Literal["all", "router"]) -> PreTrainedModel:

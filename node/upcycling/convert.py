@@ -49,6 +49,8 @@ class Changes:
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 10 or not 0 <= self.reinit <= 1:
             raise ConfigError("--noise is from 0 to 10 and --reinit from 0 to 1", fix="give such numbers")
+        if not 0 <= self.seed < 1 << 20:
+            raise ConfigError(f"--seed {self.seed} is not possible", fix="give a number from 0 to a million")
 
 
 def moe_config(dense: Mapping[str, Any], form: Form) -> dict[str, Any]:
@@ -60,6 +62,10 @@ def moe_config(dense: Mapping[str, Any], form: Form) -> dict[str, Any]:
     config = {key: dense[key] for key in _KEPT if dense.get(key) is not None}
     if config.pop("attention_bias", False):
         raise ConfigError("its attention has biases, which no family here has", fix="take a checkpoint without")
+    if dense.get("mlp_bias"):
+        raise ConfigError("its feed-forward layers have biases, and experts have none", fix="take a checkpoint without")
+    if "sliding_attention" in (dense.get("layer_types") or ()):
+        raise ConfigError("some of its layers see a window only, and here all see all", fix="take a checkpoint without")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.setdefault(token, None)
     head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])

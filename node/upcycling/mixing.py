@@ -121,6 +121,8 @@ def mix(
     """
     if len(paths) < 2:
         raise ConfigError("a mixture takes a seed and a branch at least", fix="name more checkpoints")
+    if not 0 <= seed < 1 << 40:
+        raise ConfigError(f"--chance {seed} is not possible", fix="give a number from 0 up")
     if domains and len(domains) != len(paths) - 1:
         raise ConfigError(f"{len(domains)} domains for {len(paths) - 1} branches", fix="give a text for each")
     with new_folder(out) as folder, ExitStack() as stack:

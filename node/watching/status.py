@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 PAGE_FILE = Path(__file__).with_name("status_page.html")
 MAX_STATUS_BYTES = 16 << 20
+# What `shoal status` and `shoal runs` show of a status.
+SHOWN = frozenset(
+    ("run_id", "peer_id", "role", "version", "invite", "phase", "phase_detail", "phase_seconds", "uptime_seconds",
+     "step", "steps_total", "steps_done", "history", "loss", "tokens_per_second", "rows_per_second", "slots",
+     "slots_total", "outer", "clock_offset_seconds", "last_error", "peers")
+)  # fmt: skip
 # A peer on this machine or network is asked directly, whatever proxy the environment names.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -40,8 +46,10 @@ def page() -> tuple[bytes, str]:
     return text.encode(), policy
 
 
-def fetch_status(url: str, *, timeout_seconds: float = 5.0) -> dict[str, Any]:
-    """`/status.json` of the peer at `url` (with or without that path).
+def fetch_status(
+    url: str, *, needed: frozenset[str] = frozenset({"phase"}), timeout_seconds: float = 5.0
+) -> dict[str, Any]:
+    """`/status.json` of the peer at `url` (with or without that path), in which `needed` are.
 
     Raises:
         NoPeerHere: nobody answered there, or not with a status.
@@ -67,6 +75,10 @@ def fetch_status(url: str, *, timeout_seconds: float = 5.0) -> dict[str, Any]:
         ) from None
     if not isinstance(status, dict) or "phase" not in status:
         raise NoPeerHere(f"{address} did not answer with a status", fix="is this really a Shoal peer's address?")
+    if missing := sorted(needed - status.keys()):
+        raise NoPeerHere(
+            f"the status at {address} lacks {', '.join(missing)}", fix="use the version of shoal that this peer has"
+        )
     return status
 
 

@@ -99,12 +99,28 @@ def test_a_container_has_what_it_is_allowed(tmp_path: Path) -> None:
     assert free_bytes(CPU, tmp_path) == 0
 
 
+def test_a_container_of_an_older_kernel_has_what_it_is_allowed(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    (folder / "memory.usage_in_bytes").write_text("3000\n")
+    (folder / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # none
+    assert free_bytes(CPU, tmp_path) > 3000
+    (folder / "memory.limit_in_bytes").write_text("5000\n")
+    assert free_bytes(CPU, tmp_path) == 2000
+    # With what is of containers within, as usage is.
+    (folder / "memory.stat").write_text("inactive_file 100\ntotal_inactive_anon 50\ntotal_inactive_file 1200\n")
+    assert free_bytes(CPU, tmp_path) == 3200
+
+
 def test_devices() -> None:
     assert device_of("cpu") == CPU
     assert device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     missing = f"cuda:{torch.cuda.device_count() if torch.cuda.is_available() else 0}"
     with pytest.raises(ConfigError, match="GPUs that torch can use"):
         device_of(missing)
+    for other in ("tpu", "meta", "cuda:x", ""):
+        with pytest.raises(ConfigError, match="give cpu, cuda or auto"):
+            device_of(other)
 
 
 MEASURE = """

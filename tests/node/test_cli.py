@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 from shoal import __version__
 from shoal.node import cli, logs
+from shoal.node.config import PeerConfig
 from shoal.node.errors import IdentityInUse
+from shoal.node.model.init import backbone_shapes
 from shoal.node.model.presets import preset
+from shoal.node.run.manifest import Manifest
 from shoal.node.storage.presence import announce_here, find_peer, hold_data_dir
 from shoal.node.watching.http import StatusServer
 from shoal.node.watching.state import PeerState, Phase
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -234,6 +238,71 @@ def test_found_takes_a_model(
     file.write_text(json.dumps(config))
     assert cli.main(["found", "--model", str(file), "--seed", str(tmp_path)]) == 2
     assert len(seen) == 2
+
+
+def test_paths_may_begin_at_home_where_no_shell_says_where_that_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[tuple[PeerConfig, Manifest]] = []
+    monkeypatch.setattr(cli, "_start", lambda *told: seen.append(told) or 0)
+    (tmp_path / "peer.toml").write_text('http_port = 8470\nmodel = "~/m"\n')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps(preset("fine-grained").model.config))
+    for argv, variable in ((["--config=~/peer.toml"], {}), ([], {"SHOAL_CONFIG": "~/peer.toml"})):
+        for name, value in variable.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(["found", *argv]) == 0, capsys.readouterr().err
+        assert seen[-1][0].http_port == 8470
+        assert seen[-1][1].model.experts.num_experts == 64
+    monkeypatch.delenv("SHOAL_CONFIG")
+    assert cli.main(["found", "--seed=~/nothing"]) == 2
+    assert f"{tmp_path}/nothing is no checkpoint" in capsys.readouterr().err
+
+
+def test_what_a_config_says_is_null_is_no_familys_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    sizes = {
+        "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+        "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model("deepseek_v2", **sizes, q_lora_rank=None, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for option in ("--model", "--seed"):
+        assert cli.main(["found", option, str(tmp_path)]) == 0
+        assert "model.layers.0.self_attn.q_proj.weight" in backbone_shapes(seen[-1].model)
+        assert seen[-1].model.config["eos_token_id"] is None
+
+
+def test_found_compares_the_models_positions_with_what_is_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(preset("tiny").model.config | {"max_position_embeddings": 128}))
+    assert cli.main(["found", "--model", str(file)]) == 2
+    assert "--set data.context_length=128" in capsys.readouterr().err
+    assert cli.main(["found", "--model", str(file), "--set", "data.context_length=128"]) == 0
+    assert seen[0].data.context_length == 128
+    assert cli.main(["found", "--model", str(file), "--set", "data.context_length=129"]) == 2
+
+
+@pytest.mark.parametrize(("vocabulary", "says"), [(300, "no tokenizer.json"), (200, "no tokenizer.json"), (256, "")])
+def test_a_seed_whose_tokens_nobody_knows_is_refused(
+    vocabulary: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    config = dict(preset("tiny").model.config) | {"vocab_size": vocabulary}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model.save_pretrained(tmp_path / "moe")
+    capsys.readouterr()
+    assert cli.main(["found", "--seed", str(tmp_path / "moe")]) == (2 if says else 0)
+    assert says in capsys.readouterr().err
+    assert [manifest.data.tokenizer for manifest in seen] == ([] if says else ["bytes"])
 
 
 def test_found_chooses_sketches_by_what_may_be_sent(

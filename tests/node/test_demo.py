@@ -1,12 +1,14 @@
 """`./dev demo` watches its peers by HTTP; that the swarm itself works is for tests/swarm."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from shoal.node.demo import Peer
+from shoal.node import demo
+from shoal.node.demo import Demo, DemoFailed, Peer, peer_environment
 from shoal.node.watching.http import StatusServer
 from shoal.node.watching.state import PeerState
 
@@ -26,3 +28,27 @@ def test_peers_are_asked_directly_whatever_proxy_the_environment_names(
         peer = Peer("composer-0", process, tmp_path, tmp_path / "log")
         peer.poll()
         assert peer.get("role") == "composer"
+
+
+def test_peers_do_not_take_the_settings_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("HTTP_PORT", "8470"), ("CONFIG", "/peer.toml"), ("INVITE", "shoal://somewhere")):
+        monkeypatch.setenv(f"SHOAL_{name}", value)
+    told = peer_environment(3)
+    assert not [name for name in told if name.startswith("SHOAL_")]
+    assert told["OMP_NUM_THREADS"] == "3"
+    assert "PATH" in told
+
+
+def test_the_end_of_a_log_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Demo) -> None:
+        raise DemoFailed("its log:\nrows[a:b] of [/data/text]")
+
+    monkeypatch.setattr(Demo, "run", fail)
+    monkeypatch.setattr(sys, "argv", ["demo", "--dir", str(tmp_path)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is not the demo's
+    with pytest.raises(SystemExit) as ended:
+        demo.main()
+    assert ended.value.code == 1
+    assert "demo failed: its log:\nrows[a:b] of [/data/text]" in capsys.readouterr().out

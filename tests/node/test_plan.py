@@ -18,6 +18,7 @@ from shoal.node.model.init import expert_shape
 from shoal.node.model.presets import preset
 from shoal.node.plan import GIB, PROCESSES, plan_of
 from shoal.node.run.manifest import Manifest, ModelSpec, StandInSpec
+from shoal.node.sketches.sketch_choice import traffic_of
 from transformers import MixtralConfig
 
 
@@ -74,6 +75,25 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for nobody in ("0", "-1"):
         assert main(["plan", "small", "--composers", nobody]) == 2
         assert f"--composers {nobody} share nothing" in capsys.readouterr().err
+    for speed in ("-3", "0", "nan"):
+        assert main(["plan", "small", "--tokens-per-second", speed]) == 2
+        assert "is no speed" in capsys.readouterr().err
+    for rank in ("-5", "0", "1000"):
+        assert main(["plan", "small", "--expert-mode", "lora", "--lora-rank", rank]) == 2
+        assert "give --lora-rank" in capsys.readouterr().err
+
+
+def test_how_many_experts_a_token_takes_is_known_under_every_name() -> None:
+    sizes = {
+        "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
+        "num_key_value_heads": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0,
+    }  # fmt: skip
+    config = {"model_type": "ernie4_5_moe", **sizes, "moe_num_experts": 8, "moe_k": 3, "moe_num_shared_experts": 0}
+    run = Manifest(name="plan", founder="none", created_at=0, model=ModelSpec(config=config))
+    found = plan_of(run, 8.0, 4)
+    assert found.active_weights == found.backbone_weights + 3 * found.slot_weights
+    assert found.sketches_per_token == pytest.approx(3 * 2 * 3 / 4 * 2 * (32 + 2))  # top-k, layers, others', x and dy
+    assert traffic_of(run).top_k == 3
 
 
 def test_low_rank_training_fits_ten_times_the_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

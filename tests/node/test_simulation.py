@@ -101,7 +101,7 @@ def test_a_fork_is_an_error_with_what_led_to_it(monkeypatch: pytest.MonkeyPatch)
     assert "seed 0" in str(caught.value)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [*range(3), -5])  # of the last one, a peer takes 12 seconds for an all-reduce
 def test_tapes_of_faults_end_well(seed: int) -> None:
     assert play(seed).commits > 10
 

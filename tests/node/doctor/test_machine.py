@@ -103,6 +103,14 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert finding("ports", config).verdict is Verdict.OK
 
 
+@pytest.mark.parametrize("port", [0, 31337])
+def test_an_address_that_is_not_this_machines(port: int, tmp_path: Path) -> None:
+    found = finding("ports", PeerConfig(data_dir=tmp_path, host="203.0.113.5", dht_port=port))
+    assert found.verdict is Verdict.FAIL
+    assert "--dht-port on 203.0.113.5" in found.said
+    assert "--http-port" not in found.said
+
+
 def test_the_command_takes_a_peers_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

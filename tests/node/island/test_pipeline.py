@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from comparing import same, same_gradient_sketches, same_rows
+from shoal.node.errors import ConfigError
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.island.pipeline import Pipeline, microbatches
@@ -47,6 +48,25 @@ def pair(manifest: Manifest, islands: list[Island], stages: int = 2, **more: Any
     composers[1].island = island
     islands.append(island)
     return composers[0], composers[1]
+
+
+def test_a_model_that_does_more_around_its_layers_is_refused_at_the_start() -> None:
+    config = {
+        name: value for name, value in tiny.CONFIG.items() if name not in ("num_experts", "moe_intermediate_size")
+    }
+    config |= {"model_type": "granitemoe", "num_local_experts": 4, "intermediate_size": 24}
+    for multiplier, makes_stages in ((1.0, True), (12.0, False)):
+        model = ModelSpec(config=config | {"embedding_multiplier": multiplier})
+        manifest = Manifest(name="tiny", founder="12D3KooWtiny", created_at=0, model=model)
+        composer = Composer(manifest, owned=(0,), next_batch=tiny.batches())
+        island = Pipeline(2, ["cpu"] * 2, 1, spans=spans(model, 2))
+        if makes_stages:
+            island.serve(composer)
+            assert (composer.island, composer.processes) == (island, 2)
+        else:
+            with pytest.raises(ConfigError, match="layers of granitemoe do not make stages"):
+                island.serve(composer)
+            assert composer.island is None
 
 
 def step_alike(one: Composer, many: Composer) -> None:

@@ -189,6 +189,8 @@ def test_what_cannot_be_is_refused() -> None:
     ExpertMode(manifest_of().train, "lora", rank=24).require_rank(32, 24)
     with pytest.raises(ConfigError, match="lora-rank 24 at most"):
         ExpertMode(manifest_of().train, "lora", rank=25).require_rank(32, 24)
+    with pytest.raises(ConfigError, match="at least 1"):
+        ExpertMode(manifest_of().train, "lora", rank=0).require_rank(32, 24)
     for bad in ({"lora_rank": 0}, {"lora_alpha": 0.0}, {"expert_mode": "half"}):
         with pytest.raises(ConfigError):
             PeerConfig(**bad)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from shoal.node.model.build import MoEModel, build_model
-from shoal.node.model.stages import Stage, Weighing, build_stage, spans
+from shoal.node.model.stages import Stage, Weighing, build_stage, check_stages, spans
 from shoal.node.run.manifest import ModelSpec, StandInSpec
 from torch import Tensor
 
@@ -29,6 +29,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     },
 }  # fmt: skip
+DO_MORE: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 6, "embedding_multiplier": 3.0},
+    "jamba": {
+        "num_experts": 6, "expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 1,
+        "attn_layer_offset": 0, "use_mamba_kernels": False,
+    },
+    "afmoe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 8, "num_dense_layers": 0, "mup_enabled": True},
+}  # fmt: skip
 
 
 def spec_of(family: str, **overrides: Any) -> ModelSpec:
@@ -37,7 +45,7 @@ def spec_of(family: str, **overrides: Any) -> ModelSpec:
         "model_type": family, "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": 32,
         "num_experts_per_tok": 2, "initializer_range": 0.2, "pad_token_id": None, "bos_token_id": None,
-        "eos_token_id": None, **FAMILIES[family], **overrides,
+        "eos_token_id": None, **FAMILIES.get(family, {}), **overrides,
     }  # fmt: skip
     return ModelSpec(config=config, seed=random.randrange(1 << 30), private_layers=private)
 
@@ -82,6 +90,19 @@ def test_stages_of_microbatches_learn_what_the_model_learns_of_the_batch(family:
             torch.testing.assert_close(
                 theirs[name].grad, parameter.grad, rtol=1e-3, atol=2e-5 * float(parameter.grad.abs().max()), msg=name
             )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_whose_layers_make_stages_are_told_from_others(family: str) -> None:
+    spec = spec_of(family)
+    check_stages(whole(spec), spans(spec, 2))
+
+
+@pytest.mark.parametrize("family", DO_MORE)
+def test_families_that_do_more_around_their_layers_make_no_stages(family: str) -> None:
+    spec = spec_of(family, **DO_MORE[family])
+    with pytest.raises(ValueError, match=f"layers of {family} do not make stages"):
+        check_stages(whole(spec), spans(spec, 2))
 
 
 def test_a_stage_holds_only_its_own_layers() -> None:

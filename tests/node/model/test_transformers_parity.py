@@ -166,6 +166,8 @@ def test_normalisation_after_top_k_is_the_configs(seed: int) -> None:
         ({"num_hidden_layers": 2}, "model_type"),
         ({"model_type": "llama", **SMALL}, "no MoE layer"),
         ({"model_type": "gpt_oss", **SMALL}, "scaled_dot_product_attention"),
+        ({"model_type": "minimax_m3_vl_text", "num_local_experts": 6, "head_dim": 8, **SMALL}, "gate of its own"),
+        ({"model_type": "mixtral", "hidden_act": "relu", **SMALL}, "activation 'relu'"),
     ],
 )
 def test_configs_without_plain_experts_are_refused(config: dict[str, Any], message: str) -> None:

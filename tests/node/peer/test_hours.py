@@ -77,6 +77,8 @@ SCRIPT = """
             if (folder / "lose").exists():
                 (folder / "lose").unlink()
                 raise StartOver(AveragerEnded("the averager is gone"))
+        if (folder / "joining").exists():
+            raise SystemExit(128 + signal.SIGTERM)
         note("drained")
         return 0
 
@@ -139,6 +141,18 @@ def test_it_rests_serves_drains_and_serves_again(living: Living) -> None:
     living.process.send_signal(signal.SIGINT)
     assert living.process.wait(20) == 0
     assert living.notes() == ["began", "drained", "began", "drained"]
+
+
+def test_it_rests_too_when_the_hours_end_before_it_has_joined(living: Living) -> None:
+    (living.folder / "joining").touch()
+    living.set("22:00")
+    living.until(lambda: living.notes() == ["began"])
+    living.set("07:00")
+    living.until(living.resting)
+    living.set("23:00")
+    living.until(lambda: living.notes() == ["began", "began"])
+    living.process.send_signal(signal.SIGTERM)
+    assert living.process.wait(20) == 128 + signal.SIGTERM
 
 
 def test_it_can_be_stopped_while_it_rests(living: Living) -> None:

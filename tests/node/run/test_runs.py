@@ -59,3 +59,11 @@ def test_from_the_command_line(state: PeerState, capsys: pytest.CaptureFixture[s
         assert json.loads(capsys.readouterr().out)[0]["workers"] == 1
     assert main(["runs", "--bootstrap", peer.url]) == 1
     assert "nobody answers" in capsys.readouterr().out
+
+
+def test_an_invite_with_an_ipv6_address_is_shown_whole(state: PeerState, capsys: pytest.CaptureFixture[str]) -> None:
+    invite = INVITE.replace("203.0.113.5", "[fd12:3456:789a::1]")
+    state.identify(invite=invite)
+    with StatusServer(state) as peer:
+        assert main(["runs", "--bootstrap", peer.url]) == 0
+    assert f"shoal join {invite}" in capsys.readouterr().out

@@ -27,6 +27,14 @@ def test_many_documents_are_taken_some_at_a_time() -> None:
     assert len(Encoder(TOKENIZER, 7)([])) == 0
 
 
+def test_a_tokenizer_saved_with_truncation_and_padding_cuts_and_fills_nothing() -> None:
+    saved = byte_tokenizer(16).backend_tokenizer
+    saved.enable_truncation(3)
+    saved.enable_padding(length=5, pad_id=9, pad_token="x")
+    told = Encoder(saved.to_str().encode(), 7)(DOCUMENTS)
+    assert told.tolist() == Encoder(TOKENIZER, 7)(DOCUMENTS).tolist()
+
+
 def test_the_same_as_a_hugging_face_tokenizer() -> None:
     tokenizer = read_tokenizer(TOKENIZER, 16, 10)
     assert tokenizer("grüße").input_ids == list("grüße".encode())

@@ -145,3 +145,27 @@ def test_a_folder_that_cannot_be_made_is_known_before_the_work(
     arguments = [out, str(whole), missing] if command == "mix" else [missing, out]
     assert main([command, *arguments]) == 2
     assert f"{out} cannot be made" in capsys.readouterr().err
+
+
+def test_numbers_that_nothing_can_be_trained_or_drawn_with(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("so it goes " * 60_000)
+    branch = ["branch", str(whole), "out", "--data", "text", "--context-length", "16"]
+    for command in (
+        [*branch, "--steps", "0"],
+        [*branch, "--steps", "-1"],
+        [*branch, "--batch-size", "0"],
+        [*branch[:-1], "1"],  # tokens that have none before them: the loss of nothing is not a number
+        [*branch, "--learning-rate", "nan"],
+        [*branch, "--learning-rate", "0"],
+        [*branch, "--seed", "-1"],
+        [*branch, "--device", "tpu"],
+        [*branch, "--steps", "4", "--learning-rate", "1e30"],  # diverges
+        ["upcycle", str(whole), "out", "--seed", str(1 << 50)],
+        ["mix", "out", str(whole), str(whole), "--chance", str(1 << 63)],
+    ):
+        assert main(command) == 2, command
+        assert "fix: " in capsys.readouterr().err, command
+        assert [path.name for path in Path().iterdir()] == ["text"], command

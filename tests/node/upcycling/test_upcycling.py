@@ -62,6 +62,23 @@ FORMS = {
 FIRST = {"llama": Form(12, 4, 6, shared=1, gates="softmax-first"), "qwen3": Form(16, 4, 8, gates="softmax-first")}
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LlamaConfig(**SIZES, attention_bias=True), "attention has biases"),
+        (LlamaConfig(**SIZES, mlp_bias=True), "feed-forward layers have biases"),
+        (Qwen3Config(**SIZES, head_dim=16, use_sliding_window=True, sliding_window=4, max_window_layers=1), "a window"),
+    ],
+)
+def test_what_experts_could_not_compute_is_refused(
+    config: LlamaConfig | Qwen3Config, says: str, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=says):
+        make(tmp_path / "dense", Form())
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_function_is_preserved(family: str, form: Form, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
+from shoal.node.cli import main
 from shoal.node.errors import ConfigError, NoPeerHere
 from shoal.node.watching.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
 from shoal.node.watching.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
@@ -220,12 +222,10 @@ def test_urls(state: PeerState) -> None:
             assert fetch_status(form)["run_id"] == "r-0123456789ab"
 
 
-@pytest.mark.parametrize(
-    "said", [b"HTTP/1.0 200 OK\r\n\r\n[1, 2]", b"\x13/multistream/1.0.0\n"], ids=["other JSON", "a DHT's port"]
-)
-def test_asking_what_is_no_peer(said: bytes) -> None:
+@contextlib.contextmanager
+def answering(said: bytes) -> Iterator[str]:
+    """Where one client is answered so."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
 
         def answer() -> None:
             client, _ = listener.accept()
@@ -235,9 +235,27 @@ def test_asking_what_is_no_peer(said: bytes) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(NoPeerHere, match="did not answer with a status"):
-            fetch_status(f"127.0.0.1:{port}")
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
         thread.join()
+
+
+@pytest.mark.parametrize(
+    "said", [b"HTTP/1.0 200 OK\r\n\r\n[1, 2]", b"\x13/multistream/1.0.0\n"], ids=["other JSON", "a DHT's port"]
+)
+def test_asking_what_is_no_peer(said: bytes) -> None:
+    with answering(said) as address, pytest.raises(NoPeerHere, match="did not answer with a status"):
+        fetch_status(address)
+
+
+@pytest.mark.parametrize("command", [["status"], ["runs", "--bootstrap"]], ids=" ".join)
+def test_a_status_of_another_version_is_named_and_no_traceback(
+    command: list[str], state: PeerState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {name: value for name, value in state.snapshot().items() if name not in ("history", "peers")}
+    with answering(b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(told).encode()) as address:
+        assert main([*command, address]) == 1
+    said = capsys.readouterr()
+    assert "lacks history, peers" in said.out + said.err
 
 
 def test_asking_at_what_is_no_address() -> None:
