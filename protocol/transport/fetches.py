@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from itertools import count
 
 from . import ipc
@@ -20,6 +22,28 @@ _RETRIED = {Reason.CUT, Reason.UNREACHABLE}
 _LOST = "host-lost"
 
 
+class Turns:
+    """So many at a time for each of any number of peers; nothing is kept of those with whom nothing is under way."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free: dict[str, asyncio.Semaphore] = {}
+        self._users: Counter[str] = Counter()  # that have their turn or wait for it
+
+    @asynccontextmanager
+    async def take(self, peer: str) -> AsyncIterator[None]:
+        """Wait for a turn; it is given back as the block ends."""
+        free = self._free.setdefault(peer, asyncio.Semaphore(self._most))
+        self._users[peer] += 1
+        try:
+            async with free:
+                yield
+        finally:
+            self._users[peer] -= 1
+            if not self._users[peer]:
+                del self._users[peer], self._free[peer]
+
+
 class Fetches:
     """Fetches under way."""
 
@@ -29,6 +53,7 @@ class Fetches:
         self._ids = ids
         self._downloads: dict[int, Download] = {}
         self._turns = asyncio.Semaphore(limits.max_fetches)
+        self._turns_at = Turns(limits.max_fetches_per_peer)
 
     def on_frame(self, frame: ipc.FetchHeader | ipc.FetchData | ipc.FetchEnd) -> None:
         if frame.id in self._downloads:
@@ -56,7 +81,7 @@ class Fetches:
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            async with asyncio.timeout(deadline_seconds) as timeout, self._turns:
+            async with asyncio.timeout(deadline_seconds) as timeout, self._turns_at.take(_peer_of(addrs)), self._turns:
 
                 def came(nbytes: int) -> None:
                     when = timeout.when()
@@ -119,3 +144,8 @@ class Fetches:
         if reason == _LOST:
             raise HostLost
         return reason, cause
+
+
+def _peer_of(addrs: Sequence[str]) -> str:
+    """The peer id that its addresses end in; whether they are any is for the host process to find out."""
+    return addrs[0].rpartition("/p2p/")[2] if addrs else ""
