@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from loopback import SECONDS, Loopback, LoopbackPeer, loopback
 from shoal.kernels.standin import Form, initial_standin
 from shoal.node.learning.composer import Composer
+from shoal.node.standins.exchange import FETCH_SECONDS
 from shoal.protocol import messages
 from shoal.protocol.experts.surrogates import state_digest
 from shoal.protocol.messages import ExpertCounts, StandInSnapshot
@@ -91,6 +94,36 @@ def test_deltas_that_nobody_delivers_are_repaired(swarm: Loopback, monkeypatch: 
         swarm.until(lambda: agree(swarm), "the gap is fetched")
     finally:
         swarm.network.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+
+def test_an_owner_that_does_not_send_holds_up_no_repair_of_other_slots(swarm: Loopback) -> None:
+    first, second = swarm.peers
+    transport, loop = first.links.transport, swarm.network.loop
+    honest, asked, tasks = transport._answerer.handler, [], []
+    assert honest is not None
+
+    async def withhold(query: FetchQuery) -> Resource | None:
+        asked.append(query.resource)
+        if query.resource == "standin/0":
+            await asyncio.sleep(SECONDS)
+        return await honest(query)
+
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    transport.serve(withhold)
+    lost = second.exchange._book.subscribers
+    try:
+        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(second.exchange.run())))
+        lost[0]._must_fetch, lost[0]._behind_since = True, 0.0
+        swarm.until(lambda: "standin/0" in asked, "the first slot is asked for")
+        lost[1]._must_fetch, lost[1]._behind_since = True, 0.0
+        began = time.monotonic()
+        swarm.until(lambda: "standin/1" in asked and not lost[1].behind, "the other slot was fetched meanwhile")
+        assert time.monotonic() - began < FETCH_SECONDS / 2, "the other slot was fetched, but only afterwards"
+        assert lost[0].behind
+    finally:
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+        transport.serve(honest)
+        lost[0]._must_fetch, lost[0]._behind_since = False, None
 
 
 def test_a_standin_of_another_form_is_fetched_by_all_who_run_it(tmp_path: Path) -> None:
