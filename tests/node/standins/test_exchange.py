@@ -17,7 +17,7 @@ from shoal.node.learning.composer import Composer
 from shoal.node.standins.exchange import FETCH_SECONDS
 from shoal.protocol import messages
 from shoal.protocol.experts.surrogates import state_digest
-from shoal.protocol.messages import ExpertCounts, StandInSnapshot
+from shoal.protocol.messages import ExpertCounts, StandInSnapshot, SurrogateDelta
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import HIDDEN, LAYERS, SLOTS, WIDTH, manifest_of, train
 
@@ -94,6 +94,25 @@ def test_deltas_that_nobody_delivers_are_repaired(swarm: Loopback, monkeypatch: 
         swarm.until(lambda: agree(swarm), "the gap is fetched")
     finally:
         swarm.network.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+
+def test_announcements_cost_no_work_on_orders(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of 800 kB has 32,000: at 48 layers their orders took 1.6 s of everybody's only interpreter."""
+    first, second = swarm.peers
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    point, digest = second.exchange._book.subscribers[0].point, digests(first, 0)
+    layers = of_size(HIDDEN, WIDTH)
+    told = [SurrogateDelta(0, point.epoch, point.seq, 0, (), digest)] * 1000
+    nobodys = [SurrogateDelta(SLOTS, point.epoch, 1, 0, tuple(layers), digest)] * 1000
+    ordered: list[int] = []
+    outward = second.exchange.layers.outward
+    with monkeypatch.context() as counting:
+        counting.setattr(second.exchange.layers, "outward", lambda slot, e: ordered.append(slot) or outward(slot, e))
+        before = second.exchange._book.refusals["unknown-slot"]
+        swarm.call(first.exchange.send([*told, *nobodys]))
+        swarm.until(lambda: second.exchange._book.refusals["unknown-slot"] >= before + 1000, "the deltas are heard")
+    assert len(ordered) < 100
+    assert agree(swarm)
 
 
 def test_an_owner_that_does_not_send_holds_up_no_repair_of_other_slots(swarm: Loopback) -> None:
