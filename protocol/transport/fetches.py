@@ -18,6 +18,7 @@ from .wire import MAX_RESOURCE_NAME, Reason
 _FIRST_PAUSE_SECONDS = 0.05
 _MAX_PAUSE_SECONDS = 1.0
 _FRUITLESS_ATTEMPTS = 5
+_NEW_BEGINNINGS = 5  # of one fetch: its bytes allow it more time, those that are thrown away too
 _RETRIED = {Reason.CUT, Reason.UNREACHABLE}
 _LOST = "host-lost"
 
@@ -103,6 +104,7 @@ class Fetches:
     ) -> Resource:
         """`patient`: a peer that has answered once and cannot be reached now is waited for."""
         pause, fruitless = _FIRST_PAUSE_SECONDS, 0
+        most_anew = download.begun_anew + _NEW_BEGINNINGS
         while True:
             before = len(download.data)
             try:
@@ -113,12 +115,14 @@ class Fetches:
                 found = await download.verified()
                 if found is not None:
                     return found
-                if not download.resumed:
+                if not download.resumed or download.begun_anew >= most_anew:
                     raise FetchEnded(Reason.DIGEST, f"{resource!r} is not what its digest says")
                 download.restart()  # perhaps a prefix from a peer that lied; once more from the start
                 continue
             if reason not in _RETRIED or (not download.answered and reason == Reason.UNREACHABLE):
                 raise FetchEnded(Reason(reason), f"{resource!r}: {cause}")
+            if download.begun_anew > most_anew:
+                raise FetchEnded(Reason(reason), f"{resource!r} is another one at each attempt: {cause}")
             if len(download.data) > before:
                 pause, fruitless = _FIRST_PAUSE_SECONDS, 0
             elif reason == Reason.CUT or not patient:
