@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import secrets
@@ -192,11 +193,17 @@ class Lender:
             self._end(loan)
 
     def _choose(self, message: Borrow) -> list[int]:
-        """The wanted ports if nobody else has them, else free ones, those of long ago last."""
+        """The wanted ports if nobody else has them, else free ones.
+
+        Each peer's are looked for from another place on: those who come first after this relay has started do not get
+        what those had who have not come back yet, and who are reached nowhere else.
+        """
         now = time.monotonic()
+        drawn = int.from_bytes(hashlib.sha256(message.peer_id.encode()).digest()[:8])
+        start = drawn % (len(self._ports) // PORTS_EACH or 1) * PORTS_EACH
         self._kept = {port: kept for port, kept in self._kept.items() if kept[1] > now}
         mine = [port for port, (peer_id, _) in self._kept.items() if peer_id == message.peer_id]
-        free = [port for port in self._ports if port not in self._kept]
+        free = [port for port in (*self._ports[start:], *self._ports[:start]) if port not in self._kept]
         wanted = list(dict.fromkeys(message.ports or mine))
         if len(wanted) == PORTS_EACH and set(wanted) <= {*mine, *free}:
             return wanted

@@ -142,6 +142,24 @@ def test_ports_stay_their_borrowers_and_are_never_lent_twice() -> None:
     run(scenario())
 
 
+def test_who_comes_to_a_relay_that_has_just_started_does_not_get_what_others_had() -> None:
+    """Whoever had ports has told everybody of them, and may take half a minute to come back."""
+
+    async def scenario() -> None:
+        range_, own = ports(21), ports(2)
+        settled, *newcomers = (Identity(bytes([number]) * 32) for number in range(4))
+        async with relay(range_) as (_, at):
+            lent = await reserve(at, settled)
+        async with relay(range_):
+            taken = [port for newcomer in newcomers for port in await reserve(at, newcomer)]
+            assert len(set(taken)) == 2 * len(newcomers)
+            assert not set(taken) & set(lent)
+            async with asyncio.timeout(SECONDS), borrowing(at, settled, lent, own):
+                pass
+
+    run(scenario())
+
+
 def test_who_borrow_at_once_get_ports_of_their_own() -> None:
     async def scenario() -> None:
         async with relay(ports(9)) as (_, at):
