@@ -1,11 +1,14 @@
 """The owner's side of audits: one step of a slot on file, for a composer that asks.
 
-Of which experts is the asker's choice, made before the step is taken.
+Of which experts is the asker's choice, made before the step is taken. Who has to wait does so in a row, in which nobody
+has more places than an honest auditor takes: an owner that seems to have no time for an audit is taken for a liar in
+the end, and whoever asks again and again must not be able to bring that about.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Mapping
 
 from ...protocol import messages
@@ -27,6 +30,9 @@ log = get_logger(__name__)
 STEP_SECONDS = 20.0  # in which the step must have been taken; peers are told `busy` after 30
 KEPT_SECONDS = 60.0  # a finished record, for an asker whose connection broke
 MAX_UNDER_WAY = 2  # records at once
+MAX_ASKED = 2  # by one auditor, those that wait included
+
+Wanted = tuple[int, int, int]  # slot, epoch, seed
 
 
 class AuditDesk:
@@ -37,13 +43,15 @@ class AuditDesk:
     ) -> None:
         self._links, self._trainer = links, trainer
         self._publishing, self._keeper = publishing, keeper
-        self._under_way: set[int] = set()
+        self._asked: defaultdict[str, dict[Wanted, asyncio.Task[Resource]]] = defaultdict(dict)  # by requester
+        self._turns = asyncio.Semaphore(MAX_UNDER_WAY)
+        self._one_at_a_time: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # by slot
         self._kept: dict[int, tuple[str, int, Resource]] = {}  # by slot: asker, seed, record
 
     async def serve(self, slot: int, epoch: int, seed: int, requester: str) -> Resource | None:
         """The record of the slot's next step; None in a run without audits.
 
-        Refused: not a composer's, not held at that epoch, busy, no step.
+        Refused: not a composer's, not held at that epoch, too many of the requester's are not done, no step.
         """
         if not self._links.manifest.trust.audit_every:
             return None
@@ -54,13 +62,24 @@ class AuditDesk:
             return kept[2]
         if self._keeper.held.get(slot) != epoch:
             raise Refused("not-owner", f"slot {slot} is not held here at epoch {epoch}")
-        if slot in self._under_way or len(self._under_way) >= MAX_UNDER_WAY:
-            raise Refused("busy", "other audits are under way")
-        self._under_way.add(slot)
+        wanted = slot, epoch, seed
+        asked = self._asked[requester]
+        if wanted not in asked:
+            if len(asked) >= MAX_ASKED:
+                raise Refused("busy", f"{len(asked)} audits of {requester} are not done")
+            task = asked[wanted] = asyncio.ensure_future(self._in_turn(wanted, requester))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits any more
+        return await asyncio.shield(asked[wanted])  # whose patience ends asks again, and has not lost its place
+
+    async def _in_turn(self, wanted: Wanted, requester: str) -> Resource:
+        slot, epoch, seed = wanted
         try:
-            resource = await self._record(slot, epoch, seed)
+            async with self._one_at_a_time[slot], self._turns:
+                resource = await self._record(slot, epoch, seed)
         finally:
-            self._under_way.discard(slot)
+            del self._asked[requester][wanted]
+            if not self._asked[requester]:
+                del self._asked[requester]
         self._kept[slot] = requester, seed, resource
         self._links.loop.call_later(KEPT_SECONDS, self._drop, slot, resource)
         return resource

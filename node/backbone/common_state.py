@@ -21,7 +21,7 @@ from ...protocol import resources
 from ...protocol.averaging.fragments import Fragment
 from ...protocol.averaging.merging import digest as digest_of
 from ...protocol.averaging.reputation import Reputation
-from ...protocol.averaging.rounds import latest_commit, most_held, next_round, tally
+from ...protocol.averaging.rounds import latest_commit, most_held, next_round, possible, tally
 from ...protocol.directory.records import VoteRecord
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ...protocol.transport.downloads import Download
@@ -161,7 +161,7 @@ class CommonState:
 
     async def _mend_split(self, index: int, votes: Mapping[str, VoteRecord]) -> None:
         """No quorum holds any state. If that lasts, all go on from the one that most hold."""
-        state = most_held(votes)
+        state = most_held(possible(votes, index, self.held[index].round, len(self.held)))
         if state is None or state[0] < self.held[index].round:
             self._split_since.pop(index, None)
             return

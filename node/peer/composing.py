@@ -178,7 +178,7 @@ class ComposerPeer:
         self._between_seconds = 0.0
         composer.on_computed = self._on_computed
         if self.facts.manifest.sketch.kind == "rows":
-            links.transport.answer_calls(self.receiver.answer)
+            links.transport.answer_calls(self.receiver.answer, admit=self.receiver.admit)
         self.deposing = Deposing(links, audits=True)
         sent = self.sender.sent if isinstance(self.sender, SketchSender) else SentLog()
         max_record_bytes = BYTES_PER_WEIGHT * weights + MAX_SKETCH_BYTES + HEADER_BYTES

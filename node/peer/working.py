@@ -161,7 +161,7 @@ class WorkerPeer:
         self.deposing = Deposing(links, audits=False)
         member.on_accusation = self.deposing.on_accusation
         if manifest.sketch.kind == "rows":
-            links.transport.answer_calls(self.receiver.answer)
+            links.transport.answer_calls(self.receiver.answer, admit=self.receiver.admit)
         size = slot_bytes(shape, manifest.standin, worker.device, worker.mode)
         log.info("worker.capacity", slots=member.capacity, slot_bytes=size, device=str(worker.device))
         stop.holds = True

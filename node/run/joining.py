@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
 
 from ...protocol.averaging.rounds import latest_commit, majority, tally
+from ...protocol.transport.fetches import Turns
 from ..backbone.common_state import CommonState, Held
 from ..learning.composer import Composer
 from ..learning.trainer import Trainer
@@ -19,7 +21,10 @@ log = get_logger(__name__)
 
 # How long to look for what a quorum backs before going on with what is here; the outer driver keeps looking afterwards.
 BACKBONE_SECONDS = 20.0
-PARALLEL_FETCHES = 2  # peers refuse more than a few streams at a time from one other
+PARALLEL_FETCHES = 2  # from one peer, which refuses more than a few streams at a time
+# Once half of the stand-ins are there, the others have so much longer, and so many times what the first half took: who
+# sends as slowly as a fetch allows would keep newcomers from ever beginning.
+STANDIN_SECONDS, STANDIN_PATIENCE = 30.0, 3.0
 
 
 async def catch_up(
@@ -84,16 +89,31 @@ async def _standins(links: Links, exchange: Exchange, progress: Callable[[str], 
         for slot, claim in links.view().leases.items()
         if claim.owner != links.peer_id and slot in exchange.followed  # anybody can claim slots that there are not
     }
-    gate, done = asyncio.Semaphore(PARALLEL_FETCHES), 0
+    turns, began, done, late = Turns(PARALLEL_FETCHES), links.loop.time(), 0, math.inf
 
     async def fetch(slot: int, owner: str) -> None:
-        nonlocal done
-        async with gate:
+        nonlocal done, late
+        async with turns.take(owner):
             await exchange.fetch_standin(slot, owner)
             done += 1
             progress(f"stand-ins of slot {slot} ({done} of {len(owners)})")
+            if done == math.ceil(len(owners) / 2):
+                late = links.loop.time() + STANDIN_SECONDS + STANDIN_PATIENCE * (links.loop.time() - began)
 
-    await asyncio.gather(*(fetch(slot, owner) for slot, owner in sorted(owners.items())))
+    waiting = {asyncio.create_task(fetch(slot, owner)) for slot, owner in sorted(owners.items())}
+    try:
+        while waiting and (left := late - links.loop.time()) > 0:
+            ended, waiting = await asyncio.wait(
+                waiting, timeout=None if left == math.inf else left, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in ended:
+                task.result()
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    if waiting:
+        log.warning("joining.no_standins", slots=len(waiting), of=len(owners))
 
 
 def swarm_step(links: Links) -> int:

@@ -20,6 +20,7 @@ from ...protocol.directory.records import (
     MAX_FRAGMENTS,
     MAX_MANIFEST_BYTES,
     manifest_digest,
+    manifest_to_sign,
     open_signed_manifest,
     seal_manifest,
 )
@@ -32,7 +33,6 @@ from .manifest_errors import ManifestError, ManifestOversized, ManifestTampered,
 
 PROTOCOL_VERSION = 1
 
-_SIGNED_PREFIX = b"shoal/1 manifest"
 _ASK_AGAIN = "fetch it again; if that does not help, ask the run's founder for a new invite"
 
 Count = Annotated[int, Meta(ge=1, le=1 << 31)]
@@ -266,7 +266,7 @@ def sign(identity: Identity, manifest: Manifest) -> bytes:
     if identity.peer_id != manifest.founder:
         raise ManifestError(f"the founder is {manifest.founder}, not {identity.peer_id}", fix="use the founder's key")
     data = canonical_bytes(manifest)
-    return seal_manifest(data, identity.sign(_SIGNED_PREFIX + data))
+    return seal_manifest(data, identity.sign(manifest_to_sign(data)))
 
 
 def verify(signed: bytes, expected_run_id: str | None = None) -> Manifest:
@@ -298,7 +298,7 @@ def read_signed(signed: bytes, expected_run_id: str | None = None) -> SignedMani
     except Refused as error:
         raise ManifestError(error.cause, fix=_ASK_AGAIN) from error
     try:
-        verify_signature(header.founder, _SIGNED_PREFIX + data, record.signature)
+        verify_signature(header.founder, manifest_to_sign(data), record.signature)
     except BadSignature as error:
         raise ManifestTampered(f"the manifest was not signed by its founder: {error.cause}", fix=_ASK_AGAIN) from error
     if header.protocol_version != PROTOCOL_VERSION:

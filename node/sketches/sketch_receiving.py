@@ -53,24 +53,36 @@ class SketchReceiver(Generic[O]):
 
     # -- network thread --------------------------------------------------------------------------------------------
 
-    async def answer(self, peer_id: str, name: str, body: bytes) -> bytes:
-        """One call. Refused: nothing of it was taken."""
+    def admit(self, peer_id: str, name: str, _size: int) -> None:
+        """Before a body is read, so that who may not send any takes no memory from who may. Refused if it may not."""
         if name != SketchBatch.kind:
             raise Refused("unknown-call", f"nothing here is called {name[:40]!r}")
+        if peer_id not in self._members():
+            self._inbox.refusals["not-a-member"] += 1
+            self._count_refusals()
+            raise Refused("not-a-member", f"{peer_id} has sketches to send and is no composer of this run")
+
+    async def answer(self, peer_id: str, name: str, body: bytes) -> bytes:
+        """One call that was admitted. Refused: nothing of it was taken."""
         try:
             batch = self._open(peer_id, body)
-            members = [p for p, record in self._links.view().peers.items() if record.role == "composer"]
-            reply = self._inbox.receive(peer_id, batch, members, self._held(), time.monotonic())
+            reply = self._inbox.receive(peer_id, batch, self._members(), self._held(), time.monotonic())
         finally:
-            refusals: dict[tuple[str, ...], float] = {
-                (f"sketch-{reason}",): number for reason, number in self._inbox.refusals.items()
-            }
-            self._links.state.absorb("sketches", Count.REFUSALS, refusals)
+            self._count_refusals()
         self._links.state.count(Count.BYTES, batch.kind, "in", by=len(body))
         if reply.accepted and not self._asked_to_drain:
             self._asked_to_drain = True
             self._trainer.ask(self.drain)
         return messages.encode(reply)
+
+    def _members(self) -> set[str]:
+        return {peer for peer, record in self._links.view().peers.items() if record.role == "composer"}
+
+    def _count_refusals(self) -> None:
+        refusals: dict[tuple[str, ...], float] = {
+            (f"sketch-{reason}",): number for reason, number in self._inbox.refusals.items()
+        }
+        self._links.state.absorb("sketches", Count.REFUSALS, refusals)
 
     def _open(self, peer_id: str, body: bytes) -> SketchBatch:
         try:

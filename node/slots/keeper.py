@@ -38,6 +38,7 @@ from ...protocol.experts.ownership import (
 )
 from ...protocol.messages import SlotState, SurrogateDelta
 from ...protocol.transport.downloads import Resource
+from ...protocol.transport.fetches import Turns
 from ..learning.owning import ExpertOwner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
@@ -56,7 +57,7 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 SNAPSHOT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 65_536  # whoever takes a slot more slowly does not get it frozen
-PARALLEL_FETCHES = 2  # whole slots; peers refuse more than a few streams at a time from one other
+PARALLEL_FETCHES, FROM_ONE_PEER = 4, 2  # whole slots: who sends slowly must not keep this peer from taking others
 
 
 class SlotKeeper(Generic[O]):
@@ -93,7 +94,7 @@ class SlotKeeper(Generic[O]):
         self.held: dict[int, int] = {}  # slot -> epoch
         self._versions: dict[int, int] = {}  # slot -> owner's step of the newest snapshot offered
         self._busy: set[int] = set()
-        self._fetching = asyncio.Semaphore(PARALLEL_FETCHES)
+        self._fetching, self._fetching_from = asyncio.Semaphore(PARALLEL_FETCHES), Turns(FROM_ONE_PEER)
         self._granted: dict[int, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking = asyncio.Lock()
@@ -287,7 +288,7 @@ class SlotKeeper(Generic[O]):
         return Snapshot(Copy(held, version), tensors, standin)
 
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
-        async with self._fetching:
+        async with self._fetching_from.take(peer), self._fetching:
             got = await self._links.fetch(
                 peer, resource, max_bytes=self._max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...protocol import messages, resources
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused
-from ...protocol.experts.surrogates import SEED, Point, SlotPublisher
+from ...protocol.experts.surrogates import SEED, Need, Point, SlotPublisher
 from ...protocol.messages import DeltaBatch, ExpertCounts, StandInSnapshot, SurrogateDelta
 from ..learning.composer import Composer
 from ..learning.trainer import Trainer
@@ -56,6 +56,7 @@ class Exchange(Publishing[Composer]):
         self._max_standin_bytes = max_standin_bytes
         self._following = Following(links, trainer, self._book, order, composer)
         self._leases: dict[int, tuple[str, int]] = {}
+        self._repairing: set[Need] = set()  # fetches under way
         self.fetch_first: Callable[[int], Awaitable[None]] | None = None  # a slot's first experts, where they are far
         self._others_counts: dict[str, tuple[float, Tensor]] = {}
 
@@ -208,13 +209,21 @@ class Exchange(Publishing[Composer]):
             return False
         return await self._following.install(owner, snapshot)
 
+    async def _repair(self, need: Need) -> None:
+        try:
+            await self.fetch_standin(need.slot, need.from_peer)
+        finally:
+            self._repairing.discard(need)
+
     async def run(self) -> None:
         """Until cancelled: fetch what the book says is missing, and announce own slots while they are quiet."""
         while True:
             await asyncio.sleep(REPAIR_EVERY_SECONDS)
             self.on_leases()  # news of some came by the directory only
-            needs = await self._following.needs()
-            await asyncio.gather(*(self.fetch_standin(need.slot, need.from_peer) for need in needs))
+            for need in await self._following.needs():
+                if need not in self._repairing:  # one that sends slowly must not hold up what others send
+                    self._repairing.add(need)
+                    self._links.spawn(self._repair(need))
             if time.monotonic() - self._last_sent > ANNOUNCE_EVERY_SECONDS:
                 quiet = await asyncio.wrap_future(self._trainer.ask(self._announcements))
                 if quiet:

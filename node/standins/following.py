@@ -110,16 +110,20 @@ class Following:
             self._book.receive(sender, DeltaBatch(tuple(map(self._by_layer, batch.deltas))), time.monotonic())
 
     def _by_layer(self, delta: SurrogateDelta) -> SurrogateDelta:
-        """From the wire's order; what has the wrong number of layers stays as it is, to be refused."""
-        order = self._order.outward(delta.slot, delta.epoch)
-        if len(delta.layers) != len(order):
+        """From the wire's order; what has the wrong number of layers stays as it is, to be refused.
+
+        An order takes a hash for each layer: none is worked out for what does not need it. One message holds tens of
+        thousands of announcements, and anybody may send it.
+        """
+        if delta.slot not in self._book.subscribers or len(delta.layers) != self._order.num_layers:
             return delta
+        order = self._order.outward(delta.slot, delta.epoch)
         fidelity = tuple(moved(delta.fidelity, order)) if delta.fidelity else ()
         return msgspec.structs.replace(delta, layers=tuple(moved(delta.layers, order)), fidelity=fidelity)
 
     def _install(self, sender: str, snapshot: StandInSnapshot) -> bool:
-        order = self._order.outward(snapshot.slot, snapshot.epoch)
-        if len(snapshot.layers) == len(order):
+        if len(snapshot.layers) == self._order.num_layers:
+            order = self._order.outward(snapshot.slot, snapshot.epoch)
             snapshot = msgspec.structs.replace(snapshot, layers=tuple(moved(snapshot.layers, order)))
         return self._book.install(sender, snapshot, time.monotonic())
 

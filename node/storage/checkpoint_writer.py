@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
@@ -25,6 +26,7 @@ class CheckpointWriter:
     def __init__(self, store: CheckpointStore, state: PeerState) -> None:
         self.store, self._state = store, state
         self._writing: Future[None] | None = None
+        self._one_at_a_time = threading.Lock()  # who leaves may find one that `write_soon` began still being written
 
     @property
     def busy(self) -> bool:
@@ -43,13 +45,14 @@ class CheckpointWriter:
             wait([self._writing], FINISH_SECONDS)
 
     def write(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write now. `meta` has the `step`."""
-        began, step = time.monotonic(), int(meta["step"])
-        try:
-            self.store.save(step, tensors, meta)
-        except CheckpointError as error:
-            log.error("checkpoint.failed", error=str(error))
-            self._state.note_error(error)
-            return
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._state.record_checkpoint(step=step, seconds=time.monotonic() - began, nbytes=nbytes)
+        """Write now, after what is being written. `meta` has the `step`."""
+        with self._one_at_a_time:
+            began, step = time.monotonic(), int(meta["step"])
+            try:
+                self.store.save(step, tensors, meta)
+            except CheckpointError as error:
+                log.error("checkpoint.failed", error=str(error))
+                self._state.note_error(error)
+                return
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._state.record_checkpoint(step=step, seconds=time.monotonic() - began, nbytes=nbytes)

@@ -38,10 +38,11 @@ class KnownPeers:
     def meet(self, seen: Mapping[str, Sequence[str]]) -> None:
         """Remember these peers and where they are. Writes the file only if that is news; does not raise."""
         known = {peer: kept for peer, addresses in seen.items() if (kept := _dialable(peer, addresses))}
-        if all(self._peers.get(peer) == addresses for peer, addresses in known.items()):
-            return
         others = {peer: addresses for peer, addresses in self._peers.items() if peer not in known}
-        self._peers = dict(list({**others, **known}.items())[-MAX_PEERS:])
+        remembered = dict(list({**others, **known}.items())[-MAX_PEERS:])
+        if remembered == self._peers:  # in whatever order; of a large swarm there is no room for all
+            return
+        self._peers = remembered
         temporary = self._path.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(self._peers))

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 MIN_QUORUM = 2
+FARTHEST_AHEAD = 1 << 32  # rounds that nobody makes in a lifetime; numbers end at `facts.MAX_ROUND`
 
 
 class Vote(Protocol):
@@ -29,6 +30,9 @@ class Vote(Protocol):
     def fragment(self) -> int: ...
     @property
     def digest(self) -> bytes: ...
+
+
+V = TypeVar("V", bound=Vote)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,18 @@ def latest_commit(votes: Iterable[Mapping[str, Vote]], fragments: int, quorum_si
             if tally(by_peer, round_, fragments, quorum_size).committed is not None:
                 best = round_
     return best
+
+
+def possible(votes: Mapping[str, V], fragment: int, last: int, fragments: int) -> dict[str, V]:
+    """Votes for rounds that a fragment has, and that can have been made where its round `last` is the last known.
+
+    Where no quorum decides, one vote may: after another fragment's number, or the last one there is, no round follows.
+    """
+    return {
+        peer_id: vote
+        for peer_id, vote in votes.items()
+        if fragment_of(vote.round, fragments) == fragment and vote.round <= last + FARTHEST_AHEAD
+    }
 
 
 def most_held(votes: Mapping[str, Vote]) -> tuple[int, bytes] | None:

@@ -118,12 +118,12 @@ class Directory:
         return await self._put(record)
 
     async def put_manifest(self, sealed: bytes) -> None:
-        """Keep the signed manifest in the DHT for ten more minutes; any peer may. Raises Refused if it is another's."""
+        """Keep the signed manifest in the DHT for ten more minutes; any peer may. Raises as `open_manifest` does."""
         open_manifest(sealed, self.run_id)
         await self._store("manifest", MANIFEST_SUBKEY, sealed, self._clock() + _MANIFEST_SECONDS)
 
     async def manifest(self) -> bytes | None:
-        """The signed manifest's bytes, their hash checked against the run id, or None if no peer keeps it now."""
+        """The signed manifest's bytes, checked as by `open_manifest`, or None if no peer keeps it now."""
         for _, value in await self._fetch("manifest"):
             if self._believe(partial(open_manifest, value, self.run_id)) is not None:
                 return value

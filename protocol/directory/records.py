@@ -9,7 +9,7 @@ mouth; anybody can lie about himself, so nothing here is trusted beyond "that pe
 | peer     | <run_id>.peers    | peer id             | that peer         |
 | lease    | <run_id>.leases   | peer id             | the leases' owner |
 | vote     | <run_id>.votes    | <peer id>/<fragment>| the voter         |
-| manifest | <run_id>.manifest | "manifest"          | anyone: its hash is in the run id |
+| manifest | <run_id>.manifest | "manifest"          | anyone: its hash is in the run id, its founder signed it |
 
 Records are msgpack arrays in field order: a new field or another order is another protocol version.
 """
@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from ..envelope import ENVELOPE_OVERHEAD, Envelope, PeerId, decode_payload, open_sealed, seal
 from ..errors import Refused
-from ..identity import SIGNATURE_BYTES, Identity
+from ..identity import SIGNATURE_BYTES, Identity, verify
 
 MAX_SLOTS = 65536
 MAX_EPOCH = (1 << 48) - 1  # that messages and handles carry: a claim beyond would leave all others speechless
@@ -133,6 +133,12 @@ class ManifestRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     signature: Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
+class _Founded(msgspec.Struct):
+    """What the directory reads of a manifest, whatever else is in it."""
+
+    founder: PeerId
+
+
 RECORD_TYPES: dict[str, type[Record]] = {record.kind: record for record in (PeerRecord, LeaseRecord, VoteRecord)}
 MAX_RECORD_BYTES = max(record.max_bytes for record in RECORD_TYPES.values())
 MANIFEST_SUBKEY = "manifest"
@@ -141,6 +147,7 @@ MAX_SIGNED_MANIFEST_BYTES = MAX_MANIFEST_BYTES + SIGNATURE_BYTES + 16
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {kind: msgspec.msgpack.Decoder(record) for kind, record in RECORD_TYPES.items()}
 _manifest_decoder = msgspec.msgpack.Decoder(ManifestRecord)
+_founder_decoder = msgspec.msgpack.Decoder(_Founded)
 
 
 def record_key(run_id: str, kind: str) -> str:
@@ -198,13 +205,20 @@ def verify_record(
 
 
 def open_manifest(data: bytes, run_id: str) -> ManifestRecord:
-    """Decode a signed manifest whose hash is the run's. Its signature is checked by those who can read the manifest.
+    """Decode a signed manifest whose hash is the run's and whose signature is the founder's that it names.
 
-    Raises Refused: `oversized`, `malformed`, or `wrong-hash`.
+    The signature counts here too: with a wrong one the right bytes would take the manifest's place in the DHT, and
+    nobody could join.
+
+    Raises:
+        Refused: `oversized`, `malformed`, or `wrong-hash`.
+        BadSignature: its founder has not signed it.
     """
     record = open_signed_manifest(data)
     if not run_id.endswith("-" + manifest_digest(record.manifest)):
         raise Refused("wrong-hash", f"the manifest's hash {manifest_digest(record.manifest)} is not in {run_id!r}")
+    founder = decode_payload(_founder_decoder, record.manifest, "manifest").founder
+    verify(founder, manifest_to_sign(record.manifest), record.signature)
     return record
 
 
@@ -218,6 +232,11 @@ def open_signed_manifest(data: bytes) -> ManifestRecord:
 def seal_manifest(manifest: bytes, signature: bytes) -> bytes:
     """The wire form of a signed manifest."""
     return _encoder.encode(ManifestRecord(manifest, signature))
+
+
+def manifest_to_sign(manifest: bytes) -> bytes:
+    """What a founder signs of a manifest's canonical bytes."""
+    return b"shoal/1 manifest" + manifest
 
 
 def manifest_digest(manifest: bytes) -> str:

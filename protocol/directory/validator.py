@@ -10,10 +10,10 @@ Refusals are counted in the process that refuses, which is the DHT's: `protocol.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 
 import msgspec
 from hivemind.dht.routing import DHTID
@@ -33,7 +33,9 @@ from .records import (
 )
 
 MAX_FOREIGN_BYTES = 1024  # value and subkey; hivemind stores a flag under a peer id
-_REMEMBERED_RECORDS = 8192  # a few MB
+MAX_FOREIGN_RECORDS = 1 << 17  # at a time: hivemind's storage has no bound of its own
+_FOREIGN_LOOK_SECONDS = 1.0  # between looks for expired ones, while there are as many
+_REMEMBERED_RECORDS = 8192  # by digest: a few MB, whatever the records weigh
 
 _bytes_decoder = msgspec.msgpack.Decoder(bytes)
 _str_decoder = msgspec.msgpack.Decoder(str)
@@ -47,7 +49,9 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         self.refusals: Counter[str] = Counter()
         self._clock = clock
         # hivemind's search for the nodes that should store a record brings along all records under its key, each time.
-        self._open = lru_cache(_REMEMBERED_RECORDS)(self._open_once)
+        self._opened: OrderedDict[bytes, float | None] = OrderedDict()
+        self._foreign: dict[bytes, float] = {}  # by digest of key and subkey, when each expires
+        self._looked_at = 0.0
         self._kinds = {
             DHTID.generate(source=record_key(run_id, kind)).to_bytes(): kind for kind in (*RECORD_TYPES, "manifest")
         }
@@ -72,6 +76,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         if kind is None:
             if len(record.value) + len(record.subkey) > MAX_FOREIGN_BYTES:
                 raise Refused("oversized", f"{len(record.value)} bytes under a key that is not the run's")
+            self._count_foreign(record, now)
             return
         expires_at = self._open(kind, record.subkey, record.value)
         if expires_at is None:
@@ -81,6 +86,28 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             raise Refused("wrong-expiration", f"expires {expires_at}, but stored until {record.expiration_time}")
         if expires_at < now - EXPIRED_GRACE_SECONDS:
             raise Refused("expired", f"expired {now - expires_at:.1f} s ago")
+
+    def _count_foreign(self, record: DHTRecord, now: float) -> None:
+        """Raises Refused(`full`) for one too many."""
+        place = _digest(record.key, record.subkey)
+        if place not in self._foreign and len(self._foreign) >= MAX_FOREIGN_RECORDS:
+            if abs(now - self._looked_at) >= _FOREIGN_LOOK_SECONDS:
+                self._looked_at = now
+                self._foreign = {known: until for known, until in self._foreign.items() if until > now}
+            if len(self._foreign) >= MAX_FOREIGN_RECORDS:
+                raise Refused("full", f"{len(self._foreign)} records are under keys that are not the run's")
+        self._foreign[place] = max(record.expiration_time, self._foreign.get(place, 0.0))
+
+    def _open(self, kind: str, subkey: bytes, value: bytes) -> float | None:
+        """As `_open_once`, done once for the same bytes."""
+        name = _digest(kind.encode(), subkey, value)
+        if name in self._opened:
+            self._opened.move_to_end(name)
+        else:
+            self._opened[name] = self._open_once(kind, subkey, value)
+            while len(self._opened) > _REMEMBERED_RECORDS:
+                self._opened.popitem(last=False)
+        return self._opened[name]
 
     def _open_once(self, kind: str, subkey_bytes: bytes, value: bytes) -> float | None:
         """Check what does not change with time; return when the record expires, None for a manifest."""
@@ -92,3 +119,11 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
             open_manifest(sealed, self.run_id)
             return None
         return open_record(sealed, self.run_id, now=self._clock(), kind=kind, subkey=subkey)[1].expires_at
+
+
+def _digest(*parts: bytes) -> bytes:
+    joined = hashlib.sha256()
+    for part in parts:
+        joined.update(len(part).to_bytes(4))
+        joined.update(part)
+    return joined.digest()

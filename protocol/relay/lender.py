@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import secrets
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,7 +45,8 @@ from .wire import (
 logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 256  # connections that are carried for one borrower at a time
-MAX_CLIENTS = 1024  # connections to the relay's own port
+MAX_CLIENTS = 1024  # connections to the relay's own port, whatever is carried at others
+MAX_CLIENTS_EACH = 128  # of these from one address
 PROBES, PUNCHES, QUOTA_SECONDS = 8, 60, 60.0  # from one address
 DIAL_SECONDS = 3.0
 APART_SECONDS = 3.0  # so long a connection waits between two who have just met: the one outside shall be first
@@ -96,6 +98,7 @@ class Lender:
         self._apart: dict[frozenset[str], float] = {}  # addresses that have met, and until when (monotonic)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients: Counter[str] = Counter()  # connections to the own port, by address
 
     @property
     def borrowers(self) -> list[str]:
@@ -119,9 +122,6 @@ class Lender:
         self, handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
     ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
         def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if len(self._tasks) >= MAX_CLIENTS:
-                writer.close()
-                return
             task = asyncio.get_running_loop().create_task(handle(reader, writer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -131,6 +131,18 @@ class Lender:
     # -- the relay's own port --------------------------------------------------------------------------------------
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        address = (writer.get_extra_info("peername") or ("",))[0]  # none if it has hung up already
+        if self._clients.total() >= MAX_CLIENTS or self._clients[address] >= MAX_CLIENTS_EACH:
+            writer.close()
+            return
+        self._clients[address] += 1
+        try:
+            await self._answer(reader, writer)
+        finally:
+            self._clients[address] -= 1
+            self._clients += Counter()  # without those that have none
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonce, taken = secrets.token_hex(16), False
         try:
             watch(writer)
@@ -192,11 +204,17 @@ class Lender:
             self._end(loan)
 
     def _choose(self, message: Borrow) -> list[int]:
-        """The wanted ports if nobody else has them, else free ones, those of long ago last."""
+        """The wanted ports if nobody else has them, else free ones.
+
+        Each peer's are looked for from another place on: those who come first after this relay has started do not get
+        what those had who have not come back yet, and who are reached nowhere else.
+        """
         now = time.monotonic()
+        drawn = int.from_bytes(hashlib.sha256(message.peer_id.encode()).digest()[:8])
+        start = drawn % (len(self._ports) // PORTS_EACH or 1) * PORTS_EACH
         self._kept = {port: kept for port, kept in self._kept.items() if kept[1] > now}
         mine = [port for port, (peer_id, _) in self._kept.items() if peer_id == message.peer_id]
-        free = [port for port in self._ports if port not in self._kept]
+        free = [port for port in (*self._ports[start:], *self._ports[:start]) if port not in self._kept]
         wanted = list(dict.fromkeys(message.ports or mine))
         if len(wanted) == PORTS_EACH and set(wanted) <= {*mine, *free}:
             return wanted

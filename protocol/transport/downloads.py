@@ -61,6 +61,7 @@ class Download:
     meta: bytes = b""
     size: int = -1
     resumed: bool = False
+    begun_anew: int = 0  # times that what had come was of no use
     answered: bool = False  # the peer that is asked now has sent a header
     ended: asyncio.Future[tuple[str, str]] | None = None
 
@@ -80,6 +81,7 @@ class Download:
             case ipc.FetchHeader():
                 self.resumed, self.answered = frame.offset > 0, True
                 if not self.resumed:
+                    self.begun_anew += bool(self.data)
                     self.data.clear()
                 self.digest, self.meta, self.size = frame.digest, frame.meta, frame.size
             case ipc.FetchData():
@@ -97,6 +99,7 @@ class Download:
 
     def restart(self) -> None:
         """Forget everything."""
+        self.begun_anew += 1
         self.data.clear()
         self.digest, self.size = b"", -1
 

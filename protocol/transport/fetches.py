@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from itertools import count
 
 from . import ipc
@@ -16,8 +18,31 @@ from .wire import MAX_RESOURCE_NAME, Reason
 _FIRST_PAUSE_SECONDS = 0.05
 _MAX_PAUSE_SECONDS = 1.0
 _FRUITLESS_ATTEMPTS = 5
+_NEW_BEGINNINGS = 5  # of one fetch: its bytes allow it more time, those that are thrown away too
 _RETRIED = {Reason.CUT, Reason.UNREACHABLE}
 _LOST = "host-lost"
+
+
+class Turns:
+    """So many at a time for each of any number of peers; nothing is kept of those with whom nothing is under way."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free: dict[str, asyncio.Semaphore] = {}
+        self._users: Counter[str] = Counter()  # that have their turn or wait for it
+
+    @asynccontextmanager
+    async def take(self, peer: str) -> AsyncIterator[None]:
+        """Wait for a turn; it is given back as the block ends."""
+        free = self._free.setdefault(peer, asyncio.Semaphore(self._most))
+        self._users[peer] += 1
+        try:
+            async with free:
+                yield
+        finally:
+            self._users[peer] -= 1
+            if not self._users[peer]:
+                del self._users[peer], self._free[peer]
 
 
 class Fetches:
@@ -29,6 +54,7 @@ class Fetches:
         self._ids = ids
         self._downloads: dict[int, Download] = {}
         self._turns = asyncio.Semaphore(limits.max_fetches)
+        self._turns_at = Turns(limits.max_fetches_per_peer)
 
     def on_frame(self, frame: ipc.FetchHeader | ipc.FetchData | ipc.FetchEnd) -> None:
         if frame.id in self._downloads:
@@ -56,7 +82,7 @@ class Fetches:
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            async with asyncio.timeout(deadline_seconds) as timeout, self._turns:
+            async with asyncio.timeout(deadline_seconds) as timeout, self._turns_at.take(_peer_of(addrs)), self._turns:
 
                 def came(nbytes: int) -> None:
                     when = timeout.when()
@@ -78,6 +104,7 @@ class Fetches:
     ) -> Resource:
         """`patient`: a peer that has answered once and cannot be reached now is waited for."""
         pause, fruitless = _FIRST_PAUSE_SECONDS, 0
+        most_anew = download.begun_anew + _NEW_BEGINNINGS
         while True:
             before = len(download.data)
             try:
@@ -88,12 +115,14 @@ class Fetches:
                 found = await download.verified()
                 if found is not None:
                     return found
-                if not download.resumed:
+                if not download.resumed or download.begun_anew >= most_anew:
                     raise FetchEnded(Reason.DIGEST, f"{resource!r} is not what its digest says")
                 download.restart()  # perhaps a prefix from a peer that lied; once more from the start
                 continue
             if reason not in _RETRIED or (not download.answered and reason == Reason.UNREACHABLE):
                 raise FetchEnded(Reason(reason), f"{resource!r}: {cause}")
+            if download.begun_anew > most_anew:
+                raise FetchEnded(Reason(reason), f"{resource!r} is another one at each attempt: {cause}")
             if len(download.data) > before:
                 pause, fruitless = _FIRST_PAUSE_SECONDS, 0
             elif reason == Reason.CUT or not patient:
@@ -119,3 +148,8 @@ class Fetches:
         if reason == _LOST:
             raise HostLost
         return reason, cause
+
+
+def _peer_of(addrs: Sequence[str]) -> str:
+    """The peer id that its addresses end in; whether they are any is for the host process to find out."""
+    return addrs[0].rpartition("/p2p/")[2] if addrs else ""

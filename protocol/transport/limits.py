@@ -28,6 +28,8 @@ class Limits:
     """Our own handler must answer within this time, else the peer is told `busy`."""
     max_fetches: int = 16
     """Fetches under way at once; further calls wait for a turn (inside their own deadline)."""
+    max_fetches_per_peer: int = 4
+    """The same from one peer, which serves no more: one that sends slowly must not hold up fetches from others."""
     min_fetch_bytes_per_second: int = 16_384
     """What we fetch may take as much longer than its deadline as it would at this rate."""
     max_call_bytes: int = 64 * 1024 * 1024

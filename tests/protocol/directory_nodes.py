@@ -1,10 +1,10 @@
 """What the directory's tests share: two nodes, a rogue, and records to put there."""
 
-import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from shoal.protocol.directory.dht import RunDHT
 from shoal.protocol.directory.directory import Directory
 from shoal.protocol.directory.records import (
@@ -13,13 +13,18 @@ from shoal.protocol.directory.records import (
     PeerRecord,
     VoteRecord,
     manifest_digest,
+    manifest_to_sign,
+    seal_manifest,
 )
 from shoal.protocol.identity import Identity
 
-MANIFEST = secrets.token_bytes(300)
-
-MANIFEST = secrets.token_bytes(300)
+FOUNDER = Identity.generate()
+MANIFEST = msgspec.msgpack.encode({"founder": FOUNDER.peer_id, "name": "demo", "note": "x" * 200})
 RUN = f"demo-{manifest_digest(MANIFEST)}"
+
+
+def signed_manifest(manifest: bytes = MANIFEST, founder: Identity = FOUNDER) -> bytes:
+    return seal_manifest(manifest, founder.sign(manifest_to_sign(manifest)))
 
 
 @dataclass

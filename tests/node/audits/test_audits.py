@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -116,7 +117,7 @@ class Watched:
         self.swarm.call(cancel())
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched(folder: Path, spec: Manifest, composers: int = 2) -> Iterator[Watched]:
     with loopback(folder / "swarm", spec, composers) as swarm:
         it = Watched(swarm, folder)
@@ -240,6 +241,30 @@ def test_only_active_composers_may_look_into_a_step(pair: tuple[Watched, Loopbac
     composer = it.swarm.peers[0].links
     with pytest.raises(FetchFailed, match="busy"):
         it.swarm.call(ask(composer, resources.audit(slot, worker.held[slot] + 1, 1)))
+
+
+def test_who_asks_for_audits_again_and_again_makes_nobody_a_liar(
+    pair: tuple[Watched, LoopbackWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner that is busy whenever the others ask would be convicted by all of them."""
+    it, worker = pair
+    monkeypatch.setattr("shoal.node.audits.auditor.PAUSE_SECONDS", 0.05)
+    greedy, addrs, seeds = it.swarm.peers[0].links, worker.links.transport.addrs, itertools.count(1)
+
+    async def ask(slot: int) -> None:
+        while True:
+            name = resources.audit(slot, worker.held[slot], next(seeds))
+            with contextlib.suppress(FetchFailed):
+                await greedy.transport.fetch(addrs, name, deadline_seconds=30.0, max_bytes=1 << 24)
+
+    asking = [asyncio.run_coroutine_threadsafe(ask(slot), it.swarm.network.loop) for slot in worker.held]
+    try:
+        found = [audit(it, slot, composer=1) for slot in sorted(ALL) * 2]
+    finally:
+        for each in asking:
+            each.cancel()
+    assert Finding.NO_ANSWER not in found
+    assert Finding.PASSED in found
 
 
 def test_a_worker_that_shows_nothing_while_it_takes_sketches_is_deposed_in_the_end(

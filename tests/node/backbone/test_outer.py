@@ -255,6 +255,33 @@ def test_peers_that_return_with_different_rounds_agree_again(swarm: Loopback, mo
     swarm.until(lambda: merged(swarm), "and merge on from there")
 
 
+@pytest.mark.parametrize("number", [(1 << 48) - 2, 1 << 53, 1001], ids=["the last", "none", "another fragment's"])
+def test_one_vote_for_a_round_that_cannot_be_is_nobodys_state(
+    swarm: Loopback, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Where no quorum holds a state, the latest of the most held is taken: no round could follow this one."""
+    monkeypatch.setattr(common_state, "SPLIT_SECONDS", -1.0)
+    victim, other, liar = swarm.peers
+    swarm.until(lambda: merged(swarm), "a common state")
+    now, digests = time.time(), [secrets.token_bytes(32) for _ in range(3)]
+    rounds = [rounds_of(victim)[0] - 2, rounds_of(victim)[0], number]
+    votes = {
+        peer.peer_id: VoteRecord(
+            round=round_, fragment=0, digest=digest_, members=[], issued_at=now, expires_at=now + 30
+        )
+        for peer, round_, digest_ in zip((victim, other, liar), rounds, digests, strict=True)
+    }
+    asked: list[tuple[int, bytes]] = []
+
+    async def note(index: int, number: int, digest: bytes, votes: object) -> None:
+        asked.append((number, digest))
+
+    with monkeypatch.context() as noting:
+        noting.setattr(victim.common, "_take", note)
+        swarm.call(victim.common._mend_split(0, votes))
+    assert asked == [(rounds[1], digests[1])]
+
+
 def test_who_spoils_a_round_is_not_met_again_and_does_not_vote(swarm: Loopback) -> None:
     """Its parts are NaN: without an end to that nothing would ever be committed again."""
     first, second, liar = swarm.peers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,23 @@ def test_batches_of_who_may_not_send_are_refused_whole(trio: Working, tmp_path: 
         assert after[f"sketch-{reason}"] == before.get(f"sketch-{reason}", 0) + 1
 
 
+def test_no_body_of_a_stranger_is_read(trio: Working, tmp_path: Path) -> None:
+    """Two that send as slowly as they may would hold all the memory that there is for composers' sketches."""
+    [worker] = trio.workers
+    transport, body = worker.links.transport, bytes(8_000_000)
+    began = transport.counters.call_bytes_received
+    with trio.swarm.observer(tmp_path / "stranger") as stranger:
+
+        async def send() -> None:
+            await stranger.transport.call(transport.addrs, SketchBatch.kind, body, deadline_seconds=SECONDS)
+
+        with pytest.raises(Refused) as caught:
+            trio.swarm.call(send())
+    assert caught.value.reason == "not-a-member"
+    time.sleep(1.5)  # the host counts every second
+    assert transport.counters.call_bytes_received < began + len(body) // 2
+
+
 def test_a_sketch_that_is_sent_again_counts_once(trio: Working) -> None:
     [worker], composer = trio.workers, trio.swarm.peers[1]
     told = Told(worker, step=4000)
@@ -212,7 +230,7 @@ def test_what_is_lost_on_the_way_is_counted_by_slots_and_known_reasons(trio: Wor
         assert counted(composer.links, "sketches_lost").keys() == lost.keys() | {"other", "not-a-member"}
         assert composer.sender._rates[worker.peer_id].share == 0.5
     finally:
-        transport.answer_calls(worker.peer.receiver.answer)
+        transport.answer_calls(worker.peer.receiver.answer, admit=worker.peer.receiver.admit)
 
 
 # -- a busy owner ------------------------------------------------------------------------------------------------------

@@ -10,13 +10,18 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from loopback import RUN, Loopback, LoopbackPeer, WallClock, loopback
+from loopback import RUN, SECONDS, Loopback, LoopbackPeer, WallClock, loopback
 from shoal.node.run.manifest import Manifest, OwnershipSpec
+from shoal.node.slots.copies import Snapshot
 from shoal.node.slots.keeper import PARALLEL_FETCHES
+from shoal.node.storage.blobs import to_bytes
 from shoal.node.watching.state import Phase
+from shoal.protocol import messages
 from shoal.protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord, PeerRecord, seal_record
 from shoal.protocol.experts.ownership import COPY_RAISE, Copy, TakeOver
 from shoal.protocol.identity import Identity
+from shoal.protocol.messages import SlotState, StandInSnapshot
+from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import SLOTS, manifest_of
 
 LEASE_SECONDS = 4.0
@@ -158,6 +163,39 @@ def test_an_owner_that_dies_while_its_slot_is_copied_is_succeeded_in_time(kept: 
     kept.swarm.until(lambda: slots <= set(stayer.keeper._copies._refreshing), "newer copies are asked for")
     kept.swarm.call(stop(kept.tasks.pop(goner.peer_id)))
     kept.swarm.until(lambda: set(stayer.keeper.held) == set(range(SLOTS)), "the other took over")
+
+
+def test_a_peer_that_sends_its_slots_slowly_holds_up_no_slots_of_others(tmp_path: Path) -> None:
+    """A standby has several slots of an owner to copy, each of which may take hours; it must be able to take over."""
+    with loopback(tmp_path, manifest(), 3) as swarm:
+        first, slow, quick = swarm.peers
+        asked = asyncio.Event()
+        standin = StandInSnapshot(3, 1, 1, (b"layer",), bytes(16))
+        state = SlotState(3, 1, 7, to_bytes({"0.down": torch.ones(2)}), standin)
+
+        async def withhold(query: FetchQuery) -> Resource | None:
+            asked.set()
+            await asyncio.sleep(SECONDS)
+            return None
+
+        async def give(query: FetchQuery) -> Resource | None:
+            return Resource(messages.encode(state))
+
+        async def fetch() -> Snapshot:
+            held_up = [
+                asyncio.create_task(first.keeper._fetch(slow.peer_id, f"snapshot/{slot}")) for slot in range(SLOTS)
+            ]
+            try:
+                await asked.wait()
+                async with asyncio.timeout(10):
+                    return await first.keeper._fetch(quick.peer_id, "snapshot/3")
+            finally:
+                for task in held_up:
+                    task.cancel()
+
+        slow.links.transport.serve(withhold)
+        quick.links.transport.serve(give)
+        assert swarm.call(fetch()).copy == Copy(1, 7)
 
 
 def test_many_slots_at_once_are_announced_together(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:

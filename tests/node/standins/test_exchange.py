@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import torch
 from loopback import SECONDS, Loopback, LoopbackPeer, loopback
 from shoal.kernels.standin import Form, initial_standin
 from shoal.node.learning.composer import Composer
+from shoal.node.standins.exchange import FETCH_SECONDS
 from shoal.protocol import messages
 from shoal.protocol.experts.surrogates import state_digest
-from shoal.protocol.messages import ExpertCounts, StandInSnapshot
+from shoal.protocol.messages import ExpertCounts, StandInSnapshot, SurrogateDelta
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import HIDDEN, LAYERS, SLOTS, WIDTH, manifest_of, train
 
@@ -91,6 +94,55 @@ def test_deltas_that_nobody_delivers_are_repaired(swarm: Loopback, monkeypatch: 
         swarm.until(lambda: agree(swarm), "the gap is fetched")
     finally:
         swarm.network.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+
+def test_announcements_cost_no_work_on_orders(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of 800 kB has 32,000: at 48 layers their orders took 1.6 s of everybody's only interpreter."""
+    first, second = swarm.peers
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    point, digest = second.exchange._book.subscribers[0].point, digests(first, 0)
+    layers = of_size(HIDDEN, WIDTH)
+    told = [SurrogateDelta(0, point.epoch, point.seq, 0, (), digest)] * 1000
+    nobodys = [SurrogateDelta(SLOTS, point.epoch, 1, 0, tuple(layers), digest)] * 1000
+    ordered: list[int] = []
+    outward = second.exchange.layers.outward
+    with monkeypatch.context() as counting:
+        counting.setattr(second.exchange.layers, "outward", lambda slot, e: ordered.append(slot) or outward(slot, e))
+        before = second.exchange._book.refusals["unknown-slot"]
+        swarm.call(first.exchange.send([*told, *nobodys]))
+        swarm.until(lambda: second.exchange._book.refusals["unknown-slot"] >= before + 1000, "the deltas are heard")
+    assert len(ordered) < 100
+    assert agree(swarm)
+
+
+def test_an_owner_that_does_not_send_holds_up_no_repair_of_other_slots(swarm: Loopback) -> None:
+    first, second = swarm.peers
+    transport, loop = first.links.transport, swarm.network.loop
+    honest, asked, tasks = transport._answerer.handler, [], []
+    assert honest is not None
+
+    async def withhold(query: FetchQuery) -> Resource | None:
+        asked.append(query.resource)
+        if query.resource == "standin/0":
+            await asyncio.sleep(SECONDS)
+        return await honest(query)
+
+    swarm.until(lambda: agree(swarm), "both run the same stand-ins")
+    transport.serve(withhold)
+    lost = second.exchange._book.subscribers
+    try:
+        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(second.exchange.run())))
+        lost[0]._must_fetch, lost[0]._behind_since = True, 0.0
+        swarm.until(lambda: "standin/0" in asked, "the first slot is asked for")
+        lost[1]._must_fetch, lost[1]._behind_since = True, 0.0
+        began = time.monotonic()
+        swarm.until(lambda: "standin/1" in asked and not lost[1].behind, "the other slot was fetched meanwhile")
+        assert time.monotonic() - began < FETCH_SECONDS / 2, "the other slot was fetched, but only afterwards"
+        assert lost[0].behind
+    finally:
+        loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+        transport.serve(honest)
+        lost[0]._must_fetch, lost[0]._behind_since = False, None
 
 
 def test_a_standin_of_another_form_is_fetched_by_all_who_run_it(tmp_path: Path) -> None:

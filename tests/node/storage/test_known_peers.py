@@ -51,6 +51,18 @@ def test_it_remembers_so_many(tmp_path: Path) -> None:
     assert list(KnownPeers(tmp_path, RUN).peers) == [peer for peer, _ in reversed(met[3:])]
 
 
+def test_a_swarm_of_more_peers_is_not_written_down_again_and_again(tmp_path: Path) -> None:
+    known, met = KnownPeers(tmp_path, RUN), dict(someone() for _ in range(MAX_PEERS + 3))
+    known.meet(met)
+    [written] = tmp_path.iterdir()
+    written.unlink()
+    known.meet(met)
+    assert not written.exists()
+    moved, before = list(met.items())[-1]
+    known.meet({**met, moved: [before[0].replace("4001", "4002")]})
+    assert written.exists()
+
+
 @pytest.mark.parametrize("damaged", ["", "[]", "{", '{"a": 1}', json.dumps({"a": ["/ip4/1.2.3.4"]})])
 def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, damaged: str) -> None:
     (tmp_path / f"known-peers-{RUN}.json").write_text(damaged)

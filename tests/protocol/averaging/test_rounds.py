@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shoal.protocol.averaging.rounds import (
     latest_commit,
     most_held,
+    possible,
     quorum,
     tally,
 )
@@ -49,6 +50,12 @@ def test_most_held_is_one_choice_for_all():
     assert most_held({"x": Vote(2, A), "y": Vote(2, A), "z": Vote(8, B)}) == (2, A)
     assert most_held({"x": Vote(2, B), "y": Vote(8, A)}) == (8, A)
     assert most_held({"x": Vote(2, B), "y": Vote(2, A)}) == (2, B)
+
+
+def test_votes_for_rounds_that_cannot_be_are_left_out():
+    votes = {"x": Vote(8, A), "of another fragment": Vote(9, B), "the last one": Vote((1 << 48) - 2, B)}
+    assert most_held(possible(votes, 0, 6, P)) == (8, A)
+    assert possible(votes, 0, -1, P).keys() == {"x"}
 
 
 def test_votes_for_another_round_or_fragment_do_not_count():

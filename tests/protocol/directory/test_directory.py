@@ -8,7 +8,7 @@ from typing import Any
 import hivemind
 import msgspec
 import pytest
-from directory_nodes import MANIFEST, RUN, Node, leases, peer_record, vote
+from directory_nodes import MANIFEST, RUN, Node, leases, peer_record, signed_manifest, vote
 from shoal.protocol.directory.dht import refusals
 from shoal.protocol.directory.directory import Directory
 from shoal.protocol.directory.records import (
@@ -20,7 +20,7 @@ from shoal.protocol.directory.records import (
     seal_record,
 )
 from shoal.protocol.envelope import seal
-from shoal.protocol.errors import Refused
+from shoal.protocol.errors import BadSignature, Refused
 from shoal.protocol.identity import Identity
 
 
@@ -58,11 +58,11 @@ def test_the_manifest_travels_and_only_the_right_one(nodes: list[Node], rogue: h
     async def scenario() -> None:
         first, second = (node.directory() for node in nodes)
         assert await second.manifest() is None
-        sealed = seal_manifest(MANIFEST, bytes(64))
+        sealed = signed_manifest()
         with pytest.raises(Refused):
-            await first.put_manifest(seal_manifest(MANIFEST + b"x", bytes(64)))
+            await first.put_manifest(signed_manifest(MANIFEST + b"x"))
         key = record_key(RUN, "manifest")
-        for bad, subkey in ((seal_manifest(b"other", bytes(64)), MANIFEST_SUBKEY), (sealed, "elsewhere")):
+        for bad, subkey in ((signed_manifest(b"other"), MANIFEST_SUBKEY), (sealed, "elsewhere")):
             assert not rogue.store(key, bad, time.time() + 500, subkey=subkey, exclude_self=True)
         assert not rogue.store(key, b"no subkey", time.time() + 500, exclude_self=True)
         await first.put_manifest(sealed)
@@ -74,6 +74,21 @@ def test_the_manifest_travels_and_only_the_right_one(nodes: list[Node], rogue: h
     assert counted["wrong-hash"] >= 1
     assert counted["wrong-subkey"] >= 1
     assert counted["malformed"] >= 1
+
+
+def test_the_manifest_with_another_signature_does_not_take_its_place(nodes: list[Node], rogue: hivemind.DHT) -> None:
+    """Whoever stores for longest wins in a DHT: nobody could join a run whose manifest is signed by nobody."""
+
+    async def scenario() -> None:
+        first, second = (node.directory() for node in nodes)
+        await first.put_manifest(signed_manifest())
+        unsigned, key = seal_manifest(MANIFEST, bytes(64)), record_key(RUN, "manifest")
+        assert not rogue.store(key, unsigned, time.time() + 604, subkey=MANIFEST_SUBKEY, exclude_self=True)
+        with pytest.raises(BadSignature):
+            await first.put_manifest(unsigned)
+        assert await second.manifest() == signed_manifest()
+
+    asyncio.run(scenario())
 
 
 def bad_records() -> dict[str, Callable[[], tuple[str, bytes, float, Any]]]:

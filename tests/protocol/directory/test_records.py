@@ -17,6 +17,7 @@ from shoal.protocol.directory.records import (
     Record,
     VoteRecord,
     manifest_digest,
+    manifest_to_sign,
     open_manifest,
     open_record,
     record_key,
@@ -277,10 +278,12 @@ def test_a_mistake_of_ours_shows_before_it_is_sent() -> None:
 
 
 def test_the_manifest_is_pinned_by_the_run_id() -> None:
-    manifest = secrets.token_bytes(200)
+    manifest = msgspec.msgpack.encode(
+        {"founder": FIXED.peer_id, "protocol_version": 7, "secret": secrets.token_hex(20)}
+    )
     run_id = f"demo-{manifest_digest(manifest)}"
     assert manifest_digest(manifest) == hashlib.sha256(manifest).hexdigest()[:12]
-    data = seal_manifest(manifest, bytes(64))
+    data = seal_manifest(manifest, FIXED.sign(manifest_to_sign(manifest)))
     assert open_manifest(data, run_id).manifest == manifest
     for wrong, reason in [
         (seal_manifest(manifest + b"x", bytes(64)), "wrong-hash"),
@@ -291,3 +294,8 @@ def test_the_manifest_is_pinned_by_the_run_id() -> None:
         with pytest.raises(Refused) as caught:
             open_manifest(wrong, run_id)
         assert caught.value.reason == reason
+    with pytest.raises(BadSignature):
+        open_manifest(seal_manifest(manifest, Identity.generate().sign(manifest_to_sign(manifest))), run_id)
+    nobodys = msgspec.msgpack.encode({"founder": "somebody"})
+    with pytest.raises(Refused, match="founder"):
+        open_manifest(seal_manifest(nobodys, bytes(64)), f"demo-{manifest_digest(nobodys)}")

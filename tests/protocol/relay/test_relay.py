@@ -142,6 +142,23 @@ def test_ports_stay_their_borrowers_and_are_never_lent_twice() -> None:
     run(scenario())
 
 
+def test_who_comes_to_a_relay_that_has_just_started_does_not_get_what_others_had() -> None:
+    """Whoever had ports has told everybody of them, and may take half a minute to come back."""
+
+    async def scenario() -> None:
+        range_, own = ports(21), ports(2)
+        settled, *newcomers = (Identity(bytes([number]) * 32) for number in range(4))
+        async with relay(range_) as (_, at):
+            lent = await reserve(at, settled)
+        async with relay(range_):
+            taken = [port for newcomer in newcomers for port in await reserve(at, newcomer)]
+            assert not set(taken) & set(lent)
+            async with asyncio.timeout(SECONDS), borrowing(at, settled, lent, own):
+                pass
+
+    run(scenario())
+
+
 def test_who_borrow_at_once_get_ports_of_their_own() -> None:
     async def scenario() -> None:
         async with relay(ports(9)) as (_, at):
@@ -160,6 +177,27 @@ def test_ports_that_could_not_be_opened_are_nobodys() -> None:
                     await reserve(at, Identity.generate())
             await until(lambda: lender.borrowers == [], "the end of the loan")
             assert set(await reserve(at, Identity.generate())) == set(range_[1:])
+
+    run(scenario())
+
+
+def test_what_is_carried_and_who_asks_nothing_keep_nobody_from_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every carried connection is taken at the relay's own port; without that port none is carried any more."""
+    monkeypatch.setattr(lending, "MAX_CLIENTS", 8)
+    monkeypatch.setattr(lending, "MAX_CLIENTS_EACH", 4)
+
+    async def scenario() -> None:
+        own, identity, writers = ports(2), Identity.generate(), []
+        async with relay(ports(5)) as (_, at), echo(own[0], b"here:"):
+            lent = await reserve(at, identity)
+            async with borrowing(at, identity, lent, own):
+                for source, port in [(HOST, lent[0])] * 10 + [("127.0.0.2", at.port)] * 10:
+                    reader, writer = await asyncio.open_connection(HOST, port, local_addr=(source, 0))
+                    writers.append(writer)
+                    assert await reader.read(5) == b"here:" or port == at.port
+                assert len(await reserve(at, Identity.generate())) == 2
+                for writer in writers:
+                    writer.close()
 
     run(scenario())
 

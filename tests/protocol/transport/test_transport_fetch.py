@@ -230,3 +230,35 @@ def test_more_streams_than_allowed_are_told_busy(tmp_path: Path) -> None:
             await until(lambda: server.counters.refused_busy == 2, "counter")
 
     run(scenario())
+
+
+def test_a_peer_that_sends_slowly_does_not_hold_up_fetches_from_others(tmp_path: Path) -> None:
+    """At the slowest rate that is waited for, a few resources of one peer would take all turns for hours."""
+
+    async def scenario() -> None:
+        async with AsyncExitStack() as stack:
+
+            async def peer(name: str, **options: Any) -> Transport:
+                path = tmp_path / f"{name}.key"
+                started = await Transport.start(identity_path=path, run_id="run", **options)
+                return await stack.enter_async_context(started)
+
+            generous = Limits(max_served_streams_per_peer=8)
+            slow = await peer("slow", pace=Pace(tmp_path, Rates(up=50_000)), limits=generous)
+            quick, asker = await peer("quick"), await peer("asker", limits=Limits(max_fetches=6))
+            names = [f"standin/{slot}" for slot in range(8)]
+            serve(slow, **{name: Resource(os.urandom(1_000_000)) for name in names})
+            serve(quick, standin=Resource(b"here"))
+            dragging = [
+                asyncio.create_task(asker.fetch(slow.addrs, name, deadline_seconds=60, max_bytes=1_000_000))
+                for name in names
+            ]
+            await until(lambda: asker.counters.fetch_bytes_received > 0, "the slow peer to begin")
+            got = await asker.fetch(quick.addrs, "standin", deadline_seconds=5, max_bytes=100)
+            assert got.data == b"here"
+            assert not any(task.done() for task in dragging)
+            for task in dragging:
+                task.cancel()
+            await asyncio.gather(*dragging, return_exceptions=True)
+
+    run(scenario())

@@ -109,6 +109,8 @@ LIES = {
     "huge": Reason.TOO_LARGE,
     "short": Reason.CUT,
     "wrong": Reason.DIGEST,
+    "anew": Reason.CUT,
+    "spoilt": Reason.DIGEST,
     "silence": Reason.DEADLINE,
     "meta": Reason.GARBAGE,
 }
@@ -125,7 +127,8 @@ def test_a_lying_server_is_found_out(tmp_path: Path) -> None:
             addr = (await liar.stdout.readline()).decode().strip()
             for lie, reason in LIES.items():
                 with pytest.raises(FetchEnded) as caught:
-                    await asker.fetch([addr], lie, deadline_seconds=3, max_bytes=10**6)
+                    async with asyncio.timeout(10):  # what comes in the meantime puts the deadline off
+                        await asker.fetch([addr], lie, deadline_seconds=3, max_bytes=10**6)
                 assert caught.value.reason == reason, f"{lie}: {caught.value}"
             assert asker.restarts == 0
         finally:
@@ -257,8 +260,12 @@ async def liar() -> None:
     from libp2p.custom_types import TProtocol
     from multiaddr import Multiaddr
 
+    attempts = 0
+
     async def answer(stream: Any) -> None:
-        match wire.unpack_request((await stream.read(1000))[4:]).resource:
+        nonlocal attempts
+        request = wire.unpack_request((await stream.read(1000))[4:])
+        match request.resource:
             case "garbage":
                 await stream.write(frame(os.urandom(100)))
             case "huge":
@@ -271,6 +278,12 @@ async def liar() -> None:
                 await trio.sleep_forever()
             case "meta":
                 await stream.write(wire.pack(wire.Header(10, 0, bytes(32), bytes(10**6))))
+            case "anew":  # another resource at each attempt, and more of it
+                attempts += 1
+                await stream.write(wire.pack(wire.Header(10**6, 0, os.urandom(32), b"")) + bytes(20_000 * attempts))
+            case "spoilt":  # in two parts, which never are what was promised
+                size, start = 100_000, request.offset
+                await stream.write(wire.pack(wire.Header(size, start, bytes(32), b"")) + bytes(size // 2))
         await stream.close()
 
     host = new_host(muxer_preference="YAMUX")
