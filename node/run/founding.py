@@ -132,7 +132,7 @@ def _config_in(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} is no model to train: {error}", fix="take the config.json of a MoE family of transformers"
         ) from error
-    if config.get("vocab_size", 0) < VOCAB_SIZE:
+    if (config.get("vocab_size") or 0) < VOCAB_SIZE:
         raise ConfigError(f"{file} has a vocabulary below {VOCAB_SIZE}, and text is bytes", fix="set vocab_size to 256")
     return config
 
@@ -140,7 +140,7 @@ def _config_in(path: Path) -> dict[str, Any]:
 def _check_positions(config: Mapping[str, Any], manifest: Manifest, where: Path) -> None:
     """Raises ConfigError for a model that is not made for texts as long as the run's."""
     context_length = manifest.data.context_length
-    positions = config.get("max_position_embeddings", context_length)
+    positions = config.get("max_position_embeddings") or context_length
     if positions < context_length:
         raise ConfigError(
             f"{where} has {positions} positions, fewer than the {context_length} of the run",

@@ -227,7 +227,14 @@ def test_found_takes_a_model(
         assert (manifest.train.optimizer, manifest.train.learning_rate) == ("adamw", 3e-3), (
             "muon's is for a preset's model"
         )
-    for bad in ({"vocab_size": 100}, {"max_position_embeddings": 8}, {"model_type": "llama"}, {"num_experts": "many"}):
+    for bad in (
+        {"vocab_size": 100},
+        {"vocab_size": None},
+        {"max_position_embeddings": 8},
+        {"max_position_embeddings": None},
+        {"model_type": "llama"},
+        {"num_experts": "many"},
+    ):
         file.write_text(json.dumps(config | bad))
         assert cli.main(["found", "--model", str(file)]) == 2, bad
         assert "fix: " in capsys.readouterr().err
