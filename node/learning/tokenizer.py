@@ -67,6 +67,11 @@ class Encoder:
         self._end = [] if first is None else [first]
         self._progress = progress
 
+    @property
+    def num_tokens(self) -> int:
+        """That a model has to know: one more than the largest of its tokens."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     def __call__(self, documents: Sequence[Document]) -> Tokens:
         parts = [np.empty(0, dtype=np.int32)]
         for start in range(0, len(documents), TOGETHER):

@@ -15,7 +15,7 @@ from ...protocol.experts.handles import key_digest
 from ...protocol.identity import Identity
 from ..config import PeerConfig
 from ..errors import ConfigError
-from ..learning.data import VOCAB_SIZE
+from ..learning.data import VOCAB_SIZE, DataError
 from ..model.families import about_the_model
 from ..model.init import built_expert_shape, has_selection_biases
 from ..model.presets import preset
@@ -163,6 +163,8 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
             f"{seed} has no tokenizer.json, and a vocabulary of {checkpoint.vocabulary}, which is not that of bytes",
             fix="put its tokenizer beside it",
         )
+    if checkpoint.tokenizer:
+        _check_tokenizer(checkpoint.tokenizer, checkpoint.vocabulary, seed)
     start = checkpoint.split(folder, manifest.standin, progress)
     model = msgspec.structs.replace(
         manifest.model, config=checkpoint.config(), start=start, bases=checkpoint.most_bases
@@ -175,3 +177,18 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
     except ValueError as error:
         raise ConfigError(f"{seed} cannot start a run: {error}", fix="take one of a MoE family") from error
     return manifest
+
+
+def _check_tokenizer(tokenizer_json: bytes, vocabulary: int, seed: Path) -> None:
+    """Raises ConfigError for one that cannot be read, or has tokens that the model does not know."""
+    from ..learning.tokenizer import Encoder
+
+    try:
+        tokens = Encoder(tokenizer_json, None).num_tokens
+    except DataError as error:
+        raise ConfigError(f"{seed}/tokenizer.json is none: {error.cause}", fix="put its tokenizer beside it") from error
+    if tokens > vocabulary:
+        raise ConfigError(
+            f"{seed}/tokenizer.json has {tokens} tokens, and the model knows {vocabulary}",
+            fix="put its own tokenizer beside it",
+        )

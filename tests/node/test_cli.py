@@ -16,6 +16,7 @@ from shoal import __version__
 from shoal.node import cli, logs
 from shoal.node.config import PeerConfig
 from shoal.node.errors import IdentityInUse
+from shoal.node.learning.tokenizer import byte_tokenizer
 from shoal.node.model.init import backbone_shapes
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import Manifest
@@ -310,6 +311,24 @@ def test_a_seed_whose_tokens_nobody_knows_is_refused(
     assert cli.main(["found", "--seed", str(tmp_path / "moe")]) == (2 if says else 0)
     assert says in capsys.readouterr().err
     assert [manifest.data.tokenizer for manifest in seen] == ([] if says else ["bytes"])
+
+
+@pytest.mark.parametrize(("added", "says"), [(44, ""), (45, "has 301 tokens"), (-1, "tokenizer.json is none")])
+def test_a_seed_with_a_tokenizer_of_another_model_is_refused(
+    added: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    config = dict(preset("tiny").model.config) | {"vocab_size": 300}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer = byte_tokenizer(64).backend_tokenizer
+    tokenizer.add_tokens([f"<word {number}>" for number in range(added)])
+    (tmp_path / "moe/tokenizer.json").write_text(tokenizer.to_str() if added >= 0 else "{nope")
+    capsys.readouterr()
+    assert cli.main(["found", "--seed", str(tmp_path / "moe")]) == (2 if says else 0)
+    assert says in capsys.readouterr().err
+    assert [manifest.data.tokenizer for manifest in seen] == ([] if says else ["seed"])
 
 
 def test_found_chooses_sketches_by_what_may_be_sent(
