@@ -330,6 +330,10 @@ def _tail(log: Path, lines: int = 12) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 @contextmanager
 def _folder(wanted: Path | None) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="shoal-demo-")) if wanted is None else wanted
@@ -351,6 +355,8 @@ def main() -> None:
         "--dir", type=Path, default=None, help="where to put everything (default: a new folder in /tmp)"
     )
     arguments = parser.parse_args()
+    if arguments.dir is not None and os.path.lexists(arguments.dir) and not _is_empty(arguments.dir):
+        parser.error(f"--dir {arguments.dir} is no empty folder: name a new one")
     console = Console()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that it stops its peers then too
     with _folder(arguments.dir) as folder:

@@ -52,3 +52,16 @@ def test_the_end_of_a_log_is_shown_as_it_is(
         demo.main()
     assert ended.value.code == 1
     assert "demo failed: its log:\nrows[a:b] of [/data/text]" in capsys.readouterr().out
+
+
+def test_a_folder_in_which_something_is_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for wanted in (tmp_path, tmp_path / "file"):
+        monkeypatch.setattr(sys, "argv", ["demo", "--dir", str(wanted)])
+        with pytest.raises(SystemExit) as ended:
+            demo.main()
+        assert ended.value.code == 2
+        assert "name a new one" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
