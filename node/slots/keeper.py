@@ -145,8 +145,8 @@ class SlotKeeper(Generic[O]):
                         self._spawn(slot, self._copies.store(slot, snapshot))
                 case Reclaim(slot, to_peer, epoch):
                     snapshot = await self._let_go(slot, to_peer, epoch - COPY_RAISE)
-                    assert snapshot is not None
-                    self._spawn(slot, self._claim_back(slot, epoch, snapshot))
+                    if snapshot is not None:  # else this peer has begun to leave meanwhile
+                        self._spawn(slot, self._claim_back(slot, epoch, snapshot))
                 case DropStandby(slot):
                     self._copies.drop(slot)
                 case ClaimFree(slot, epoch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,24 @@ def test_a_slot_restarted_by_others_goes_on_from_its_owners_state(kept: Kept) ->
     assert any(name.endswith("exp_avg") for name in trained)
     assert all(torch.equal(after[name], before[name]) for name in trained)
     kept.swarm.until(lambda: runs_as_published(owner, restarter, slot), "the other follows its owner")
+
+
+def test_who_begins_to_leave_while_it_would_claim_a_slot_back_leaves_in_order(kept: Kept) -> None:
+    """Its keeper must live on: it renews the leases of what is still to be handed over."""
+    owner, restarter = kept.swarm.peers
+    slot, free = min(owner.keeper.held), threading.Event()
+    epoch = owner.keeper.held[slot]
+    kept.swarm.until(lambda: slot not in owner.keeper._busy | restarter.keeper._busy, "nothing is under way")
+    owner.trainer.ask(lambda _: free.wait(SECONDS))
+    try:
+        kept.swarm.call(restarter.claim([slot], epoch + 1))
+        kept.swarm.until(lambda: slot not in owner.keeper.held, "it is letting go of its slot")
+        left = asyncio.run_coroutine_threadsafe(leave(owner), kept.swarm.network.loop)
+        kept.swarm.until(lambda: owner.keeper._leaving, "it leaves")
+    finally:
+        free.set()
+    left.result(SECONDS)
+    assert not kept.tasks[owner.peer_id].done()
 
 
 def runs_as_published(owner: LoopbackPeer, other: LoopbackPeer, slot: int) -> bool:
