@@ -25,7 +25,7 @@ import sysconfig
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,7 @@ class Corpus:
 def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int = MAX_CORPUS_BYTES) -> Corpus:
     """Reads `stdlib`, a text file, or a folder of text files (recursively; hidden and binary files are skipped).
 
-    Raises DataError if there is nothing to read or not enough for both sides of the split.
+    Raises DataError if something cannot be read, there is nothing, or not enough for both sides of the split.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -115,9 +115,12 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
     documents: dict[
         bytes, Document
     ] = {}  # by digest: the same text twice would otherwise be on both sides of the split
-    read = 0
+    read, binary = 0, 0
     for path in paths:
         text = _read_text(path, max_bytes - read)
+        if not text and path.stat().st_size:
+            binary += 1
+            log.debug("corpus left out file=%s", path)
         if read + len(text) > max_bytes:
             text = text[: max_bytes - read]
             log.warning("corpus cut source=%s kept_bytes=%d first_file_cut=%s", source, max_bytes, path)
@@ -128,6 +131,8 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
             documents[digest] = Document(digest, piece)
         if read >= max_bytes:
             break
+    if binary:
+        log.warning("corpus left out source=%s files=%d why=%s", source, binary, "they are not UTF-8 text")
     boundary = int(heldout_fraction * 2**64)
     held: list[Document] = []
     train: list[Document] = []
@@ -218,10 +223,19 @@ def _score(peer_id: str, digest: bytes) -> bytes:
 def _files(root: Path, skipped: Callable[[str], bool]) -> list[Path]:
     """All below `root`, sorted; without files and folders of skipped names, which may hold far more than all others."""
     found: list[Path] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not skipped(name)]
+    seen = {root.resolve()}  # links may lead back
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_unreadable):
+        inside = {name: Path(folder, name).resolve() for name in folders if not skipped(name)}
+        folders[:] = sorted(name for name, path in inside.items() if path not in seen)
+        seen.update(inside[name] for name in folders)
         found += [path for name in files if not skipped(name) and (path := Path(folder, name)).is_file()]
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(
+        f"cannot read {error.filename}: {error.strerror}", fix="make it readable or leave it out"
+    ) from error
 
 
 def _read_text(path: Path, most: int) -> bytes:
@@ -231,9 +245,7 @@ def _read_text(path: Path, most: int) -> bytes:
             head = file.read(SNIFFED_BYTES)
             text = b"" if 0 in head else head + file.read(max(0, most + 1 - len(head)))
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}", fix="make the file readable or leave it out"
-        ) from error
+        _unreadable(error)
     return text.replace(END_OF_DOCUMENT, b"")
 
 
