@@ -1,7 +1,7 @@
 """Text to train on: byte tokens, a held-out split that all peers agree on, and shards that do not overlap.
 
-A corpus is a list of documents: files, long ones cut at line ends. Each has a hash, and every decision below is a
-function of that hash alone, so peers agree without talking:
+A corpus is a list of documents: files, or lines of JSON Lines; long ones are cut at line ends. Each has a hash, and
+every decision below is a function of that hash alone, so peers agree without talking:
 
 - held out for evaluation: the documents whose hash falls into the lowest `heldout_fraction` of the hash space;
 - `shard(i, n)`: the others in hash order, cut into n runs of about equal bytes, for a known number of composers;
@@ -20,35 +20,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sysconfig
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...protocol.errors import ShoalError
+from .text_files import DOCUMENT_BYTES, DataError, files_in, pieces_of, read_text
 
 log = logging.getLogger(__name__)
 
 VOCAB_SIZE = 256
 END_OF_DOCUMENT = b"\0"
-DOCUMENT_BYTES = 256 * 1024  # longer files are cut, so that one large file can be split and sharded too
 MAX_CORPUS_BYTES = 1 << 30  # held in memory; what is beyond is left out with a warning
 STDLIB_SKIPPED = {"__pycache__", "dist-packages", "ensurepip", "idle_test", "site-packages", "test", "tests"}
-SNIFFED_BYTES = 4096  # a file with a zero byte among its first ones is not text
 
 Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.int32]
-
-
-class DataError(ShoalError):
-    """The corpus cannot be read or is too small."""
-
-    code = "SHOAL-231"
 
 
 @dataclass(frozen=True, order=True)
@@ -98,34 +89,35 @@ class Corpus:
 
 
 def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int = MAX_CORPUS_BYTES) -> Corpus:
-    """Reads `stdlib`, a text file, or a folder of text files (recursively; hidden and binary files are skipped).
+    """Reads `stdlib`, a file of text or JSON Lines, or a folder of them (recursively, without hidden or binary ones).
 
     Raises DataError if something cannot be read, there is nothing, or not enough for both sides of the split.
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        paths = [path for path in _files(root, STDLIB_SKIPPED.__contains__) if path.suffix == ".py"]
+        paths = [path for path in files_in(root, STDLIB_SKIPPED.__contains__) if path.suffix == ".py"]
     else:
         root = Path(source).expanduser()
         if not root.exists():
             raise DataError(
                 f"no text at {source!r}: it does not exist", fix="point --data at a text file or a folder of them"
             )
-        paths = [root] if root.is_file() else _files(root, lambda name: name.startswith("."))
+        paths = [root] if root.is_file() else files_in(root, lambda name: name.startswith("."))
     documents: dict[
         bytes, Document
     ] = {}  # by digest: the same text twice would otherwise be on both sides of the split
     read, binary = 0, 0
     for path in paths:
-        text = _read_text(path, max_bytes - read)
+        text = read_text(path, max_bytes - read)
         if not text and path.stat().st_size:
             binary += 1
             log.debug("corpus left out file=%s", path)
-        if read + len(text) > max_bytes:
+        whole = read + len(text) <= max_bytes
+        if not whole:
             text = text[: max_bytes - read]
             log.warning("corpus cut source=%s kept_bytes=%d first_file_cut=%s", source, max_bytes, path)
         read += len(text)
-        for number, piece in enumerate(_cut(text)):
+        for number, piece in enumerate(pieces_of(path, text, whole=whole)):
             named = f"{path.relative_to(root).as_posix()}#{number}".encode() if source == "stdlib" else piece
             digest = hashlib.blake2b(named, digest_size=16, person=b"shoal-doc").digest()
             documents[digest] = Document(digest, piece)
@@ -218,43 +210,3 @@ class Batches:
 
 def _score(peer_id: str, digest: bytes) -> bytes:
     return hashlib.blake2b(digest + peer_id.encode(), digest_size=8, person=b"shoal-route").digest()
-
-
-def _files(root: Path, skipped: Callable[[str], bool]) -> list[Path]:
-    """All below `root`, sorted; without files and folders of skipped names, which may hold far more than all others."""
-    found: list[Path] = []
-    seen = {root.resolve()}  # links may lead back
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_unreadable):
-        inside = {name: Path(folder, name).resolve() for name in folders if not skipped(name)}
-        folders[:] = sorted(name for name, path in inside.items() if path not in seen)
-        seen.update(inside[name] for name in folders)
-        found += [path for name in files if not skipped(name) and (path := Path(folder, name)).is_file()]
-    return sorted(found)
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise DataError(
-        f"cannot read {error.filename}: {error.strerror}", fix="make it readable or leave it out"
-    ) from error
-
-
-def _read_text(path: Path, most: int) -> bytes:
-    """The file's bytes, or `most` of them and one more; none if it is binary. It may be larger than memory."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(SNIFFED_BYTES)
-            text = b"" if 0 in head else head + file.read(max(0, most + 1 - len(head)))
-    except OSError as error:
-        _unreadable(error)
-    return text.replace(END_OF_DOCUMENT, b"")
-
-
-def _cut(text: bytes) -> Iterator[bytes]:
-    """Pieces of at most DOCUMENT_BYTES, ending at line ends where there are any."""
-    start = 0
-    while start < len(text):
-        end = start + DOCUMENT_BYTES
-        if end < len(text):
-            end = text.rfind(b"\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from .data import VOCAB_SIZE, DataError, Document, Tokens
+from .data import VOCAB_SIZE, Document, Tokens
+from .text_files import DataError
 
 TOGETHER = 8  # documents: what is known of their tokens while they are made takes a hundred times their bytes
 

@@ -15,7 +15,8 @@ from ...protocol.experts.handles import key_digest
 from ...protocol.identity import Identity
 from ..config import PeerConfig
 from ..errors import ConfigError
-from ..learning.data import VOCAB_SIZE, DataError
+from ..learning.data import VOCAB_SIZE
+from ..learning.text_files import DataError
 from ..model.families import about_the_model
 from ..model.init import built_expert_shape, has_selection_biases
 from ..model.presets import preset

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from shoal.node.learning.data import DataError, Document
+from shoal.node.learning.data import Document
+from shoal.node.learning.text_files import DataError
 from shoal.node.learning.tokenizer import Encoder, byte_tokenizer, read_tokenizer
 
 TOKENIZER = byte_tokenizer(16).backend_tokenizer.to_str().encode()
