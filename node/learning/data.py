@@ -4,9 +4,8 @@ A corpus is a list of documents: files, or lines of JSON Lines; long ones are cu
 every decision below is a function of that hash alone, so peers agree without talking:
 
 - held out for evaluation: the documents whose hash falls into the lowest `heldout_fraction` of the hash space;
-- `shard(i, n)`: the others in hash order, cut into n runs of about equal bytes, for a known number of composers;
-- `routed(me, peers)`: each document to the composer with the highest hash of (composer, document), for composers that
-  come and go: one that leaves gives its documents to the others, who otherwise keep theirs.
+- `shard(i, n)`: the others in hash order, cut into n runs of about equal bytes, for a known number of composers. Those
+  who take all of it draw their windows by a seed of their own.
 
 The standard library's documents are hashed by their name, because peers may run different Python versions and a file
 edited between two of them must stay on one side of the split. A peer's own documents are hashed by content: names
@@ -21,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sysconfig
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -76,12 +75,6 @@ class Corpus:
                 chosen.append(document)
             start += len(document.text)
         return (encode or tokens_of)(chosen)
-
-    def routed(self, me: str, peers: Collection[str], encode: Encode | None = None) -> Tokens:
-        """Training tokens of composer `me` among the live composers `peers` (peer ids; `me` is counted in)."""
-        composers = sorted({me, *peers})
-        mine = [d for d in self.train if max(composers, key=lambda p: _score(p, d.digest)) == me]
-        return (encode or tokens_of)(mine)
 
     def heldout(self, windows: int, context_length: int, seed: int = 0, encode: Encode | None = None) -> torch.Tensor:
         """The fixed evaluation set, (windows, context_length) int64: equal on every peer with this corpus and seed."""
@@ -206,7 +199,3 @@ class Batches:
     def load_state_dict(self, state: BatchesState) -> None:
         """Continues from a `state_dict`. If the text has changed since, the windows differ and nothing else does."""
         self.seed, self.position = state["seed"], state["position"]
-
-
-def _score(peer_id: str, digest: bytes) -> bytes:
-    return hashlib.blake2b(digest + peer_id.encode(), digest_size=8, person=b"shoal-route").digest()

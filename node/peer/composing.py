@@ -375,12 +375,9 @@ class ComposerPeer:
             end = manifest.model.config.get("eos_token_id")
             encode = Encoder(seed.store.need(TOKENIZER), end, progress=self.state.beat)
         corpus = load_corpus(self.config.data if self.config.data != "stdlib" else manifest.data.corpus)
-        if self.config.data_shard is not None:
-            tokens = corpus.shard(*self.config.data_shard, encode)
-        else:
-            tokens = corpus.routed(self.identity.peer_id, (), encode)
+        index, num_shards = self.config.data_shard or (0, 1)
         return Batches(
-            tokens,
+            corpus.shard(index, num_shards, encode),
             manifest.train.batch_size,
             manifest.data.context_length,
             seed=seed_of_peer(self.identity.peer_id, self.facts.run_id),

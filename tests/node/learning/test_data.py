@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shoal.node.learning import data
-from shoal.node.learning.data import Batches, Corpus, DataError, Document, load_corpus
+from shoal.node.learning.data import Batches, Corpus, DataError, load_corpus
 from shoal.node.learning.text_files import DOCUMENT_BYTES
 from shoal.node.learning.tokenizer import byte_tokenizer
 
@@ -19,11 +19,6 @@ from shoal.node.learning.tokenizer import byte_tokenizer
 @pytest.fixture(scope="module")
 def stdlib() -> Corpus:
     return load_corpus("stdlib")
-
-
-def corpus_of(sizes: list[int]) -> Corpus:
-    documents = [Document(random.randbytes(16), bytes([i % 255 + 1]) * size) for i, size in enumerate(sizes)]
-    return Corpus("made", tuple(sorted(documents)), ())
 
 
 def test_stdlib_is_large_enough_and_split(stdlib: Corpus) -> None:
@@ -55,21 +50,6 @@ def test_shards_are_disjoint_complete_and_balanced(stdlib: Corpus) -> None:
     assert b"".join(s.tobytes() for s in shards) == data.tokens_of(stdlib.train).tobytes()
     longest = max(len(d.text) for d in stdlib.train)
     assert max(len(s) for s in shards) - min(len(s) for s in shards) <= 2 * longest + len(stdlib.train)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 6), st.integers(0, 5))
-def test_routing_gives_each_document_to_one_peer_and_moves_only_the_leavers(
-    sizes: list[int], num_peers: int, leaver: int
-) -> None:
-    corpus = corpus_of(sizes)
-    peers = [f"peer{i}" for i in range(num_peers)]
-    total = len(data.tokens_of(corpus.train))
-    before = {p: corpus.routed(p, peers).tobytes().split(b"\0") for p in peers}
-    assert sum(sum(len(t) + 1 for t in texts[:-1]) for texts in before.values()) == total
-    remaining = [p for i, p in enumerate(peers) if i != leaver % num_peers]
-    for peer in remaining:
-        assert set(before[peer]) <= set(corpus.routed(peer, remaining).tobytes().split(b"\0"))
 
 
 def test_batches_resume_exactly(stdlib: Corpus) -> None:
