@@ -190,21 +190,6 @@ def lookup_trits(packed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return _table(packed.device, dtype).index_select(0, packed.int()).view(-1)[:size]
 
 
-def packed_matmul(x_ND: Tensor, packed: Tensor, scales_M: Tensor) -> Tensor:
-    """y (N, M) = x (diag(s) C)ᵀ in the dtype of x, scales applied to the product, where they cost N M and not M D.
-
-    The reference for kernels that unpack on the fly; this one unpacks all of C first. `packed` must be good bytes.
-
-    Raises:
-        ValueError: the number of bytes is not that of an M x D matrix.
-    """
-    rows, columns = len(scales_M), x_ND.shape[1]
-    if tuple(packed.shape) != (packed_nbytes(rows * columns),):
-        raise ValueError(f"{tuple(packed.shape)} bytes are not the trits of a {rows} x {columns} matrix")
-    codes = lookup_trits(packed, rows * columns, x_ND.dtype).view(rows, columns)
-    return (x_ND @ codes.t()) * scales_M.to(x_ND.dtype)
-
-
 @cache
 def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
     """(243, 5): the codes in every byte."""

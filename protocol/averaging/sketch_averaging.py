@@ -128,10 +128,6 @@ class SketchAverager(Averager):
             receiver=owner,
         )
 
-    def abandon_interval(self, slot: int, interval: int) -> None:
-        """Stop looking for members, e.g. because the slot has changed hands; the outcome is then NO_GROUP."""
-        self.abandon(self._round(slot, interval))
-
     def _round(self, slot: int, interval: int) -> int:
         if not 0 <= slot < self.num_slots or not 0 <= interval < MAX_ROUND // self.num_slots:
             raise ValueError(f"no slot {slot} of {self.num_slots}, or no interval {interval}")

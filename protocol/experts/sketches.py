@@ -320,10 +320,6 @@ class SenderRate:
         self._failures = 0  # in a row
         self._paused_until = -math.inf
 
-    def budget_rows(self, wanted: int) -> int:
-        """How many of `wanted` rows to send now; at least one if there are any."""
-        return math.ceil(wanted * self.share)
-
     def ready(self, now: float) -> bool:
         """Whether to send at all. Rows go on being collected while not."""
         return now >= self._paused_until

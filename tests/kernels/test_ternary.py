@@ -17,7 +17,6 @@ from shoal.kernels.ternary import (
     TernaryExpert,
     masters_from,
     pack_trits,
-    packed_matmul,
     packed_nbytes,
     straight_through,
     ternarise,
@@ -148,24 +147,6 @@ def test_bad_bytes_of_a_matrix_are_refused() -> None:
         Ternary.from_bytes(data[:cut] + bytes(6), 3, 7)
     with pytest.raises(ValueError, match="scale is zero"):
         Ternary.from_bytes(bytes(cut) + data[cut:], 3, 7)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
-)
-def test_matmul_on_packed_weights(dtype: torch.dtype, tolerance: float) -> None:
-    """Against float64 products of the unpacked matrix; the error is relative to the product of magnitudes."""
-    for _ in range(10):
-        ternary = ternarise(matrix())
-        columns = ternary.codes.shape[1]
-        x = torch.randn(random.randint(0, 9), columns, dtype=dtype)
-        got = packed_matmul(x, pack_trits(ternary.codes), ternary.scales)
-        dense = ternary.dense(torch.float64)
-        assert got.dtype == dtype
-        bound = tolerance * (x.double().abs() @ dense.abs().t()) + 1e-30
-        assert bool(((got.double() - x.double() @ dense.t()).abs() <= bound).all())
-    with pytest.raises(ValueError, match="trits"):
-        packed_matmul(torch.randn(2, columns + 5), pack_trits(ternary.codes), ternary.scales)
 
 
 @settings(deadline=None, max_examples=60)

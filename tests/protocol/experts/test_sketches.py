@@ -293,21 +293,20 @@ def test_two_threads_lose_nothing() -> None:
 
 def test_a_sender_follows_what_the_owner_says(rng: random.Random) -> None:
     rate = SenderRate(rng)
-    assert rate.budget_rows(1000) == 1000
+    assert rate.share == pytest.approx(1)
     rate.replied(SketchReply(0.8, 1), 0.0)
-    assert rate.budget_rows(1000) == 800
+    assert rate.share == pytest.approx(0.8)
     rate.replied(SketchReply(0.0, 1), 0.0)
-    assert rate.budget_rows(1000) == 400  # by half at most
+    assert rate.share == pytest.approx(0.4)  # by half at most
     rate.replied(SketchReply(0.42, 1), 0.0)
-    assert rate.budget_rows(1000) == 420  # not beyond it
+    assert rate.share == pytest.approx(0.42)  # not beyond it
     rate.replied(SketchReply(1.0, 1, ((3, "stale-epoch"),)), 0.0)
-    assert rate.budget_rows(1000) == pytest.approx(420 + 1000 / 16, abs=1)
+    assert rate.share == pytest.approx(0.42 + 1 / 16)
     rate.replied(SketchReply(1.0, 1, ((3, "busy"),)), 0.0)
     assert rate.share < 0.25
     for _ in range(100):
         rate.replied(SketchReply(0.0, 1), 0.0)
     assert rate.share == MIN_SHARE
-    assert (rate.budget_rows(10), rate.budget_rows(0)) == (1, 0)
     for _ in range(16):
         rate.replied(SketchReply(1.0, 1), 0.0)
     assert rate.share == 1.0
@@ -342,7 +341,7 @@ def test_senders_share_a_slow_owner_fairly_and_use_it(rng: random.Random) -> Non
         for name in rng.sample(names, len(names)):
             if not rates[name].ready(now):
                 continue
-            count = rates[name].budget_rows(wanted)
+            count = math.ceil(wanted * rates[name].share)
             taken = queue.offer(name, (name, count), count, now)
             rates[name].replied(SketchReply(queue.rate(), int(taken), () if taken else ((3, "busy"),)), now)
         for name, count in queue.take(capacity):
@@ -356,7 +355,7 @@ def test_senders_share_a_slow_owner_fairly_and_use_it(rng: random.Random) -> Non
     for turn in range(1000, 1100):
         for name in names:
             if rates[name].ready(float(turn)):
-                queue.offer(name, (name, 1), rates[name].budget_rows(wanted), float(turn))
+                queue.offer(name, (name, 1), math.ceil(wanted * rates[name].share), float(turn))
                 rates[name].replied(SketchReply(queue.rate(), 1), float(turn))
                 queue.take()
     assert all(rate.share == 1.0 for rate in rates.values())
