@@ -34,6 +34,7 @@ from ..storage.blobs import fragment_from_bytes
 log = get_logger(__name__)
 
 FETCH_SECONDS = 60.0
+HEADER_BYTES = 4096
 REPEAT_SECONDS = 0.5
 # Composers that came back from disk with different rounds have no quorum for any; this long they look for one.
 SPLIT_SECONDS = 30.0
@@ -78,6 +79,10 @@ class CommonState:
     def next_round(self, index: int) -> int:
         """The number of a fragment's round to come."""
         return next_round(index, self.held[index].round, len(self.held))
+
+    def max_bytes(self, index: int) -> int:
+        """A fragment's state as it travels is no larger; 0 if there is no such fragment."""
+        return 8 * self._fragments[index].numel + HEADER_BYTES if index < len(self._fragments) else 0
 
     @property
     def shunned(self) -> frozenset[str]:
@@ -193,7 +198,7 @@ class CommonState:
                 resource = await self._links.fetch(
                     peer,
                     resources.backbone(index),
-                    max_bytes=8 * numel + 4096,
+                    max_bytes=self.max_bytes(index),
                     deadline_seconds=FETCH_SECONDS,
                     begun=begun,
                 )
