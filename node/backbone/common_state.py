@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ log = get_logger(__name__)
 
 FETCH_SECONDS = 60.0
 HEADER_BYTES = 4096
+# What one of several backers has for sending a state, before another goes on with it; twice as long each time that none
+# of them was done. A fetch alone waits for an hour for what comes slowly enough.
+BACKER_SECONDS = 30.0
 REPEAT_SECONDS = 0.5
 # Composers that came back from disk with different rounds have no quorum for any; this long they look for one.
 SPLIT_SECONDS = 30.0
@@ -72,6 +76,7 @@ class CommonState:
         self._links, self._trainer, self._fragments = links, trainer, fragments
         self._proposals: dict[int, _Proposal] = {}  # by fragment: voted for, not committed yet
         self._downloads: dict[int, Download] = {}  # by fragment: what came of one that was not finished
+        self._patience: dict[int, float] = {}  # by fragment: seconds for one of several backers
         self._split_since: dict[int, float] = {}  # by fragment: monotonic seconds
         self._attested = -math.inf  # monotonic seconds; when own votes were last repeated
         links.state.set_held((state.round, state.digest) for state in held)
@@ -189,25 +194,33 @@ class CommonState:
     async def fetch_fragment(self, index: int, wanted: Held, backers: Sequence[str]) -> bool:
         """Download one fragment's common state from any of `backers`; whoever sends another digest is passed over.
 
-        What one of them sent before it went away is gone on with at the next, and at the next call.
+        They are asked in any order, so that one that is slow does not hold up all. What one of them sent before it went
+        away, or another's turn came, is gone on with at the next, and at the next call.
         """
         numel = self._fragments[index].numel
         begun = self._downloads.setdefault(index, Download())
-        for peer in backers:
+        patience = self._patience.get(index, BACKER_SECONDS) if len(backers) > 1 else None
+        for peer in random.sample(backers, len(backers)):
             try:
-                resource = await self._links.fetch(
-                    peer,
-                    resources.backbone(index),
-                    max_bytes=self.max_bytes(index),
-                    deadline_seconds=FETCH_SECONDS,
-                    begun=begun,
-                )
+                async with asyncio.timeout(patience):
+                    resource = await self._links.fetch(
+                        peer,
+                        resources.backbone(index),
+                        max_bytes=self.max_bytes(index),
+                        deadline_seconds=FETCH_SECONDS,
+                        begun=begun,
+                    )
                 begun.restart()
                 fragment, momentum = fragment_from_bytes(resource.data, numel)
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.info("outer.fetch_failed", fragment=index, peer=peer, error=str(error))
                 continue
+            except TimeoutError:
+                log.info("outer.fetch_slow", fragment=index, peer=peer, nbytes=len(begun.data))
+                self._patience[index] = 2 * (patience or BACKER_SECONDS)
+                continue
             if digest_of(fragment, momentum) == wanted.digest:
+                self._patience.pop(index, None)
                 await self._commit(index, wanted, fragment, momentum)
                 return True
         return False
