@@ -78,6 +78,7 @@ class CommonState:
         self._downloads: dict[int, Download] = {}  # by fragment: what came of one that was not finished
         self._patience: dict[int, float] = {}  # by fragment: seconds for one of several backers
         self._split_since: dict[int, float] = {}  # by fragment: monotonic seconds
+        self._reminded: list[set[str]] = [set() for _ in held]  # by fragment, of the state that is held now
         self._attested = -math.inf  # monotonic seconds; when own votes were last repeated
         links.state.set_held((state.round, state.digest) for state in held)
 
@@ -117,6 +118,15 @@ class CommonState:
             latest = held if proposal is None else proposal.held
             if latest.round >= 0:
                 self._links.spawn(self._vote(index, latest))
+
+    def remind(self, peer: str, index: int) -> None:
+        """Repeat the vote for what is held of a fragment for one who has missed it; once for each state.
+
+        Should that be lost too, it will be repeated for everybody before long.
+        """
+        if peer not in self._reminded[index]:
+            self._reminded[index].add(peer)
+            self.repeat_votes()
 
     async def _vote(self, index: int, held: Held) -> None:
         now = self._links.clock()
@@ -234,6 +244,7 @@ class CommonState:
             self._links.state.set_held((held.round, held.digest) for held in self.held)
 
         await asyncio.wrap_future(self._trainer.ask(commit))
+        self._reminded[index].clear()
         proposal = self._proposals.get(index)
         if proposal is not None and proposal.held.round <= state.round:
             del self._proposals[index]

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from loopback import Loopback, loopback
 from shoal.node.backbone import common_state
+from shoal.node.backbone.common_state import Held
+from shoal.protocol.messages import RoundOpen
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import manifest_of
 
@@ -49,3 +51,28 @@ def test_one_slow_backer_does_not_hold_up_who_has_others(swarm: Loopback, monkey
             break
     assert first == {"slow", "quick"}, "always the same one is asked first"
     assert not behind.common._patience, "whoever is next is not waited for longer"
+
+
+def test_nobody_can_have_others_repeat_their_votes_again_and_again(swarm: Loopback) -> None:
+    """Each repetition goes to everybody, by gossip and through the directory."""
+    victim, missing, other = swarm.peers
+    common, loop = victim.common, swarm.network.loop
+    common.held[0] = Held(4, common.held[0].digest)
+    opening = RoundOpen(round=2, attempt=0, fragment=0, step=1)
+    heard: set[float] = set()
+
+    def hear() -> bool:
+        vote = other.links.directory.view().votes.get(0, {}).get(victim.peer_id)
+        heard.update([] if vote is None else [vote.issued_at])
+        return bool(heard)
+
+    loop.call_soon_threadsafe(victim.outer.on_round_open, missing.peer_id, opening)
+    swarm.until(hear, "who has missed a commit is told")
+    for _ in range(10):
+        time.sleep(common_state.REPEAT_SECONDS / 2)
+        loop.call_soon_threadsafe(victim.outer.on_round_open, missing.peer_id, opening)
+        hear()
+    assert len(heard) == 1
+    then = min(heard)
+    loop.call_soon_threadsafe(victim.outer.on_round_open, other.peer_id, opening)
+    swarm.until(lambda: hear() and max(heard) > then, "somebody else is told, too")
