@@ -69,6 +69,7 @@ class Links:
         self._send = send
         self._dialling: dict[str, trio.Lock] = {}  # of peers that somebody dials or waits to dial
         self._kept: dict[str, list[Multiaddr]] = {}
+        self._staying: set[str] = set()  # whom a task keeps connected; it ends some time after they are forgotten
         self._changed: dict[str, trio.Event] = {}
         self._up: set[str] = set()
         self._swarm.register_notifee(self)
@@ -78,9 +79,9 @@ class Links:
 
     def keep(self, peer_id: str, addrs: list[Multiaddr]) -> None:
         """Stay connected to this peer from now on."""
-        known = peer_id in self._kept
         self._kept[peer_id] = addrs
-        if not known:
+        if peer_id not in self._staying:
+            self._staying.add(peer_id)
             self._nursery.start_soon(self._stay_connected, peer_id)
 
     async def forget(self, peer_id: str) -> None:
@@ -152,6 +153,7 @@ class Links:
                 with trio.move_on_after(pause * random.uniform(0.5, 1.0)):
                     await self._changed.setdefault(peer_id, trio.Event()).wait()
                 pause = min(2 * pause, self._limits.redial_max_seconds)
+        self._staying.discard(peer_id)
 
     def _wake(self, peer_id: str) -> None:
         event = self._changed.pop(peer_id, None)

@@ -22,6 +22,11 @@ def test_nothing_is_kept_of_peers_once_dialled(found: dict[str, Any]) -> None:
     assert found["locks"] == 0
 
 
+def test_a_peer_that_is_forgotten_and_kept_again_is_dialled_by_one_task(found: dict[str, Any]) -> None:
+    assert found["dialling"] == 1
+    assert found["after"] == 0
+
+
 async def _main() -> None:
     import trio
     from libp2p import new_host
@@ -50,6 +55,17 @@ async def _main() -> None:
             for peer in 2 * peers:
                 dialling.start_soon(dial, links, peer)
         result["locks"] = len(links._dialling)
+
+        for _ in range(5):
+            links.keep(peers[0], [nobody])
+            await trio.lowlevel.checkpoint()
+            await links.forget(peers[0])
+        links.keep(peers[0], [nobody])
+        await trio.sleep(1.0)
+        result["dialling"] = sum("_stay_connected" in task.name for task in nursery.child_tasks)
+        await links.forget(peers[0])
+        await trio.sleep(1.0)
+        result["after"] = sum("_stay_connected" in task.name for task in nursery.child_tasks)
         print(json.dumps(result), flush=True)
         nursery.cancel_scope.cancel()
 
