@@ -9,6 +9,7 @@ from functools import partial
 from ...protocol import resources
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused
 from ...protocol.transport.downloads import Download
+from ...protocol.transport.fetches import Turns
 from ..logs import get_logger
 from ..peer.links import Links
 from .store import SeedMissing, SeedStore
@@ -25,6 +26,7 @@ async def fetch_parts(
     links: Links,
     store: SeedStore,
     wanted: Callable[[], Collection[int]],
+    turns: Turns,
     *,
     max_bytes: int,
     seconds: float,
@@ -34,6 +36,7 @@ async def fetch_parts(
 
     Args:
         wanted: numbers of parts; called once the index is there.
+        turns: one at a time for each digest. Slots may have equal parts, and their owner wants all of them at once.
         max_bytes: of a part.
         seconds: how long to look for somebody who has one that is missing, since the last byte came.
         progress: told parts here, and how many are wanted.
@@ -46,8 +49,9 @@ async def fetch_parts(
     numbers = sorted(wanted())
     for done, number in enumerate(numbers):
         progress(done, len(numbers))
-        if not store.has(number):
-            await _from_anybody(links, resources.seed(number), partial(store.put, number), max_bytes, seconds)
+        async with turns.take(store.name(number)):
+            if not store.has(number):
+                await _from_anybody(links, resources.seed(number), partial(store.put, number), max_bytes, seconds)
 
 
 async def _from_anybody(

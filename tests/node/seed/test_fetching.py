@@ -1,0 +1,63 @@
+"""Parts of a seed, fetched by a peer from others over real streams."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from loopback import Loopback, loopback
+from shoal.node.seed.fetching import fetch_parts
+from shoal.node.seed.store import SeedStore, write_part
+from shoal.protocol import resources
+from shoal.protocol.transport.downloads import FetchQuery, Resource
+from shoal.protocol.transport.fetches import Turns
+from tiny import manifest_of
+
+EQUAL = [os.urandom(3_000_000)] * 4  # a dense model's experts begin as copies of one
+PARTS = [*EQUAL, b"another"]
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
+    with loopback(tmp_path_factory.mktemp("swarm"), manifest_of(), 3) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def founder(tmp_path_factory: pytest.TempPathFactory) -> SeedStore:
+    folder = tmp_path_factory.mktemp("founder")
+    start = write_part(folder, msgspec.msgpack.encode([write_part(folder, part) for part in PARTS]))
+    return SeedStore(folder, start.hex())
+
+
+def test_equal_parts_are_fetched_once_by_all_who_want_them_at_the_same_time(
+    swarm: Loopback, founder: SeedStore, tmp_path: Path
+) -> None:
+    asked = Counter[str]()
+
+    async def answer(query: FetchQuery) -> Resource | None:
+        asked[query.resource] += 1
+        if query.resource == resources.seed_index():
+            return Resource(founder.index_bytes() or b"")
+        return Resource(founder.need(int(query.resource.split("/")[1])))
+
+    joiner, *holders = swarm.peers
+    for holder in holders:
+        holder.links.transport.serve(answer)
+    store, turns = SeedStore(tmp_path / "joiner", founder.start), Turns(1)
+
+    async def fetch(*numbers: int) -> None:
+        await fetch_parts(joiner.links, store, lambda: numbers, turns, max_bytes=4_000_000, seconds=10.0)
+
+    async def claim_all() -> None:
+        await fetch()  # the index
+        await asyncio.gather(*map(fetch, range(len(EQUAL))))
+
+    swarm.call(claim_all())
+    assert [store.need(number) for number in range(len(EQUAL))] == EQUAL
+    assert asked.total() == 2, asked
