@@ -18,6 +18,9 @@ log = get_logger(__name__)
 
 FETCH_SECONDS = 60.0  # and as long as the bytes take
 PAUSE_SECONDS = 1.0
+# What one of several holders has for sending a part, before another goes on with it; twice as long each time that none
+# of them was done.
+HOLDER_SECONDS = 30.0
 INDEX_BYTES = 1 << 20
 HOLDERS = ("bootstrap", "composer")
 
@@ -44,20 +47,21 @@ async def fetch_parts(
     Raises:
         SeedMissing: nobody gave one that is what the manifest says.
     """
+    slow: set[str] = set()  # asked last from now on
     if store.digests is None:
-        await _from_anybody(links, resources.seed_index(), store.put_index, INDEX_BYTES, seconds)
+        await _from_anybody(links, resources.seed_index(), store.put_index, INDEX_BYTES, seconds, slow)
     numbers = sorted(wanted())
     for done, number in enumerate(numbers):
         progress(done, len(numbers))
         async with turns.take(store.name(number)):
             if not store.has(number):
-                await _from_anybody(links, resources.seed(number), partial(store.put, number), max_bytes, seconds)
+                await _from_anybody(links, resources.seed(number), partial(store.put, number), max_bytes, seconds, slow)
 
 
 async def _from_anybody(
-    links: Links, resource: str, keep: Callable[[bytes], bool], max_bytes: int, seconds: float
+    links: Links, resource: str, keep: Callable[[bytes], bool], max_bytes: int, seconds: float, slow: set[str]
 ) -> None:
-    deadline = links.loop.time() + seconds
+    deadline, patience = links.loop.time() + seconds, HOLDER_SECONDS
     begun = Download()
 
     def came(_got: int, _of: int) -> None:
@@ -68,18 +72,24 @@ async def _from_anybody(
     while True:
         holders = [p for p, r in links.view().peers.items() if p != links.peer_id and r.role in HOLDERS]
         # Spread over those who have it, and ask the same one as last time for the next part.
-        for peer in sorted(holders, key=lambda peer: (hash((links.peer_id, peer)), peer)):
+        for peer in sorted(holders, key=lambda peer: (peer in slow, hash((links.peer_id, peer)), peer)):
             try:
-                got = await links.fetch(
-                    peer, resource, max_bytes=max_bytes, deadline_seconds=FETCH_SECONDS, progress=came, begun=begun
-                )
+                async with asyncio.timeout(patience if len(holders) > 1 else None):
+                    got = await links.fetch(
+                        peer, resource, max_bytes=max_bytes, deadline_seconds=FETCH_SECONDS, progress=came, begun=begun
+                    )
                 begun.restart()
+            except TimeoutError:
+                log.info("seed.slow", peer=peer, part=resource, nbytes=len(begun.data))
+                slow.add(peer)
+                continue
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.debug("seed.not_given", peer=peer, part=resource, error=str(error))
                 continue
             if await asyncio.to_thread(keep, got.data):
                 return
             log.warning("seed.wrong", peer=peer, part=resource)
+        patience *= 2
         if links.loop.time() > deadline:
             raise SeedMissing(
                 f"no peer gave {resource} of the checkpoint that the run starts from",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from loopback import Loopback, loopback
+from shoal.node.seed import fetching
 from shoal.node.seed.fetching import fetch_parts
 from shoal.node.seed.store import SeedStore, write_part
 from shoal.protocol import resources
@@ -61,3 +63,32 @@ def test_equal_parts_are_fetched_once_by_all_who_want_them_at_the_same_time(
     swarm.call(claim_all())
     assert [store.need(number) for number in range(len(EQUAL))] == EQUAL
     assert asked.total() == 2, asked
+
+
+def test_one_slow_holder_does_not_keep_a_newcomer_from_beginning(
+    swarm: Loopback, founder: SeedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "HOLDER_SECONDS", 0.5)
+    joiner, *holders = swarm.peers
+    slow = min(holders, key=lambda holder: hash((joiner.peer_id, holder.peer_id)))  # the first to be asked
+    waited = 0
+
+    async def answer_slowly(query: FetchQuery) -> Resource | None:
+        nonlocal waited
+        waited += 1
+        await asyncio.sleep(20.0)
+        return None
+
+    async def answer(query: FetchQuery) -> Resource | None:
+        if query.resource == resources.seed_index():
+            return Resource(founder.index_bytes() or b"")
+        return Resource(founder.need(int(query.resource.split("/")[1])))
+
+    for holder in holders:
+        holder.links.transport.serve(answer_slowly if holder is slow else answer)
+    store, began = SeedStore(tmp_path / "joiner", founder.start), time.monotonic()
+    numbers = range(len(PARTS))
+    swarm.call(fetch_parts(joiner.links, store, lambda: numbers, Turns(1), max_bytes=4_000_000, seconds=10.0))
+    assert [store.need(number) for number in numbers] == PARTS
+    assert time.monotonic() - began < 10.0
+    assert waited == 1, "it is asked last from then on"
