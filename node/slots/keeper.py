@@ -43,6 +43,7 @@ from ..learning.owning import ExpertOwner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..peer.links import Links
+from ..seed.store import SeedMissing
 from ..standins.publishing import Published, Publishing
 from ..storage.blobs import from_bytes
 from ..watching.state import Count
@@ -185,7 +186,7 @@ class SlotKeeper(Generic[O]):
         async def guarded() -> None:
             try:
                 await work
-            except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
+            except (FetchFailed, PeerUnreachable, Refused, SeedMissing, TransportError, ValueError, OSError) as error:
                 log.warning("slot.attempt_failed", slot=slot, error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
             finally:

@@ -14,7 +14,7 @@ import pytest
 from loopback import Loopback, loopback
 from shoal.node.seed import fetching
 from shoal.node.seed.fetching import fetch_parts
-from shoal.node.seed.store import SeedStore, write_part
+from shoal.node.seed.store import SeedMissing, SeedStore, write_part
 from shoal.protocol import resources
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from shoal.protocol.transport.fetches import Turns
@@ -92,3 +92,24 @@ def test_one_slow_holder_does_not_keep_a_newcomer_from_beginning(
     assert [store.need(number) for number in numbers] == PARTS
     assert time.monotonic() - began < 10.0
     assert waited == 1, "it is asked last from then on"
+
+
+def test_a_slot_whose_first_experts_are_nowhere_to_be_had_is_tried_again(swarm: Loopback) -> None:
+    peer = swarm.peers[0]
+
+    async def missing(slot: int) -> None:
+        raise SeedMissing(f"no peer gave the experts of slot {slot}")
+
+    async def claim() -> list[BaseException | None]:
+        peer.keeper._spawn(1, peer.keeper._claim(1, 1))
+        assert 1 in peer.keeper._busy
+        tasks = list(peer.keeper._tasks)
+        await asyncio.wait(tasks)
+        return [task.exception() for task in tasks]
+
+    peer.exchange.fetch_first = missing
+    try:
+        assert swarm.call(claim()) == [None]
+    finally:
+        peer.exchange.fetch_first = None
+    assert 1 not in peer.keeper._busy
