@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ from ..storage.blobs import fragment_from_bytes
 log = get_logger(__name__)
 
 FETCH_SECONDS = 60.0
+HEADER_BYTES = 4096
+# What one of several backers has for sending a state, before another goes on with it; twice as long each time that none
+# of them was done. A fetch alone waits for an hour for what comes slowly enough.
+BACKER_SECONDS = 30.0
 REPEAT_SECONDS = 0.5
 # Composers that came back from disk with different rounds have no quorum for any; this long they look for one.
 SPLIT_SECONDS = 30.0
@@ -71,13 +76,19 @@ class CommonState:
         self._links, self._trainer, self._fragments = links, trainer, fragments
         self._proposals: dict[int, _Proposal] = {}  # by fragment: voted for, not committed yet
         self._downloads: dict[int, Download] = {}  # by fragment: what came of one that was not finished
+        self._patience: dict[int, float] = {}  # by fragment: seconds for one of several backers
         self._split_since: dict[int, float] = {}  # by fragment: monotonic seconds
+        self._reminded: list[set[str]] = [set() for _ in held]  # by fragment, of the state that is held now
         self._attested = -math.inf  # monotonic seconds; when own votes were last repeated
         links.state.set_held((state.round, state.digest) for state in held)
 
     def next_round(self, index: int) -> int:
         """The number of a fragment's round to come."""
         return next_round(index, self.held[index].round, len(self.held))
+
+    def max_bytes(self, index: int) -> int:
+        """A fragment's state as it travels is no larger; 0 if there is no such fragment."""
+        return 8 * self._fragments[index].numel + HEADER_BYTES if index < len(self._fragments) else 0
 
     @property
     def shunned(self) -> frozenset[str]:
@@ -107,6 +118,15 @@ class CommonState:
             latest = held if proposal is None else proposal.held
             if latest.round >= 0:
                 self._links.spawn(self._vote(index, latest))
+
+    def remind(self, peer: str, index: int) -> None:
+        """Repeat the vote for what is held of a fragment for one who has missed it; once for each state.
+
+        Should that be lost too, it will be repeated for everybody before long.
+        """
+        if peer not in self._reminded[index]:
+            self._reminded[index].add(peer)
+            self.repeat_votes()
 
     async def _vote(self, index: int, held: Held) -> None:
         now = self._links.clock()
@@ -184,25 +204,33 @@ class CommonState:
     async def fetch_fragment(self, index: int, wanted: Held, backers: Sequence[str]) -> bool:
         """Download one fragment's common state from any of `backers`; whoever sends another digest is passed over.
 
-        What one of them sent before it went away is gone on with at the next, and at the next call.
+        They are asked in any order, so that one that is slow does not hold up all. What one of them sent before it went
+        away, or another's turn came, is gone on with at the next, and at the next call.
         """
         numel = self._fragments[index].numel
         begun = self._downloads.setdefault(index, Download())
-        for peer in backers:
+        patience = self._patience.get(index, BACKER_SECONDS) if len(backers) > 1 else None
+        for peer in random.sample(backers, len(backers)):
             try:
-                resource = await self._links.fetch(
-                    peer,
-                    resources.backbone(index),
-                    max_bytes=8 * numel + 4096,
-                    deadline_seconds=FETCH_SECONDS,
-                    begun=begun,
-                )
+                async with asyncio.timeout(patience):
+                    resource = await self._links.fetch(
+                        peer,
+                        resources.backbone(index),
+                        max_bytes=self.max_bytes(index),
+                        deadline_seconds=FETCH_SECONDS,
+                        begun=begun,
+                    )
                 begun.restart()
                 fragment, momentum = fragment_from_bytes(resource.data, numel)
             except (FetchFailed, PeerUnreachable, Refused) as error:
                 log.info("outer.fetch_failed", fragment=index, peer=peer, error=str(error))
                 continue
+            except TimeoutError:
+                log.info("outer.fetch_slow", fragment=index, peer=peer, nbytes=len(begun.data))
+                self._patience[index] = 2 * (patience or BACKER_SECONDS)
+                continue
             if digest_of(fragment, momentum) == wanted.digest:
+                self._patience.pop(index, None)
                 await self._commit(index, wanted, fragment, momentum)
                 return True
         return False
@@ -216,6 +244,7 @@ class CommonState:
             self._links.state.set_held((held.round, held.digest) for held in self.held)
 
         await asyncio.wrap_future(self._trainer.ask(commit))
+        self._reminded[index].clear()
         proposal = self._proposals.get(index)
         if proposal is not None and proposal.held.round <= state.round:
             del self._proposals[index]

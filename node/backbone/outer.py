@@ -161,7 +161,7 @@ class OuterDriver:
         lane = self._lanes[fragment_of(message.round, parts)]
         number = self.common.next_round(lane.index)
         if message.round < number:
-            self.common.repeat_votes()  # its sender has missed a commit
+            self.common.remind(sender, lane.index)  # it has missed a commit
         elif message.round <= number + parts:
             lane.opened = max(lane.opened, message.round)
             known = lane.attempts.get(message.round, 0)

@@ -148,6 +148,8 @@ class Island(ABC):
                 self.threads, self._timeout_seconds, composer.menu.bases,
             )  # fmt: skip
             send(member.pipe, setup)
+        for member in self.members:  # the meeting would not notice that one has ended, and wait for it
+            self.hear(member)
         meet(0, self.size, port, composer.device, self._timeout_seconds)
         log.info("island.formed", size=self.size, devices=self._devices)
         return True

@@ -8,7 +8,7 @@ import torch
 
 from .forms import replica_of
 from .meeting import meet
-from .orders import Setup, receive, send
+from .orders import COME, Setup, receive, send
 
 
 def serve(pipe: Connection) -> None:
@@ -20,6 +20,7 @@ def serve(pipe: Connection) -> None:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     replica = replica_of(setup)
+    send(pipe, COME)
     meet(setup.rank, setup.size, setup.port, device, setup.timeout_seconds)
     try:
         while True:

@@ -19,6 +19,7 @@ from ..run.manifest import Manifest
 from .rows import Wanted
 
 Form = Literal["data", "learners", "pipeline"]
+COME = "come"  # a member's first message: its model is built
 
 
 @dataclass(frozen=True)

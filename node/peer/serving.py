@@ -17,7 +17,7 @@ from ..slots.handle_key import HOLDERS
 from ..storage.blobs import fragment_to_bytes
 from ..watching.state import Count
 from .links import Links
-from .sharing import Shared
+from .sharing import Room, Shared
 
 if TYPE_CHECKING:  # a bootstrap peer serves none of these: their imports would be most of its start
     from ..audits.audit_record import AuditDesk
@@ -35,6 +35,9 @@ _OF_SLOTS = {
     ResourceKind.SNAPSHOT, ResourceKind.WEIGHTS, ResourceKind.HANDOVER, ResourceKind.REBUILT, ResourceKind.STANDIN
 }  # fmt: skip
 _LARGE = _OF_SLOTS - {ResourceKind.HANDOVER} | {ResourceKind.BACKBONE, ResourceKind.LOCAL, ResourceKind.SEED}
+_WHOLE = {ResourceKind.SNAPSHOT, ResourceKind.WEIGHTS, ResourceKind.REBUILT}
+SERVED_BYTES = 1 << 30  # of whole slots that anybody reads, of handovers, and of all else; or one at a time of each
+COPIES_MADE = 2  # times its bytes a resource takes while it is made: tensors, their encoding, the message around them
 
 
 class Library:
@@ -44,6 +47,8 @@ class Library:
         self._links = links
         self._manifest = Resource(signed_manifest)
         self._shared = Shared(seconds=SHARED_SECONDS)
+        # Apart: who reads slots slowly must not keep newcomers from stand-ins, nor anybody from taking slots over.
+        self._slots, self._handovers, self._rest = Room(SERVED_BYTES), Room(SERVED_BYTES), Room(SERVED_BYTES)
         self.handle_key: bytes | None = None
         self.seed: SeedAtHome | None = None
         self._shelves: tuple[Trainer[Composer], CommonState, Exchange] | None = None
@@ -66,7 +71,9 @@ class Library:
         wanted = parse_resource(query.resource)
         if wanted.kind in _LARGE:
             key = wanted, self._version_of(wanted)
-            resource = await self._shared.get(key, lambda: self._find(wanted, query.peer_id))
+            resource = await self._shared.get(key, lambda: self._make(wanted, query.peer_id))
+        elif wanted.kind is ResourceKind.HANDOVER:
+            resource = await self._make(wanted, query.peer_id)
         else:
             resource = await self._find(wanted, query.peer_id)
         if resource is not None:
@@ -81,6 +88,25 @@ class Library:
             held = self._shelves[1].held
             return held[wanted.index] if wanted.index < len(held) else None
         return self._keeper.held.get(wanted.index) if wanted.kind in _OF_SLOTS and self._keeper is not None else None
+
+    async def _make(self, wanted: Wanted, requester: str) -> Resource | None:
+        """Of what is large, if there is room for it. Refused: come again."""
+        room = self._rest
+        if wanted.kind is ResourceKind.HANDOVER:
+            room = self._handovers
+        elif wanted.kind in _WHOLE:
+            room = self._slots
+        return await room.fill(COPIES_MADE * self._most_bytes(wanted), lambda: self._find(wanted, requester))
+
+    def _most_bytes(self, wanted: Wanted) -> int:
+        """A resource is no larger, as far as that is known before it is made."""
+        kind, index = wanted.kind, wanted.index
+        if kind is ResourceKind.SEED:
+            return 0 if self.seed is None or index is None else self.seed.store.nbytes(index)
+        if kind in _OF_SLOTS:
+            whole = 0 if self._keeper is None else self._keeper.max_slot_bytes
+            return whole // 4 if kind is ResourceKind.STANDIN else whole
+        return 0 if self._shelves is None or index is None else self._shelves[1].max_bytes(index)
 
     async def _find(self, wanted: Wanted, requester: str) -> Resource | None:
         kind, index = wanted.kind, wanted.index

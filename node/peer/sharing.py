@@ -1,4 +1,4 @@
-"""Resources that several peers fetch at the same time, made once."""
+"""What is made for peers that fetch: once for all who ask at the same time, and within a bound of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Hashable
 
+from ...protocol.errors import Refused
 from ...protocol.transport.downloads import Resource
 
 Make = Callable[[], Awaitable[Resource | None]]
@@ -46,4 +47,39 @@ class Shared:
             del self._making[key]
         if resource is not None:
             self._made[key] = now, weakref.ref(resource)
+        return resource
+
+
+class Room:
+    """Memory for what is made for others, and read by them. Whoever finds none is told to come again.
+
+    One that is alone always has room: whatever a peer holds, others can fetch it, if one at a time.
+
+    Args:
+        limit: bytes of all that is there at a time.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._reserved = 0  # of what is being made
+        self._made: list[tuple[weakref.ref[Resource], int]] = []  # the last reader may let go of one on any thread
+
+    @property
+    def taken(self) -> int:
+        """Bytes of what is being made, and of what somebody reads still."""
+        self._made = [(kept, size) for kept, size in self._made if kept() is not None]
+        return self._reserved + sum(size for _, size in self._made)
+
+    async def fill(self, size: int, make: Make) -> Resource | None:
+        """What `make` returns, which takes at most `size` bytes while it is made. Refused if there is no room."""
+        taken = self.taken
+        if taken and taken + size > self.limit:
+            raise Refused("busy", f"{taken} bytes are being served, {size} more are over {self.limit}")
+        self._reserved += size
+        try:
+            resource = await make()
+        finally:
+            self._reserved -= size
+        if resource is not None:
+            self._made.append((weakref.ref(resource), len(resource.data)))
         return resource

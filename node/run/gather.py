@@ -27,6 +27,8 @@ from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
 from ...protocol.experts.handles import Handles
 from ...protocol.identity import Identity
 from ...protocol.transport.client import Transport
+from ...protocol.transport.downloads import FetchEnded
+from ...protocol.transport.wire import Reason
 from ..config import PeerConfig
 from ..errors import RunNotFound
 from ..logs import get_logger
@@ -51,6 +53,7 @@ T = TypeVar("T")
 FIND_SECONDS = 60.0
 FETCH_SECONDS = 120.0
 ATTEMPTS = 4
+BUSY_SECONDS = 120.0  # an owner serves few whole slots at a time
 PAUSE_SECONDS = 1.0
 PARALLEL = 4
 
@@ -220,17 +223,19 @@ async def _fetch_all(links: Links, handles: Handles, progress: Callable[[str], N
 
 
 async def _retry(links: Links, fetch: Callable[[], Awaitable[T]]) -> T:
-    """A peer may leave or a round may be committed between two looks: look again."""
-    for attempt in range(1, ATTEMPTS + 1):
+    """A peer may leave or a round may be committed between two looks: look again. Who is busy is waited for."""
+    attempt, until = 0, links.loop.time() + BUSY_SECONDS
+    while True:
         try:
             return await fetch()
         except (FetchFailed, PeerUnreachable, Refused, ExportFailed) as error:
-            if attempt == ATTEMPTS:
+            busy = isinstance(error, FetchEnded) and error.reason is Reason.BUSY and links.loop.time() < until
+            attempt = max(1, attempt) if busy else attempt + 1
+            if attempt >= ATTEMPTS:
                 raise ExportFailed(f"a part of the model cannot be had: {error.cause}", fix=_WAIT) from error
             await asyncio.sleep(PAUSE_SECONDS * attempt)
             await links.directory.read()
             links.news.changed()
-    raise AssertionError("unreachable")
 
 
 _WAIT = "wait until the swarm has recovered (every slot owned, at least two composers or exactly one), then try again"

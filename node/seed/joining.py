@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from ...protocol.transport.fetches import Turns
 from ..model.init import backbone_shapes, expert_shape
 from ..model.start import Seeded, Start
 from ..peer.background import NetworkThread
@@ -30,6 +31,7 @@ class SeedAtHome:
         assert links.manifest.model.start
         self.store = SeedStore(folder, links.manifest.model.start)
         self._links, self._seconds = links, seconds
+        self._turns = Turns(1)
         self._max_bytes = max_part_bytes(links.manifest)
         self._num_slots = expert_shape(links.manifest.model).num_experts
 
@@ -55,7 +57,13 @@ class SeedAtHome:
 
     async def _fetch(self, parts: Callable[[], Collection[int]], progress: Callable[[int, int], None]) -> None:
         await fetch_parts(
-            self._links, self.store, parts, max_bytes=self._max_bytes, seconds=self._seconds, progress=progress
+            self._links,
+            self.store,
+            parts,
+            self._turns,
+            max_bytes=self._max_bytes,
+            seconds=self._seconds,
+            progress=progress,
         )
 
 

@@ -74,6 +74,21 @@ class SeedStore:
         digests = self.digests
         return digests is not None and number < len(digests) and self._path(digests[number]).exists()
 
+    def name(self, number: int) -> str:
+        """Hex sha256 of a part, which others may have too; empty if the index does not list it."""
+        digests = self.digests
+        return digests[number].hex() if digests is not None and number < len(digests) else ""
+
+    def nbytes(self, number: int) -> int:
+        """Of a part; 0 if it is not here."""
+        digests = self.digests
+        if digests is None or number >= len(digests):
+            return 0
+        try:
+            return self._path(digests[number]).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def part(self, number: int) -> bytes | None:
         """What is here of it: a damaged file is dropped, and None."""
         digests = self.digests

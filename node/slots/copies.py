@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
 from ...protocol.experts.ownership import Copy
 from ...protocol.messages import StandInSnapshot
+from ...protocol.transport.downloads import FetchEnded
+from ...protocol.transport.wire import Reason
 from ..logs import get_logger
 from ..storage.blobs import from_bytes, to_bytes
 from .slot_state import SlotTensors
@@ -27,6 +29,30 @@ class Snapshot:
     copy: Copy
     tensors: SlotTensors
     published: StandInSnapshot | None = None
+
+
+async def copy_from(
+    sources: Sequence[str], fetch: Callable[[str], Awaitable[Snapshot]], *, slot: int, seconds: float
+) -> Snapshot | None:
+    """The first copy that one of `sources` gives; None if none has one.
+
+    Those that are busy are asked again for so many seconds: without a copy the slot's learning is lost.
+    """
+    loop = asyncio.get_running_loop()
+    deadline, left = loop.time() + seconds, list(sources)
+    while left:
+        busy = []
+        for peer in left:
+            try:
+                return await fetch(peer)
+            except (FetchFailed, PeerUnreachable, Refused) as error:
+                log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
+                if isinstance(error, FetchEnded) and error.reason is Reason.BUSY:
+                    busy.append(peer)
+        left = busy if loop.time() < deadline else []
+        if left:
+            await asyncio.sleep(RETRY_SECONDS)
+    return None
 
 
 class CopyStore:

@@ -43,11 +43,12 @@ from ..learning.owning import ExpertOwner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..peer.links import Links
+from ..seed.store import SeedMissing
 from ..standins.publishing import Published, Publishing
 from ..storage.blobs import from_bytes
 from ..watching.state import Count
 from ..watching.state import Lease as LeaseSeen
-from .copies import RETRY_SECONDS, CopyStore, Snapshot
+from .copies import RETRY_SECONDS, CopyStore, Snapshot, copy_from
 from .slot_serving import SlotServing
 from .slot_state import SlotTensors
 
@@ -86,7 +87,7 @@ class SlotKeeper(Generic[O]):
         self.capacity = capacity
         self.num_slots = num_slots
         self._copies = CopyStore(folder, saved)
-        self._max_slot_bytes = max_slot_bytes
+        self.max_slot_bytes = max_slot_bytes
         self._rules = Rules(lease=links.manifest.ownership.lease_seconds)
         self._watch = Watch(links.peer_id)
         epochs = {slot: snapshot.copy.epoch for slot, snapshot in saved.items()}
@@ -185,7 +186,7 @@ class SlotKeeper(Generic[O]):
         async def guarded() -> None:
             try:
                 await work
-            except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
+            except (FetchFailed, PeerUnreachable, Refused, SeedMissing, TransportError, ValueError, OSError) as error:
                 log.warning("slot.attempt_failed", slot=slot, error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
             finally:
@@ -236,12 +237,9 @@ class SlotKeeper(Generic[O]):
             except (Refused, OSError) as error:
                 log.error("slot.copy_damaged", slot=slot, error=str(error))
                 self._copies.drop(slot)
-        for peer in action.sources if snapshot is None else ():
-            try:
-                snapshot = await self._fetch(peer, resources.snapshot(slot))
-                break
-            except (FetchFailed, PeerUnreachable, Refused) as error:
-                log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
+        if snapshot is None:
+            fetch = partial(self._fetch, resource=resources.snapshot(slot))
+            snapshot = await copy_from(action.sources, fetch, slot=slot, seconds=self._rules.lease)
         if snapshot is None:
             log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
             self._links.state.count(Count.LOST_SLOTS)
@@ -290,7 +288,7 @@ class SlotKeeper(Generic[O]):
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
         async with self._fetching_from.take(peer), self._fetching:
             got = await self._links.fetch(
-                peer, resource, max_bytes=self._max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS
+                peer, resource, max_bytes=self.max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS
             )
         state = await asyncio.to_thread(messages.decode, got.data, SlotState)
         tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))

@@ -32,6 +32,8 @@ class Limits:
     """The same from one peer, which serves no more: one that sends slowly must not hold up fetches from others."""
     min_fetch_bytes_per_second: int = 16_384
     """What we fetch may take as much longer than its deadline as it would at this rate."""
+    min_served_bytes_per_second: int = 16_384
+    """Who reads what we serve more slowly is cut off, as it holds its memory all the while."""
     max_call_bytes: int = 64 * 1024 * 1024
     """Largest body of a call, either way; a larger one is refused before a byte of it is read."""
     max_reply_bytes: int = 65_536

@@ -67,8 +67,9 @@ class Links:
         self._limits = limits
         self._nursery = nursery
         self._send = send
-        self._dialling: dict[str, trio.Lock] = {}
+        self._dialling: dict[str, trio.Lock] = {}  # of peers that somebody dials or waits to dial
         self._kept: dict[str, list[Multiaddr]] = {}
+        self._staying: set[str] = set()  # whom a task keeps connected; it ends some time after they are forgotten
         self._changed: dict[str, trio.Event] = {}
         self._up: set[str] = set()
         self._swarm.register_notifee(self)
@@ -78,9 +79,9 @@ class Links:
 
     def keep(self, peer_id: str, addrs: list[Multiaddr]) -> None:
         """Stay connected to this peer from now on."""
-        known = peer_id in self._kept
         self._kept[peer_id] = addrs
-        if not known:
+        if peer_id not in self._staying:
+            self._staying.add(peer_id)
             self._nursery.start_soon(self._stay_connected, peer_id)
 
     async def forget(self, peer_id: str) -> None:
@@ -91,20 +92,28 @@ class Links:
 
     async def dial(self, peer_id: str, addrs: list[Multiaddr]) -> None:
         """Connect unless connected. Raises Unreachable."""
-        async with self._dialling.setdefault(peer_id, trio.Lock()):
-            if self.is_connected(peer_id):
+        lock = self._dialling.setdefault(peer_id, trio.Lock())
+        try:
+            async with lock:
+                await self._dial(peer_id, addrs)
+        finally:
+            if not lock.locked() and self._dialling.get(peer_id) is lock:  # it passes at once to who waits
+                del self._dialling[peer_id]
+
+    async def _dial(self, peer_id: str, addrs: list[Multiaddr]) -> None:
+        if self.is_connected(peer_id):
+            return
+        causes = []
+        for addr in addrs:
+            try:
+                with trio.fail_after(self._limits.dial_seconds):
+                    await self._swarm.dial_addr(addr, ID.from_string(peer_id))
                 return
-            causes = []
-            for addr in addrs:
-                try:
-                    with trio.fail_after(self._limits.dial_seconds):
-                        await self._swarm.dial_addr(addr, ID.from_string(peer_id))
-                    return
-                except trio.TooSlowError:
-                    causes.append(f"{addr}: no answer within {self._limits.dial_seconds:g} s")
-                except BaseLibp2pError as error:
-                    causes.append(f"{addr}: {_root(error)}")
-            raise Unreachable("; ".join(causes) or "no address")
+            except trio.TooSlowError:
+                causes.append(f"{addr}: no answer within {self._limits.dial_seconds:g} s")
+            except BaseLibp2pError as error:
+                causes.append(f"{addr}: {_root(error)}")
+        raise Unreachable("; ".join(causes) or "no address")
 
     async def open(self, addrs: list[str], protocol: str) -> PeerStream:
         """A new stream to the peer at these addresses, dialled if need be.
@@ -144,6 +153,7 @@ class Links:
                 with trio.move_on_after(pause * random.uniform(0.5, 1.0)):
                     await self._changed.setdefault(peer_id, trio.Event()).wait()
                 pause = min(2 * pause, self._limits.redial_max_seconds)
+        self._staying.discard(peer_id)
 
     def _wake(self, peer_id: str) -> None:
         event = self._changed.pop(peer_id, None)

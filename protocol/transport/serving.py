@@ -1,7 +1,7 @@
 """Server side of `/shoal/fetch/1`, in the host process: admits streams, asks the trainer, pumps bytes.
 
-The trainer keeps the resource; chunks are pulled from it as fast as the peer takes them, two ahead, so a slow peer
-costs half a megabyte and a slot, and loses both when it stops taking bytes.
+The trainer keeps the resource; chunks are pulled from it as fast as the peer takes them, two ahead. A slow peer costs
+half a megabyte, a place, and the resource's memory unless others read it too; it loses them when it reads too slowly.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import trio
 from . import ipc, wire
 from .channel import Channel
 from .limits import Limits
+from .patience import Patience
 from .streams import PeerStream, StreamCut
 from .wire import Reason
 
 logger = logging.getLogger(__name__)
 
 _AHEAD = 2  # chunks asked of the trainer before the first of them is written
+_PATIENCE = 3  # deadlines of a read; the stream's window gives way in steps that take a slow peer most of one
 
 
 @dataclass
@@ -122,14 +124,19 @@ class Server:
         start = request.offset if same else 0
         await stream.write(wire.pack(wire.Header(offer.size, start, offer.digest, offer.meta)))
         asked = written = start
+        patience = Patience(_PATIENCE * self._limits.read_deadline_seconds, self._limits.min_served_bytes_per_second)
         while written < offer.size:
             while asked < offer.size and asked - written < _AHEAD * self._limits.chunk_bytes:
                 length = min(self._limits.chunk_bytes, offer.size - asked)
                 await self._channel.send(ipc.ServePull(id, asked, length))
                 asked += length
             chunk = await exchange.chunks[1].receive()
+            began = trio.current_time()
             await stream.write(chunk)
             written += len(chunk)
+            patience.took(len(chunk), trio.current_time() - began)
+            if patience.left < 0:
+                raise StreamCut("it reads too slowly")
         await stream.close()
 
     async def _refuse(self, stream: PeerStream, reason: Reason) -> None:

@@ -17,6 +17,7 @@ from .wire import LENGTH_BYTES, body_length
 
 _RESET_SECONDS = 5.0
 _CHECK_SECONDS = 1.0
+_PART_BYTES = 32_768  # written within a deadline; the peer's window may give way by four times as much at once
 _OVERDUE = "no progress in time"
 
 
@@ -69,15 +70,17 @@ class PeerStream:
         return await self._read_exactly(length, end)
 
     async def write(self, data: bytes) -> None:
-        """Raises StreamCut."""
-        self._arm()
-        try:
-            await self._stream.write(data)
-        except BaseLibp2pError as error:
-            raise StreamCut(self._why(error)) from error
-        finally:
-            self._deadline = math.inf
-        self.bytes_written += len(data)
+        """Every part of it has a deadline of its own. Raises StreamCut."""
+        for start in range(0, len(data), _PART_BYTES):
+            self._arm()
+            part = data[start : start + _PART_BYTES]
+            try:
+                await self._stream.write(part)
+            except BaseLibp2pError as error:
+                raise StreamCut(self._why(error)) from error
+            finally:
+                self._deadline = math.inf
+            self.bytes_written += len(part)
 
     async def close(self) -> None:
         """Finish writing politely."""

@@ -6,7 +6,10 @@ import copy
 import os
 import random
 import signal
+import time
+from multiprocessing.connection import Connection
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -15,6 +18,7 @@ from shoal.kernels.bases import Bases
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.island.merging import DataParallel
+from shoal.node.island.nursery import Nursery
 from shoal.node.learning.composer import Composer
 from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.start import Seeded
@@ -159,3 +163,29 @@ def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monke
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_member_that_ends_before_it_has_come_is_not_waited_for(
+    islands: list[Island], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose part does not fit its GPU ends so each time: the leader, and all who ask it, wait meanwhile."""
+    fork = Nursery.fork
+
+    def doomed(nursery: Nursery) -> tuple[psutil.Process, Connection]:
+        process, pipe = fork(nursery)
+        process.kill()
+        return process, pipe
+
+    many = together(tiny.manifest_of(), 2, random.randrange(1 << 30), owned={0})
+    island = many.island
+    assert island is not None
+    islands.append(island)
+    island._timeout_seconds = 40.0
+    fork(island.nursery())[0].kill()  # it has done its imports now
+    monkeypatch.setattr(Nursery, "fork", doomed)
+    began = time.monotonic()
+    report = many.train_step()
+    assert time.monotonic() - began < 20.0
+    assert not report.skipped
+    assert not island.together
+    assert many.step == 1

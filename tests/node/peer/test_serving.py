@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -134,6 +135,32 @@ def test_a_whole_model_is_gathered(swarm: Loopback, onlooker: Links) -> None:
             for layer, expert in enumerate(peer.composer.model.experts_of(slot)):
                 assert torch.equal(whole.slots[slot][f"{layer}.gate_up"], expert.gate_up)
                 assert torch.equal(whole.slots[slot][f"{layer}.down"], expert.down)
+
+
+def test_slots_that_many_ask_for_at_once_do_not_fill_the_memory(swarm: Loopback, onlooker: Links) -> None:
+    library, slots = swarm.peers[0].library, sorted(swarm.peers[0].keeper.held)
+    assert library is not None
+    assert len(slots) > 1
+
+    async def ask(slot: int) -> Resource | None:
+        assert library is not None
+        return await library.answer(FetchQuery(onlooker.peer_id, resources.snapshot(slot)))
+
+    async def all_at_once() -> list[Resource | BaseException | None]:
+        return await asyncio.gather(*map(ask, slots), return_exceptions=True)
+
+    limit, library._slots.limit = library._slots.limit, 1
+    try:
+        first, *others = swarm.call(all_at_once())
+        assert isinstance(first, Resource)
+        assert [isinstance(other, Refused) and other.reason for other in others] == ["busy"] * len(others)
+        assert fetched(swarm, onlooker, resources.snapshot(slots[0])) == first.data, "the same, once more"
+        assert fetched(swarm, onlooker, resources.standin(slots[0])), "there is room for other things"
+        del first, others
+        gc.collect()
+        assert fetched(swarm, onlooker, resources.snapshot(slots[1]))
+    finally:
+        library._slots.limit = limit
 
 
 @contextmanager

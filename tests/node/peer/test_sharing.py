@@ -7,7 +7,8 @@ import gc
 import weakref
 
 import pytest
-from shoal.node.peer.sharing import Shared
+from shoal.node.peer.sharing import Room, Shared
+from shoal.protocol.errors import Refused
 from shoal.protocol.transport.downloads import Resource
 
 
@@ -83,5 +84,59 @@ def test_an_error_is_everybodys_and_is_not_kept() -> None:
             await shared.get("a", fail)
         maker.may.set()
         assert await shared.get("a", maker) == Resource(b"1")
+
+    asyncio.run(scenario())
+
+
+def test_what_is_made_and_read_at_a_time_is_bounded() -> None:
+    async def scenario() -> None:
+        room, maker = Room(100), Maker()
+        making = [asyncio.ensure_future(room.fill(50, maker)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused) as refused:  # before anything is made
+            await room.fill(1, maker)
+        assert refused.value.reason == "busy"
+        maker.may.set()
+        read = await asyncio.gather(*making)
+        assert (room.taken, maker.made) == (2, 2), "what has been made takes no more than its bytes"
+        assert await room.fill(98, maker) == Resource(b"3")
+        with pytest.raises(Refused):
+            await room.fill(99, maker)
+        making.clear()
+        read.clear()
+        await asyncio.sleep(0)
+        gc.collect()
+        assert room.taken == 0
+
+    asyncio.run(scenario())
+
+
+def test_there_is_room_for_one_however_large() -> None:
+    async def scenario() -> None:
+        room, maker = Room(100), Maker()
+        maker.may.set()
+        read = await room.fill(1000, maker)
+        with pytest.raises(Refused):
+            await room.fill(1000, maker)
+        del read
+        gc.collect()
+        assert await room.fill(1000, maker) is not None
+
+    asyncio.run(scenario())
+
+
+def test_what_could_not_be_made_takes_no_room() -> None:
+    async def scenario() -> None:
+        async def fail() -> Resource | None:
+            raise ValueError("no")
+
+        async def nothing() -> Resource | None:
+            return None
+
+        room = Room(100)
+        with pytest.raises(ValueError, match="no"):
+            await room.fill(60, fail)
+        assert await room.fill(60, nothing) is None
+        assert room.taken == 0
 
     asyncio.run(scenario())

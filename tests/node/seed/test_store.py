@@ -29,12 +29,14 @@ def test_all_of_it_travels(founder: SeedStore, parts: list[bytes], tmp_path: Pat
     joiner = SeedStore(tmp_path / "joiner", founder.start)
     assert joiner.digests is None
     assert not joiner.has(0)
+    assert joiner.nbytes(0) == 0
     index = founder.index_bytes()
     assert index is not None
     assert joiner.put_index(index)
     for number, data in enumerate(parts):
         assert joiner.put(number, founder.need(number)) or joiner.has(number)
         assert joiner.part(number) == data
+        assert joiner.nbytes(number) == len(data)
     assert joiner.part(len(parts)) is None
     assert len(list((tmp_path / "joiner").iterdir())) == len(set(parts)) + 1, "equal parts lie there once"
     again = SeedStore(tmp_path / "joiner", founder.start)
@@ -54,6 +56,7 @@ def test_what_is_not_named_is_not_kept(founder: SeedStore, tmp_path: Path) -> No
     assert not joiner.put(1, founder.need(2))
     assert not joiner.put(99, b"anything")
     assert not joiner.has(1)
+    assert joiner.nbytes(1) == 0
     with pytest.raises(SeedMissing) as caught:
         joiner.need(1)
     assert caught.value.fix

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from shoal.node.slots import copies
-from shoal.node.slots.copies import CopyStore, Snapshot
+from shoal.node.slots.copies import CopyStore, Snapshot, copy_from
 from shoal.protocol.errors import Refused
 from shoal.protocol.experts.ownership import Copy
 from shoal.protocol.messages import StandInSnapshot
+from shoal.protocol.transport.downloads import FetchEnded
+from shoal.protocol.transport.wire import Reason
 
 
 def snapshot(epoch: int, version: int = 3) -> Snapshot:
@@ -153,5 +155,29 @@ def test_a_copy_that_is_replaced_while_it_is_read_is_not_taken_for_the_old_one(
             with pytest.raises(Refused, match="replaced"):
                 await loading
         assert equal(await store.load(2), snapshot(2))
+
+    asyncio.run(work())
+
+
+def test_whoever_is_busy_is_asked_again_before_a_slot_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "RETRY_SECONDS", 0.01)
+
+    async def work() -> None:
+        asked: list[str] = []
+
+        async def fetch(peer: str) -> Snapshot:
+            asked.append(peer)
+            if peer == "busy" and asked.count(peer) > 3:
+                return snapshot(4)
+            raise FetchEnded(Reason.BUSY if peer == "busy" else Reason.NOT_FOUND, "no")
+
+        found = await copy_from(["without", "busy"], fetch, slot=2, seconds=10.0)
+        assert found is not None
+        assert equal(found, snapshot(4))
+        assert asked == ["without", "busy", "busy", "busy", "busy"]
+        asked.clear()
+        assert await copy_from(["without"], fetch, slot=2, seconds=10.0) is None
+        assert await copy_from(["busy"], fetch, slot=2, seconds=0.0) is None
+        assert asked == ["without", "busy"], "not for ever"
 
     asyncio.run(work())

@@ -69,6 +69,54 @@ def test_a_deadline_waits_for_bytes_that_come_fast_enough(tmp_path: Path) -> Non
     run(scenario())
 
 
+def test_who_reads_as_slowly_as_is_allowed_is_not_cut_off(tmp_path: Path) -> None:
+    """A slot that trains is another one at each attempt: who is cut off again and again never gets it."""
+    limits = Limits(read_deadline_seconds=2.0, min_served_bytes_per_second=80_000)
+
+    async def scenario() -> None:
+        key = tmp_path / "server.key"
+        async with await Transport.start(identity_path=key, run_id="run", limits=limits) as server:
+            pace = Pace(tmp_path, Rates(down=90_000))
+            async with await Transport.start(identity_path=tmp_path / "asker.key", run_id="run", pace=pace) as asker:
+                resource, asked = Resource(os.urandom(900_000)), Counter[str]()
+
+                async def answer(query: FetchQuery) -> Resource | None:
+                    asked[query.resource] += 1
+                    return resource
+
+                server.serve(answer)
+                got = await asker.fetch(server.addrs, "snapshot/3", deadline_seconds=50, max_bytes=10**6)
+                assert got.data == resource.data
+                assert asked == {"snapshot/3": 1}
+
+    run(scenario())
+
+
+def test_who_reads_too_slowly_is_cut_off(tmp_path: Path) -> None:
+    """It makes progress within every deadline, and would hold the resource's memory for as long as it likes."""
+    limits = Limits(read_deadline_seconds=2.0, min_served_bytes_per_second=500_000, chunk_bytes=8192)
+
+    async def scenario() -> None:
+        key = tmp_path / "server.key"
+        async with await Transport.start(identity_path=key, run_id="run", limits=limits) as server:
+            pace = Pace(tmp_path, Rates(down=150_000))
+            async with await Transport.start(identity_path=tmp_path / "asker.key", run_id="run", pace=pace) as asker:
+                asked = Counter[str]()
+
+                async def answer(query: FetchQuery) -> Resource | None:
+                    asked[query.resource] += 1
+                    return Resource(bytes(10_000_000))
+
+                server.serve(answer)
+                fetch = asker.fetch(server.addrs, "snapshot/3", deadline_seconds=50, max_bytes=10**8)
+                fetching = asyncio.create_task(fetch)
+                await until(lambda: asked.total() > 1, "its coming back", seconds=40.0)
+                fetching.cancel()
+                await asyncio.gather(fetching, return_exceptions=True)
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("victim", ["server", "asker"])
 def test_a_fetch_resumes_after_a_host_is_killed(tmp_path: Path, victim: str) -> None:
     async def scenario() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shoal.protocol.transport import ipc, wire
 from shoal.protocol.transport.inbox import GossipCounts, Inbox
 from shoal.protocol.transport.limits import Limits
+from shoal.protocol.transport.patience import Patience
 
 GOLDEN = [
     (wire.Request("run", "snapshot/3", 5, bytes(2)), "00000015" + "94a372756eaa736e617073686f742f3305c4020000"),
@@ -112,3 +113,16 @@ def test_an_inbox_is_bounded_in_bytes_and_paced_by_its_window() -> None:
         assert sent[0] == ipc.Gossip("topic", "peer", bytes([10]) * 10)
 
     trio.run(scenario)
+
+
+def test_patience_is_used_up_by_slow_reading_and_never_saved_up() -> None:
+    patience = Patience(30.0, 1000)
+    patience.took(10_000_000, 1.0)
+    assert patience.left == 30.0, "who has read fast is waited for no longer"
+    for _ in range(100):
+        patience.took(5000, 5.0)
+    assert patience.left == 30.0
+    patience.took(5000, 20.0)
+    assert patience.left == 15.0
+    patience.took(1000, 17.0)
+    assert patience.left == -1.0
