@@ -7,6 +7,7 @@ the leases name. A run of one composer has no quorum and no votes: then that com
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from ...protocol.experts.handles import Handles
 from ...protocol.identity import Identity
 from ...protocol.transport.client import Transport
 from ...protocol.transport.downloads import FetchEnded
+from ...protocol.transport.fetches import Turns
 from ...protocol.transport.wire import Reason
 from ..config import PeerConfig
 from ..errors import RunNotFound
@@ -53,7 +55,8 @@ T = TypeVar("T")
 FIND_SECONDS = 60.0
 FETCH_SECONDS = 120.0
 ATTEMPTS = 4
-BUSY_SECONDS = 120.0  # an owner serves few whole slots at a time
+BUSY_SECONDS = 120.0  # an owner serves few whole slots at a time, and others may read them
+READ_BYTES_PER_SECOND = 1 << 20  # by them
 PAUSE_SECONDS = 1.0
 PARALLEL = 4
 
@@ -210,11 +213,12 @@ async def _fetch_all(links: Links, handles: Handles, progress: Callable[[str], N
         backbone |= unflatten(fragment, flat)
         rounds.append(number)
     num_slots = expert_shape(manifest.model).num_experts
-    gate = asyncio.Semaphore(PARALLEL)
+    gate, turns = asyncio.Semaphore(PARALLEL), Turns(1)  # at an owner, who may serve no more of large ones
+    patience = BUSY_SECONDS + _slot_bytes(manifest) / READ_BYTES_PER_SECOND
 
     async def one(slot: int) -> tuple[int, dict[str, Tensor]]:
         async with gate:
-            tensors = await _retry(links, partial(_slot, links, handles, slot))
+            tensors = await _retry(links, partial(_slot, links, handles, slot, turns), patience)
             progress(f"slot {slot} of {num_slots}")
             return slot, tensors
 
@@ -222,9 +226,9 @@ async def _fetch_all(links: Links, handles: Handles, progress: Callable[[str], N
     return Gathered(manifest, backbone, slots, rounds, links.run_id, dict(links.view().peers))
 
 
-async def _retry(links: Links, fetch: Callable[[], Awaitable[T]]) -> T:
+async def _retry(links: Links, fetch: Callable[[], Awaitable[T]], patience: float = BUSY_SECONDS) -> T:
     """A peer may leave or a round may be committed between two looks: look again. Who is busy is waited for."""
-    attempt, until = 0, links.loop.time() + BUSY_SECONDS
+    attempt, until = 0, links.loop.time() + patience
     while True:
         try:
             return await fetch()
@@ -254,7 +258,7 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
         )
         return fragment_from_bytes(got.data, fragment.numel)[0], -1
     problem = "nobody backs it"
-    for peer in backers:
+    for peer in random.sample(backers, len(backers)):  # who asks again does not wait for the same slow one
         try:
             got = await links.fetch(
                 peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
@@ -269,13 +273,24 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
     raise ExportFailed(f"backbone fragment {fragment.index}: {problem}")
 
 
-async def _slot(links: Links, handles: Handles, slot: int) -> dict[str, Tensor]:
+def _slot_bytes(manifest: Manifest) -> int:
+    """Weights of a slot as they travel are no larger."""
+    shape = expert_shape(manifest.model)
+    return 8 * 3 * shape.hidden * shape.width * shape.num_layers + (1 << 20)
+
+
+async def _slot(links: Links, handles: Handles, slot: int, turns: Turns) -> dict[str, Tensor]:
     claim = links.view().leases.get(slot)
     if claim is None:
         raise ExportFailed(f"nobody owns slot {slot} right now")
     shape = expert_shape(links.manifest.model)
-    limit = 8 * 3 * shape.hidden * shape.width * shape.num_layers + (1 << 20)
-    got = await links.fetch(claim.owner, resources.weights(slot), max_bytes=limit, deadline_seconds=FETCH_SECONDS)
+    async with turns.take(claim.owner):
+        got = await links.fetch(
+            claim.owner,
+            resources.weights(slot),
+            max_bytes=_slot_bytes(links.manifest),
+            deadline_seconds=FETCH_SECONDS,
+        )
     state = messages.decode(got.data, messages.SlotState)
     tensors = from_bytes(state.tensors, what=f"slot {slot} from {claim.owner}")
     weights = {}

@@ -58,6 +58,7 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 SNAPSHOT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 65_536  # whoever takes a slot more slowly does not get it frozen
+READ_BYTES_PER_SECOND = 1 << 20  # of a copy: who waits for its holder thinks that others read as fast
 PARALLEL_FETCHES, FROM_ONE_PEER = 4, 2  # whole slots: who sends slowly must not keep this peer from taking others
 
 
@@ -239,7 +240,8 @@ class SlotKeeper(Generic[O]):
                 self._copies.drop(slot)
         if snapshot is None:
             fetch = partial(self._fetch, resource=resources.snapshot(slot))
-            snapshot = await copy_from(action.sources, fetch, slot=slot, seconds=self._rules.lease)
+            patience = self._rules.lease + self.max_slot_bytes / READ_BYTES_PER_SECOND
+            snapshot = await copy_from(action.sources, fetch, slot=slot, seconds=patience)
         if snapshot is None:
             log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
             self._links.state.count(Count.LOST_SLOTS)
