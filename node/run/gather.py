@@ -7,7 +7,6 @@ the leases name. A run of one composer has no quorum and no votes: then that com
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -258,7 +257,7 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
         )
         return fragment_from_bytes(got.data, fragment.numel)[0], -1
     problem = "nobody backs it"
-    for peer in random.sample(backers, len(backers)):  # who asks again does not wait for the same slow one
+    for peer in backers:
         try:
             got = await links.fetch(
                 peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from shoal.protocol.errors import Refused
 from shoal.protocol.experts.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
 from shoal.protocol.transport.downloads import FetchEnded, FetchQuery, Resource
+from shoal.protocol.transport.fetches import Turns
 from shoal.protocol.transport.wire import Reason
 from tiny import LAYERS, SLOTS, manifest_of
 from torch import Tensor
@@ -170,17 +172,37 @@ def answering(swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind
     assert library is not None
 
     async def answer(query: FetchQuery) -> Resource | None:
+        wanted = query.resource.split("/")[0] == kind
+        if wanted:
+            asked.append(query.resource)
         resource = await library.answer(query)
-        if resource is None or query.resource.split("/")[0] != kind:
-            return resource
-        asked.append(query.resource)
-        return Resource(spoilt(resource.data))
+        return Resource(spoilt(resource.data)) if wanted and resource is not None else resource
 
     transport.serve(answer)
     try:
         yield asked
     finally:
         transport.serve(library.answer)
+
+
+def test_an_export_of_large_slots_asks_each_owner_for_one_at_a_time(swarm: Loopback, onlooker: Links) -> None:
+    """Who has room for no more than one would answer `busy` to the rest, for longer than is waited."""
+    limits, asked = [], Counter[str]()
+    for peer in swarm.peers:
+        assert peer.library is not None
+        limits.append(peer.library._slots.limit)
+        peer.library._slots.limit = 1
+    try:
+        with answering(swarm, 0, lambda data: data, "weights") as seen:
+            whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
+        asked.update(seen)
+    finally:
+        for peer, limit in zip(swarm.peers, limits, strict=True):
+            assert peer.library is not None
+            peer.library._slots.limit = limit
+    assert len(whole.slots) == sum(len(peer.keeper.held) for peer in swarm.peers)
+    assert asked.keys() == {resources.weights(slot) for slot in swarm.peers[0].keeper.held}
+    assert asked.total() == len(asked), "none was refused, and asked for again"
 
 
 def a_nan(data: bytes) -> bytes:
@@ -216,7 +238,7 @@ def test_an_owner_whose_weights_are_none_is_named(swarm: Loopback, onlooker: Lin
 
     slot, owner = min(swarm.peers[1].keeper.held), swarm.peers[1].peer_id
     with answering(swarm, 1, spoilt, "weights"), pytest.raises(Refused, match=owner) as refused:
-        swarm.call(_slot(onlooker, Handles(HANDLE_KEY), slot))
+        swarm.call(_slot(onlooker, Handles(HANDLE_KEY), slot, Turns(1)))
     assert refused.value.reason == "not-finite"
 
 
