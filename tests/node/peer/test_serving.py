@@ -166,8 +166,10 @@ def test_slots_that_many_ask_for_at_once_do_not_fill_the_memory(swarm: Loopback,
 
 
 @contextmanager
-def answering(swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind: str) -> Iterator[list[str]]:
-    """One peer sends something else for resources of a kind. Yields what it was asked for."""
+def answering(
+    swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind: str, *, seconds: float = 0.0
+) -> Iterator[list[str]]:
+    """One peer sends something else for resources of a kind, and takes its time. Yields what it was asked for."""
     library, transport, asked = swarm.peers[peer].library, swarm.peers[peer].links.transport, list[str]()
     assert library is not None
 
@@ -176,6 +178,7 @@ def answering(swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind
         if wanted:
             asked.append(query.resource)
         resource = await library.answer(query)
+        await asyncio.sleep(seconds if wanted else 0.0)
         return Resource(spoilt(resource.data)) if wanted and resource is not None else resource
 
     transport.serve(answer)
@@ -193,7 +196,7 @@ def test_an_export_of_large_slots_asks_each_owner_for_one_at_a_time(swarm: Loopb
         limits.append(peer.library._slots.limit)
         peer.library._slots.limit = 1
     try:
-        with answering(swarm, 0, lambda data: data, "weights") as seen:
+        with answering(swarm, 0, lambda data: data, "weights", seconds=0.3) as seen:
             whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
         asked.update(seen)
     finally:
