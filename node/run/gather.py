@@ -38,6 +38,7 @@ from ..model.init import backbone_shapes, expert_shape
 from ..peer.links import Links
 from ..seed.joining import SeedAtHome
 from ..seed.store import TOKENIZER
+from ..slots.copies import READ_BYTES_PER_SECOND
 from ..slots.handle_key import fetch_key
 from ..storage.blobs import fragment_from_bytes, from_bytes
 from ..storage.new_folder import new_folder
@@ -55,7 +56,6 @@ FIND_SECONDS = 60.0
 FETCH_SECONDS = 120.0
 ATTEMPTS = 4
 BUSY_SECONDS = 120.0  # an owner serves few whole slots at a time, and others may read them
-READ_BYTES_PER_SECOND = 1 << 20  # by them
 PAUSE_SECONDS = 1.0
 PARALLEL = 4
 

@@ -20,6 +20,7 @@ from .slot_state import SlotTensors
 log = get_logger(__name__)
 
 RETRY_SECONDS = 1.0  # after an attempt that failed
+READ_BYTES_PER_SECOND = 1 << 20  # of a slot: who waits for its holder thinks that others read as fast
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from ..standins.publishing import Published, Publishing
 from ..storage.blobs import from_bytes
 from ..watching.state import Count
 from ..watching.state import Lease as LeaseSeen
-from .copies import RETRY_SECONDS, CopyStore, Snapshot, copy_from
+from .copies import READ_BYTES_PER_SECOND, RETRY_SECONDS, CopyStore, Snapshot, copy_from
 from .slot_serving import SlotServing
 from .slot_state import SlotTensors
 
@@ -58,7 +58,6 @@ O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 SNAPSHOT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 65_536  # whoever takes a slot more slowly does not get it frozen
-READ_BYTES_PER_SECOND = 1 << 20  # of a copy: who waits for its holder thinks that others read as fast
 PARALLEL_FETCHES, FROM_ONE_PEER = 4, 2  # whole slots: who sends slowly must not keep this peer from taking others
 
 

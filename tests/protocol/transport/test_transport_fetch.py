@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from shoal.protocol.transport.downloads import Download, FetchEnded, FetchQuery,
 from shoal.protocol.transport.limits import Limits
 from shoal.protocol.transport.wire import Reason
 from transports import run, serve, swarm, until
+
+
+async def started(stack: AsyncExitStack, folder: Path, name: str, **options: Any) -> Transport:
+    """A peer's transport, with a key of its own, until the stack ends."""
+    transport = await Transport.start(identity_path=folder / f"{name}.key", run_id="run", **options)
+    return await stack.enter_async_context(transport)
 
 
 def test_fetch_20_megabytes(tmp_path: Path) -> None:
@@ -46,12 +53,7 @@ def test_fetch_20_megabytes(tmp_path: Path) -> None:
 def test_a_deadline_waits_for_bytes_that_come_fast_enough(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
-
-            async def peer(name: str, **options: Any) -> Transport:
-                path = tmp_path / f"{name}.key"
-                started = await Transport.start(identity_path=path, run_id="run", **options)
-                return await stack.enter_async_context(started)
-
+            peer = partial(started, stack, tmp_path)
             rate = 500_000
             server = await peer("server", pace=Pace(tmp_path, Rates(up=rate)))
             resource = Resource(os.urandom(2_500_000))
@@ -285,12 +287,7 @@ def test_a_peer_that_sends_slowly_does_not_hold_up_fetches_from_others(tmp_path:
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:
-
-            async def peer(name: str, **options: Any) -> Transport:
-                path = tmp_path / f"{name}.key"
-                started = await Transport.start(identity_path=path, run_id="run", **options)
-                return await stack.enter_async_context(started)
-
+            peer = partial(started, stack, tmp_path)
             generous = Limits(max_served_streams_per_peer=8)
             slow = await peer("slow", pace=Pace(tmp_path, Rates(up=50_000)), limits=generous)
             quick, asker = await peer("quick"), await peer("asker", limits=Limits(max_fetches=6))
