@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Averager", "Outcome", "OuterAverager", "Status"]
 
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 GRACE_SECONDS = 5.0  # past a round's own timeout, before the process counts as stuck
 _TICK_SECONDS = 0.5
 

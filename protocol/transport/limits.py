@@ -69,8 +69,9 @@ class Limits:
     """Per address, TCP and both handshakes."""
     redial_max_seconds: float = 15.0
     """Longest pause between two attempts to reach a peer that was lost."""
-    start_seconds: float = 30.0
-    """The host process must be listening within this time."""
+    start_seconds: float = 180.0
+    """The host process must be listening within this time. It takes a second or two, and a minute where others have
+    most of the machine: volunteers run peers at the lowest priority."""
     silence_seconds: float = 20.0
     """A host process that has said nothing for this long (it reports every second) is killed and restarted."""
     restarts_per_minute: int = 5

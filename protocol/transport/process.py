@@ -72,7 +72,7 @@ class HostProcess:
             await self.kill()
             raise TransportError(
                 f"the py-libp2p host was not ready within {start.limits.start_seconds:g} s",
-                fix="raise start_seconds on a busy machine",
+                fix="see what else this machine is busy with; then start this peer again",
             ) from error
         except (ConnectionError, EOFError) as error:
             raise TransportError(f"the py-libp2p host ended while starting: {await self.ended()}") from error
