@@ -132,12 +132,11 @@ class Membership:
 
     async def run(self) -> None:
         """Until cancelled: announce, keep connections and the manifest up, show what is seen."""
-        interval = self._links.record_seconds / 5
         next_manifest, next_announcement, next_meeting = 0.0, 0.0, 0.0
         phase = None
         while True:
             changed = self._links.news.next_change()
-            now = self._links.loop.time()
+            now, interval = self._links.loop.time(), self._links.record_seconds / 5
             if now >= next_announcement or self._links.state.phase != phase:
                 phase = self._links.state.phase
                 next_announcement = now + interval
