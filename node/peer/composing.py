@@ -116,7 +116,7 @@ class ComposerPeer:
         if self.config.island > 1:
             from ..island.forms import island_of
 
-            self.island = island_of(self.config, self.facts.manifest, device)
+            self.island = island_of(self.config, self.facts.manifest)
             self.island.nursery()  # it has seconds of work to do, while the model is built here
             torch.set_num_threads(self.island.threads)
         self.state.enter(Phase.SYNCING, "building the model")

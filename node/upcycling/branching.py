@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ def _fit(
 ) -> float:
     """The last loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if decays(parameter)]},
         {"params": [parameter for parameter in trained if not decays(parameter)], "weight_decay": 0.0},
     ]
