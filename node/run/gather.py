@@ -7,8 +7,9 @@ the leases name. A run of one composer has no quorum and no votes: then that com
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -257,7 +258,7 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
         )
         return fragment_from_bytes(got.data, fragment.numel)[0], -1
     problem = "nobody backs it"
-    for peer in backers:
+    for peer in spread(backers, f"{links.peer_id}/{fragment.index}/{wanted.round}"):
         try:
             got = await links.fetch(
                 peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
@@ -270,6 +271,11 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
             return flat, wanted.round
         problem = f"{peer} has another state by now"
     raise ExportFailed(f"backbone fragment {fragment.index}: {problem}")
+
+
+def spread(backers: Collection[str], of: str) -> list[str]:
+    """In the order to ask them in, another one for every `of`: no peer serves all who export, or every fragment."""
+    return sorted(backers, key=lambda peer: hashlib.blake2b(f"{of}/{peer}".encode(), digest_size=16).digest())
 
 
 def _slot_bytes(manifest: Manifest) -> int:

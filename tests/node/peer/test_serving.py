@@ -16,7 +16,7 @@ from loopback import HANDLE_KEY, MANIFEST_BYTES, SECONDS, Loopback, loopback
 from msgspec import structs
 from safetensors.torch import load
 from shoal.node.peer.links import Links
-from shoal.node.run.gather import ExportFailed, _fetch_all, _slot, _write
+from shoal.node.run.gather import ExportFailed, _fetch_all, _slot, _write, spread
 from shoal.node.run.joining import newest
 from shoal.node.slots.slot_order import moved, renamed
 from shoal.node.storage.blobs import fragment_from_bytes, from_bytes, to_bytes
@@ -208,6 +208,17 @@ def test_an_export_of_large_slots_asks_each_owner_for_one_at_a_time(swarm: Loopb
     assert asked.total() == len(asked), "none was refused, and asked for again"
 
 
+def test_exports_do_not_all_ask_the_same_backer_first() -> None:
+    backers = {f"peer {number}" for number in range(8)}
+    orders = [spread(backers, f"exporter {number}/0/40") for number in range(400)]
+    assert orders == [spread(backers, f"exporter {number}/0/40") for number in range(400)]
+    assert all(set(order) == backers for order in orders)
+    first = Counter(order[0] for order in orders)
+    assert first.keys() == backers
+    assert max(first.values()) < 100, "of 50 each"
+    assert len({spread(backers, f"exporter/{fragment}/40")[0] for fragment in range(40)}) > 4
+
+
 def a_nan(data: bytes) -> bytes:
     tensors = load(data)
     tensors["fragment"][3] = torch.nan
@@ -218,8 +229,10 @@ def a_nan(data: bytes) -> bytes:
 def test_a_backer_that_sends_nonsense_is_passed_over(
     swarm: Loopback, onlooker: Links, spoilt: Callable[[bytes], bytes]
 ) -> None:
-    backers = newest(onlooker, 0, 2)[1]
-    first = [peer.peer_id for peer in swarm.peers].index(backers[0])
+    state, backers = newest(onlooker, 0, 2)
+    assert state is not None
+    asked_first = spread(backers, f"{onlooker.peer_id}/0/{state.round}")[0]
+    first = [peer.peer_id for peer in swarm.peers].index(asked_first)
     with answering(swarm, first, spoilt, "backbone") as asked:
         whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
     assert asked.count(resources.backbone(0)) == 1, "and not asked again"
