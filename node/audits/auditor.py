@@ -26,7 +26,7 @@ from .audit_verdict import Known, judge, judge_weights
 
 log = get_logger(__name__)
 
-RECORD_SECONDS = 60.0  # of which the owner has 20 to take its step
+RECORD_SECONDS = 150.0  # of which the owner has 90 to take its step: one with little of its machine is no liar
 ATTEMPTS = 4  # where the owner is busy with other audits
 PAUSE_SECONDS = 2.0
 CATCH_UP_SECONDS = 5.0  # for the deltas that the owner had published when it took its step

@@ -208,7 +208,7 @@ def start_dht(
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
-def visible_addresses(dht: hivemind.DHT, *, timeout_seconds: float = 10.0) -> list[str]:
+def visible_addresses(dht: hivemind.DHT, *, timeout_seconds: float = 60.0) -> list[str]:
     """Multiaddrs with /p2p/ at which others may dial this node: farthest reaching first, loopback only if nothing else.
 
     Blocks. Raises DirectoryError if the DHT process does not answer.
