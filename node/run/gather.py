@@ -28,7 +28,7 @@ from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
 from ...protocol.experts.handles import Handles
 from ...protocol.identity import Identity
 from ...protocol.transport.client import Transport
-from ...protocol.transport.downloads import FetchEnded
+from ...protocol.transport.downloads import Download, FetchEnded
 from ...protocol.transport.fetches import Turns
 from ...protocol.transport.wire import Reason
 from ..config import PeerConfig
@@ -257,12 +257,13 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
             composers[0], resources.local(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
         )
         return fragment_from_bytes(got.data, fragment.numel)[0], -1
-    problem = "nobody backs it"
+    problem, begun = "nobody backs it", Download()  # what one has sent of it the next one goes on with
     for peer in spread(backers, f"{links.peer_id}/{fragment.index}/{wanted.round}"):
         try:
             got = await links.fetch(
-                peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
+                peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS, begun=begun
             )
+            begun.restart()
             flat, momentum = fragment_from_bytes(got.data, fragment.numel)
         except (FetchFailed, PeerUnreachable, Refused) as error:
             problem = f"{peer}: {error.cause}"
@@ -295,6 +296,7 @@ async def _slot(links: Links, handles: Handles, slot: int, turns: Turns) -> dict
             resources.weights(slot),
             max_bytes=_slot_bytes(links.manifest),
             deadline_seconds=FETCH_SECONDS,
+            begun=Download(),  # an owner that goes away is not waited for: the slot has another one soon
         )
     state = messages.decode(got.data, messages.SlotState)
     tensors = from_bytes(state.tensors, what=f"slot {slot} from {claim.owner}")

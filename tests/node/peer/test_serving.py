@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from shoal.node.run.joining import newest
 from shoal.node.slots.slot_order import moved, renamed
 from shoal.node.storage.blobs import fragment_from_bytes, from_bytes, to_bytes
 from shoal.protocol import messages, resources
-from shoal.protocol.errors import Refused
+from shoal.protocol.errors import PeerUnreachable, Refused
 from shoal.protocol.experts.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
-from shoal.protocol.transport.downloads import FetchEnded, FetchQuery, Resource
+from shoal.protocol.transport.downloads import Download, FetchEnded, FetchQuery, Resource
 from shoal.protocol.transport.fetches import Turns
 from shoal.protocol.transport.wire import Reason
 from tiny import LAYERS, SLOTS, manifest_of
@@ -217,6 +218,25 @@ def test_exports_do_not_all_ask_the_same_backer_first() -> None:
     assert first.keys() == backers
     assert max(first.values()) < 100, "of 50 each"
     assert len({spread(backers, f"exporter/{fragment}/40")[0] for fragment in range(40)}) > 4
+
+
+def test_an_export_waits_for_nobody_who_has_gone(
+    swarm: Loopback, onlooker: Links, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fetch that has begun and may not be gone on with elsewhere waits as long as its bytes allow: hours."""
+    fetch, seen = onlooker.fetch, dict[str, list[object]]()
+
+    async def noted(peer: str, resource: str, **more: Any) -> Resource:
+        seen.setdefault(resource, []).append(more.get("begun"))
+        if resource == resources.backbone(0) and len(seen[resource]) == 1:
+            raise PeerUnreachable("it has gone")
+        return await fetch(peer, resource, **more)
+
+    monkeypatch.setattr(onlooker, "fetch", noted)
+    swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
+    assert all(isinstance(begun, Download) for each in seen.values() for begun in each)
+    first, second = seen[resources.backbone(0)]
+    assert first is second, "another backer goes on with what has come"
 
 
 def a_nan(data: bytes) -> bytes:
