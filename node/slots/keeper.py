@@ -56,7 +56,7 @@ log = get_logger(__name__)
 
 O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
-SNAPSHOT_SECONDS = 180.0  # and as long as the bytes take: of steps that end meanwhile, and of what is copied
+SNAPSHOT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 65_536  # whoever takes a slot more slowly does not get it frozen
 PARALLEL_FETCHES, FROM_ONE_PEER = 4, 2  # whole slots: who sends slowly must not keep this peer from taking others
 

@@ -24,9 +24,8 @@ class Limits:
     """Bytes of a resource moved at a time."""
     read_deadline_seconds: float = 10.0
     """A peer must make progress on a stream, in either direction, within this time."""
-    serve_deadline_seconds: float = 120.0
-    """Our own handler must answer within this time, else the peer is told `busy`. It may have to wait for two steps to
-    end and to copy gigabytes, beside others who have most of the machine."""
+    serve_deadline_seconds: float = 30.0
+    """Our own handler must answer within this time, else the peer is told `busy`."""
     max_fetches: int = 16
     """Fetches under way at once; further calls wait for a turn (inside their own deadline)."""
     max_fetches_per_peer: int = 4

@@ -166,6 +166,34 @@ def test_slots_that_many_ask_for_at_once_do_not_fill_the_memory(swarm: Loopback,
         library._slots.limit = limit
 
 
+def test_who_asks_for_a_handover_again_gets_the_one_that_is_being_made(
+    swarm: Loopback, onlooker: Links, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little of its machine an owner takes longer than anybody waits, each time that it begins anew."""
+    library, asked = swarm.peers[0].library, list[str]()
+    assert library is not None
+    ask = FetchQuery(onlooker.peer_id, resources.handover(0))
+
+    async def slowly(slot: int, requester: str) -> Resource:
+        asked.append(requester)
+        await asyncio.sleep(0.5)
+        return Resource(b"slot %d for %d" % (slot, len(asked)))
+
+    async def twice() -> list[Resource | None]:
+        given_up = asyncio.ensure_future(library.answer(ask))
+        await asyncio.sleep(0.1)
+        given_up.cancel()
+        other = FetchQuery(swarm.peers[1].peer_id, resources.handover(0))
+        return [*await asyncio.gather(library.answer(ask), library.answer(other)), await library.answer(ask)]
+
+    monkeypatch.setattr(swarm.peers[0].keeper, "serve_handover", slowly)
+    first, _, later = swarm.call(twice())
+    assert asked == [onlooker.peer_id, swarm.peers[1].peer_id, onlooker.peer_id]
+    assert first is not None
+    assert later is not None
+    assert first.data != later.data, "it may have been trained meanwhile"
+
+
 @contextmanager
 def answering(
     swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind: str, *, seconds: float = 0.0
