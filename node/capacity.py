@@ -63,6 +63,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def devices_of(name: str, processes: int) -> list[torch.device]:
+    """By rank in an island: the device called `name`, then the GPUs after it, or the same CPU. ConfigError likewise."""
+    first = device_of(name)
+    if first.type == "cpu":
+        return [first] * processes
+    return [device_of(f"cuda:{index}") for index in range(first.index or 0, (first.index or 0) + processes)]
+
+
 def device_to_use(name: str) -> torch.device:
     """The same, made ready: float32 products take a GPU's tensor cores (TF32, 10 bits of mantissa going in)."""
     device = device_of(name)
@@ -181,7 +189,7 @@ def capacity_of(config: PeerConfig, manifest: Manifest) -> tuple[int, int]:
     """
     shape, mode = expert_shape(manifest.model), ExpertMode.of(config, manifest.train)
     mode.require_rank(shape.hidden, shape.width)
-    device = device_of(config.device)
+    device = devices_of(config.device, config.island)[0]
     usable = usable_bytes(device, config.max_memory)
     if device.type == "cpu":
         usable /= config.island  # members have weights and gradients too

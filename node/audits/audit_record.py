@@ -27,7 +27,7 @@ from .step_record import StepRecord
 
 log = get_logger(__name__)
 
-STEP_SECONDS = 20.0  # in which the step must have been taken; peers are told `busy` after 30
+STEP_SECONDS = 90.0  # in which the step must have been taken; peers are told `busy` after 30, and ask again
 KEPT_SECONDS = 60.0  # a finished record, for an asker whose connection broke
 MAX_UNDER_WAY = 2  # records at once
 MAX_ASKED = 2  # by one auditor, those that wait included

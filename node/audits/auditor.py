@@ -26,8 +26,8 @@ from .audit_verdict import Known, judge, judge_weights
 
 log = get_logger(__name__)
 
-RECORD_SECONDS = 60.0  # of which the owner has 20 to take its step
-ATTEMPTS = 4  # where the owner is busy with other audits
+RECORD_SECONDS = 60.0  # for one attempt
+ATTEMPTS = 4  # where the owner is busy, with other audits or with a step that takes long
 PAUSE_SECONDS = 2.0
 CATCH_UP_SECONDS = 5.0  # for the deltas that the owner had published when it took its step
 LOOK_SECONDS = 0.1

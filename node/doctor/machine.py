@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from ...protocol.errors import ShoalError
 from ...protocol.identity import Identity
 from ..config import PeerConfig
-from ..errors import IdentityInUse, NoPeerHere
+from ..errors import ConfigError, IdentityInUse, NoPeerHere
 from ..storage.presence import find_peer, hold_data_dir
 from .findings import Finding, fail, ok, warn
 
@@ -128,12 +128,17 @@ def _files(_: PeerConfig) -> Finding:
 def _gpu(config: PeerConfig) -> Finding:
     import torch
 
+    from ..capacity import devices_of
+
+    try:
+        device = devices_of(config.device, config.island)[0]
+    except ConfigError as error:
+        return Finding.of("GPU", error)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        free, total = torch.cuda.mem_get_info()
-        return ok("GPU", f"{', '.join(names)}; {free / GIB:.1f} of {total / GIB:.1f} GiB free on the first")
-    if config.device.startswith("cuda"):
-        return fail("GPU", f"torch can use none, and --device says {config.device}", "give --device cpu or auto")
+        index = device.index or 0
+        free, total = torch.cuda.mem_get_info(index)
+        return ok("GPU", f"{', '.join(names)}; {free / GIB:.1f} of {total / GIB:.1f} GiB free on cuda:{index}")
     if shutil.which("nvidia-smi") is not None:
         return warn("GPU", "there is a driver, and torch can use no GPU", "install a CUDA build of torch")
     return ok("GPU", "none: trains on the CPU")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import torch
-
-from ..capacity import device_of
+from ..capacity import devices_of
 from ..config import PeerConfig
 from ..errors import ConfigError
 from ..model.stages import spans
@@ -24,16 +22,13 @@ REPLICAS: dict[Form, Callable[[Setup], Replica]] = {
 }  # fmt: skip
 
 
-def island_of(config: PeerConfig, manifest: Manifest, device: torch.device) -> Island:
+def island_of(config: PeerConfig, manifest: Manifest) -> Island:
     """The island that a peer's settings ask for; each process has a GPU of its own, or its part of the cores.
 
     Raises ConfigError if there are fewer GPUs, or the run's model does not make as many stages.
     """
-    size, first = config.island, device.index or 0
-    devices = [str(device)] * size
-    if device.type == "cuda":
-        devices = [f"cuda:{index}" for index in range(first, first + size)]
-        device_of(devices[-1])
+    size = config.island
+    devices = [str(device) for device in devices_of(config.device, size)]
     cores = config.threads or len(os.sched_getaffinity(0))
     threads = max(1, cores // size)
     if config.island_form == "data":

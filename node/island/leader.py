@@ -21,7 +21,7 @@ from ..logs import get_logger
 from ..peer.way_in import free_port
 from .meeting import meet
 from .nursery import Nursery, nursery
-from .orders import Form, Setup, Slot, receive, send
+from .orders import Form, Setup, Slot, limit, receive, send
 
 if TYPE_CHECKING:
     from ..learning.composer import Composer, Computed, StepReport
@@ -143,11 +143,12 @@ class Island(ABC):
         for rank in range(1, self.size):
             member = Member(*self.nursery().fork())
             self.members.append(member)
+            limit(member.pipe, self._timeout_seconds)  # one that is stopped, and not ended, would be waited for
             setup = Setup(
                 composer.manifest, composer.mode, self.form, rank, self.size, port, self._devices[rank],
                 self.threads, self._timeout_seconds, composer.menu.bases,
             )  # fmt: skip
-            send(member.pipe, setup)
+            self.tell(member, setup)
         for member in self.members:  # the meeting would not notice that one has ended, and wait for it
             self.hear(member)
         meet(0, self.size, port, composer.device, self._timeout_seconds)
@@ -155,7 +156,7 @@ class Island(ABC):
         return True
 
     def tell(self, member: Member, order: object) -> None:
-        """OSError if it is gone."""
+        """OSError if it is gone, or takes no orders."""
         if not member.process.is_running():
             raise ChildProcessError("a member has ended")
         send(member.pipe, order)

@@ -29,7 +29,7 @@ import psutil
 
 from ...protocol.process_death import end_with_parent
 
-LOAD_SECONDS = 120.0  # until the first member, on a busy machine
+LOAD_SECONDS = 300.0  # until the first member, at a low priority on a busy machine
 PID_BYTES = 8
 _MODULE = "shoal.node.island.nursery"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # numpy would start threads; members set their own number for torch

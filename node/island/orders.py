@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -72,14 +75,27 @@ class StageStep:
     slots: dict[int, Slot] = field(default_factory=dict)  # this stage's layers of those that have changed
 
 
+def limit(pipe: Connection, seconds: float) -> None:
+    """From now on this end waits so long at most for the other one to take or send a piece of a message."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:  # what is set is the open socket's, not the number's
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+
+
 def send(pipe: Connection, message: object) -> None:
-    """OSError if the other end is gone."""
-    pipe.send_bytes(pickle.dumps(message, protocol=5))
+    """OSError if the other end is gone, TimeoutError if it does not take the message within the limit."""
+    try:
+        pipe.send_bytes(pickle.dumps(message, protocol=5))
+    except BlockingIOError as error:
+        raise TimeoutError("a process of the island takes no message") from error
 
 
 def receive(pipe: Connection) -> Any:
-    """EOFError or OSError if the other end is gone."""
-    return pickle.loads(pipe.recv_bytes())
+    """EOFError or OSError if the other end is gone, TimeoutError if it does not end its message within the limit."""
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except BlockingIOError as error:
+        raise TimeoutError("a process of the island does not end its message") from error
 
 
 def packed_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:

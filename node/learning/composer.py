@@ -27,7 +27,7 @@ from ...kernels.standin import StandIn
 from ...protocol.averaging import radial
 from ...protocol.averaging.fragments import Fragment, flatten, unflatten
 from ...protocol.averaging.merging import Facts, outer_step
-from ...protocol.averaging.parts import COARSE, PartCodec
+from ...protocol.averaging.parts import COARSE, PartCodec, sendable
 from ...protocol.averaging.radial import NormedClaims
 from ..model.balance import balance_biases
 from ..model.build import Losses, SumCounts, build_model
@@ -318,7 +318,7 @@ class Composer(ExpertOwner):
         Error feedback (Seide et al. 2014, Karimireddy et al. 2019): sent with the next round, nothing is lost for good.
         """
         spec = self.manifest.outer
-        if spec.codec not in COARSE or not bool(entry.vector.isfinite().all()):
+        if spec.codec not in COARSE or not sendable(entry.vector):
             return None
         received = PartCodec(spec.codec).as_received(entry.vector)
         if spec.merge == "radial":

@@ -22,6 +22,11 @@ _UNDERFLOW = 1e-18  # squares of what is smaller are lost in float32
 _RATIO = "rate_ratio"  # of a group: its learning rate, over the schedule's
 
 
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay is for it: for matrices, not for norms and biases, which are vectors."""
+    return parameter.ndim >= 2
+
+
 def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """Over the backbone, in groups: matrices, which are decayed, and the rest. The last takes experts.
 
@@ -32,8 +37,8 @@ def make_optimizer(spec: TrainSpec, backbone: Mapping[str, Tensor]) -> torch.opt
     muon = spec.optimizer == "muon"
     inner = [name for name, p in backbone.items() if muon and p.ndim == 2 and tier_of(name) == "body"]
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in backbone.items() if p.ndim >= 2 and name not in inner]},
-        {"params": [p for p in backbone.values() if p.ndim < 2], "weight_decay": 0.0, _RATIO: spec.vector_rate},
+        {"params": [p for name, p in backbone.items() if decays(p) and name not in inner]},
+        {"params": [p for p in backbone.values() if not decays(p)], "weight_decay": 0.0, _RATIO: spec.vector_rate},
         {"params": [backbone[name] for name in inner], ORTHOGONAL: muon},
         {"params": [], ORTHOGONAL: muon, _RATIO: spec.expert_rate},
     ]

@@ -3,8 +3,8 @@
 transformers 5 writes every MoE block alike: a module with a child `experts`, called as
 `experts(hidden_states, top_k_index, top_k_weights)`, and a router beside it. So a family works here if its experts are
 gated MLPs stored as `gate_up_proj (E, 2F, D)` and `down_proj (E, D, F)` and nothing else (Qwen2/3-MoE, Qwen3-Next,
-Mixtral, OLMoE, DeepSeek-V2/V3, GLM-4-MoE and more); families with biases or interleaved rows (GPT-OSS), or with another
-gate than act(gate x) ⊙ up x (MiniMax-M3), are refused.
+Mixtral, OLMoE, DeepSeek-V2/V3, GLM-4-MoE and more); families with biases or interleaved rows (GPT-OSS), with another
+gate than act(gate x) ⊙ up x (MiniMax-M3), or whose routers choose among more than the experts (ZAYA), are refused.
 
 Shapes: T tokens, K experts per token, D hidden, F expert width, E experts per layer.
 """
@@ -142,7 +142,7 @@ def _describe(name: str, block: nn.Module) -> MoEBlock:
         raise ValueError(f"{name} has {len(routers)} routers named {' or '.join(_ROUTER_NAMES)}")
     act = _activation(experts)
     _check_gate(name, experts, act)
-    return MoEBlock(
+    described = MoEBlock(
         name=name,
         block=block,
         router=routers[0],
@@ -151,6 +151,8 @@ def _describe(name: str, block: nn.Module) -> MoEBlock:
         width=down[2],
         act=act,
     )
+    _check_router(described)
+    return described
 
 
 def _activation(experts: nn.Module) -> str:
@@ -176,6 +178,43 @@ def _check_gate(name: str, experts: nn.Module, act: str) -> None:
     gate, up = (grid.flatten() for grid in torch.meshgrid(values, values, indexing="ij"))
     if not torch.allclose(apply_gate(torch.cat((gate, up)).unsqueeze(0))[0], ACTIVATIONS[act](gate) * up, rtol=1e-3):
         raise ValueError(f"{name}.experts are not gated by {act} alone: {type(experts).__name__} has a gate of its own")
+
+
+class _Routed(Exception):
+    """Ends a forward where the experts would begin."""
+
+
+@torch.no_grad()
+def _check_router(block: MoEBlock) -> None:
+    """Raises ValueError unless the router scores the experts and nothing else, as what it does with a token tells.
+
+    Families compute scores in many ways, and some have classes for what is no expert, such as leaving a token as it is.
+    """
+    experts = block.block.get_submodule("experts")
+    found: list[Tensor] = []
+
+    def stop(_experts: nn.Module, _inputs: object) -> None:
+        raise _Routed
+
+    def keep(_router: nn.Module, _inputs: object, output: object) -> None:
+        found.append(router_logits(output))
+
+    hooks = experts.register_forward_pre_hook(stop), block.router.register_forward_hook(keep)
+    try:
+        block.block(experts.get_parameter("down_proj").new_zeros(1, 1, block.hidden))
+    except _Routed:
+        pass
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{block.name} cannot route a token of this config: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    classes = [logits.shape[-1] for logits in found]
+    if classes != [block.num_experts]:
+        raise ValueError(
+            f"{block.name} does not route each token among its {block.num_experts} experts: its router has {classes} "
+            "classes"
+        )
 
 
 def initializer_range(config: PreTrainedConfig) -> float:

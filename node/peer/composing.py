@@ -116,7 +116,7 @@ class ComposerPeer:
         if self.config.island > 1:
             from ..island.forms import island_of
 
-            self.island = island_of(self.config, self.facts.manifest, device)
+            self.island = island_of(self.config, self.facts.manifest)
             self.island.nursery()  # it has seconds of work to do, while the model is built here
             torch.set_num_threads(self.island.threads)
         self.state.enter(Phase.SYNCING, "building the model")
@@ -307,6 +307,8 @@ class ComposerPeer:
         await self.member.announce(Phase.LEAVING)
         await self.keeper.drain(left)
         keeper_task.cancel()
+        if self.keeper.held:
+            log.warning("slot.not_taken", slots=sorted(self.keeper.held), kept_in=str(self.writer.store.folder))
         self.state.enter(Phase.LEAVING, "writing a checkpoint")
         tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
         await asyncio.to_thread(self.writer.write, tensors, meta)

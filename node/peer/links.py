@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ...protocol import messages
 from ...protocol.averaging.rounds import quorum
@@ -30,6 +30,8 @@ from ..run.manifest import Manifest
 from ..watching.state import Count, PeerState
 
 log = get_logger(__name__)
+
+T = TypeVar("T")
 
 NEWS_TOPIC = "news"  # signed records and small messages; the transport keeps runs apart
 DELTA_TOPIC = "deltas"  # of stand-ins
@@ -205,6 +207,22 @@ class Links:
         """Where the transport dials a peer: what it says, or shortcuts to there."""
         addresses = list(record.transport_addrs)
         return addresses if self.shortcuts is None else self.shortcuts.addresses(addresses)
+
+    async def while_here(self, peer_id: str, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` with a peer returns. PeerUnreachable, and it is cancelled, once the peer's record has run out.
+
+        For fetches that others depend on: who broke off in the middle of a large one is waited for as long as its
+        bytes would allow, which may be many leases.
+        """
+        task = self.loop.create_task(work)
+        try:
+            while not task.done():
+                if peer_id not in self.view().peers:
+                    raise PeerUnreachable(f"peer {peer_id} has gone")
+                await asyncio.wait({task}, timeout=VIEW_SECONDS)
+            return task.result()
+        finally:
+            task.cancel()
 
     async def fetch(
         self,

@@ -47,6 +47,7 @@ class Library:
         self._links = links
         self._manifest = Resource(signed_manifest)
         self._shared = Shared(seconds=SHARED_SECONDS)
+        self._handed_over = Shared(seconds=0.0)  # never what was made before: the slot may have been trained since
         # Apart: who reads slots slowly must not keep newcomers from stand-ins, nor anybody from taking slots over.
         self._slots, self._handovers, self._rest = Room(SERVED_BYTES), Room(SERVED_BYTES), Room(SERVED_BYTES)
         self.handle_key: bytes | None = None
@@ -73,7 +74,9 @@ class Library:
             key = wanted, self._version_of(wanted)
             resource = await self._shared.get(key, lambda: self._make(wanted, query.peer_id))
         elif wanted.kind is ResourceKind.HANDOVER:
-            resource = await self._make(wanted, query.peer_id)
+            # Who was told to come again, as steps took long, finds what is being made for it.
+            asked = wanted, query.peer_id
+            resource = await self._handed_over.get(asked, lambda: self._make(wanted, query.peer_id))
         else:
             resource = await self._find(wanted, query.peer_id)
         if resource is not None:

@@ -7,6 +7,7 @@ by itself, so its connections through the relay are replaced, from one side: by 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Container
 
 from ...protocol.addresses import Address
 from ...protocol.errors import DirectoryError
@@ -23,6 +24,29 @@ log = get_logger(__name__)
 
 LOOK_SECONDS = 5.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 60.0, 900.0  # after a connection was not replaced
+
+
+class Pauses:
+    """After attempts that failed, by peer: each is twice as long as the one before."""
+
+    def __init__(self) -> None:
+        self._pauses: dict[str, tuple[float, float]] = {}  # seconds, and when it is over
+
+    def __len__(self) -> int:
+        return len(self._pauses)
+
+    def over(self, peer: str, now: float) -> bool:
+        """Whether there is none now."""
+        return self._pauses.get(peer, (0.0, now))[1] <= now
+
+    def begin(self, peer: str, now: float) -> None:
+        before, _ = self._pauses.get(peer, (FIRST_PAUSE_SECONDS / 2, now))
+        seconds = min(2 * before, LONGEST_PAUSE_SECONDS)
+        self._pauses[peer] = seconds, now + seconds
+
+    def forget_all_but(self, peers: Container[str]) -> None:
+        """Those of peers that are gone, or they would add up for as long as this peer runs."""
+        self._pauses = {peer: pause for peer, pause in self._pauses.items() if peer in peers}
 
 
 async def open_ways(config: PeerConfig, links: Links, way_in: WayIn, relay: Address | None) -> None:
@@ -55,17 +79,15 @@ async def open_ways(config: PeerConfig, links: Links, way_in: WayIn, relay: Addr
 
 async def replace_relayed(links: Links, shortcuts: Shortcuts) -> None:
     """Until cancelled: see to it that the daemon's connections take the way out that does not pass the relay."""
-    pauses: dict[str, float] = {}
-    not_before: dict[str, float] = {}
+    pauses = Pauses()
     while True:
         await asyncio.sleep(LOOK_SECONDS)
-        now = links.loop.time()
+        now, peers = links.loop.time(), links.view().peers
+        pauses.forget_all_but(peers)
         candidates = {
             peer: record.dht_addrs
-            for peer, record in links.view().peers.items()
-            if links.peer_id < peer
-            and not_before.get(peer, 0.0) <= now
-            and any(map(shortcuts.replaces, record.dht_addrs))
+            for peer, record in peers.items()
+            if links.peer_id < peer and pauses.over(peer, now) and any(map(shortcuts.replaces, record.dht_addrs))
         }
         try:
             routes = await links.directory.routes() if candidates else {}
@@ -73,8 +95,7 @@ async def replace_relayed(links: Links, shortcuts: Shortcuts) -> None:
                 if set(shortcuts.addresses(addresses)) & {f"{route}/p2p/{peer}" for route in routes.get(peer, ())}:
                     continue
                 if not await _replace(links, shortcuts, peer, addresses):
-                    pauses[peer] = min(2 * pauses.get(peer, FIRST_PAUSE_SECONDS / 2), LONGEST_PAUSE_SECONDS)
-                    not_before[peer] = now + pauses[peer]
+                    pauses.begin(peer, now)
         except DirectoryError as error:
             log.info("way_out.unknown", error=error.cause)
 

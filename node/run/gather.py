@@ -7,8 +7,9 @@ the leases name. A run of one composer has no quorum and no votes: then that com
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
 from ...protocol.experts.handles import Handles
 from ...protocol.identity import Identity
 from ...protocol.transport.client import Transport
-from ...protocol.transport.downloads import FetchEnded
+from ...protocol.transport.downloads import Download, FetchEnded
 from ...protocol.transport.fetches import Turns
 from ...protocol.transport.wire import Reason
 from ..config import PeerConfig
@@ -256,12 +257,13 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
             composers[0], resources.local(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
         )
         return fragment_from_bytes(got.data, fragment.numel)[0], -1
-    problem = "nobody backs it"
-    for peer in backers:
+    problem, begun = "nobody backs it", Download()  # what one has sent of it the next one goes on with
+    for peer in spread(backers, f"{links.peer_id}/{fragment.index}/{wanted.round}"):
         try:
             got = await links.fetch(
-                peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS
+                peer, resources.backbone(fragment.index), max_bytes=limit, deadline_seconds=FETCH_SECONDS, begun=begun
             )
+            begun.restart()
             flat, momentum = fragment_from_bytes(got.data, fragment.numel)
         except (FetchFailed, PeerUnreachable, Refused) as error:
             problem = f"{peer}: {error.cause}"
@@ -270,6 +272,11 @@ async def _fragment(links: Links, fragment: Fragment, parts: int) -> tuple[Tenso
             return flat, wanted.round
         problem = f"{peer} has another state by now"
     raise ExportFailed(f"backbone fragment {fragment.index}: {problem}")
+
+
+def spread(backers: Collection[str], of: str) -> list[str]:
+    """In the order to ask them in, another one for every `of`: no peer serves all who export, or every fragment."""
+    return sorted(backers, key=lambda peer: hashlib.blake2b(f"{of}/{peer}".encode(), digest_size=16).digest())
 
 
 def _slot_bytes(manifest: Manifest) -> int:
@@ -289,6 +296,7 @@ async def _slot(links: Links, handles: Handles, slot: int, turns: Turns) -> dict
             resources.weights(slot),
             max_bytes=_slot_bytes(links.manifest),
             deadline_seconds=FETCH_SECONDS,
+            begun=Download(),  # an owner that goes away is not waited for: the slot has another one soon
         )
     state = messages.decode(got.data, messages.SlotState)
     tensors = from_bytes(state.tensors, what=f"slot {slot} from {claim.owner}")

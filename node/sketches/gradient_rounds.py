@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from torch import Tensor
@@ -119,10 +120,8 @@ class GradientRounds:
             self._links.state.count(Count.SKETCH_ROUNDS, "busy")
             return "busy"
         self.running += 1
-        self._waiting.add(slot)
         try:
-            async with self._one_at_a_time[slot]:
-                self._waiting.discard(slot)
+            async with self._turn(slot):
                 future = await asyncio.to_thread(
                     self._averager.submit,
                     slot,
@@ -152,6 +151,19 @@ class GradientRounds:
             return reason
         self.intervals.completed()
         return outcome
+
+    @asynccontextmanager
+    async def _turn(self, slot: int) -> AsyncIterator[None]:
+        """After the slot's last round."""
+        self._waiting.add(slot)
+        try:
+            await self._one_at_a_time[slot].acquire()
+        finally:
+            self._waiting.discard(slot)  # of who is cancelled too, or the slot would be busy for ever
+        try:
+            yield
+        finally:
+            self._one_at_a_time[slot].release()
 
     def _expected(self, owner: str) -> int:
         """Members worth waiting for: the owner and who trains. Who has finished may have nothing left to bring."""

@@ -65,9 +65,10 @@ class SketchSender:
         if step % self._every:
             return
         now = time.monotonic()
-        targets = {
-            slot: target for slot, target in self._exchange.owners().items() if target.owner not in self._under_way
-        }
+        owners = self._exchange.owners()
+        present = {target.owner for target in owners.values()} | self._under_way
+        self._rates = {owner: rate for owner, rate in self._rates.items() if owner in present}
+        targets = {slot: target for slot, target in owners.items() if target.owner not in self._under_way}
         shares = {}
         for slot, target in targets.items():
             rate = self._rates.setdefault(target.owner, SenderRate(random.Random()))

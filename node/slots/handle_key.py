@@ -13,13 +13,16 @@ from pathlib import Path
 from ...protocol import resources
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, ShoalError
 from ...protocol.experts.handles import KEY_BYTES, key_digest, new_key
+from ..errors import ConfigError
 from ..logs import get_logger
 from ..peer.links import Links
+from ..storage.whole_file import write_whole
 
 log = get_logger(__name__)
 
 FETCH_SECONDS = 10.0
 PAUSE_SECONDS = 0.5
+PRIVATE = 0o600  # a file's mode
 HOLDERS = frozenset({"composer", "bootstrap", "observer"})
 
 
@@ -30,10 +33,16 @@ class HandleKeyMissing(ShoalError):
 
 
 def found_key(path: Path) -> bytes:
-    """The key for runs founded here: the one kept at `path`, else a new one, kept there."""
+    """The key for runs founded here: the one kept at `path`, else a new one. ConfigError if that file is damaged."""
     if not path.exists():
-        _keep(path, new_key())
-    return path.read_bytes()
+        write_whole(path, new_key(), mode=PRIVATE)
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise ConfigError(
+            f"{path} is damaged: {len(key)} bytes, and a handle key has {KEY_BYTES}",
+            fix="put a copy of it there; if no run that you founded goes on, delete it",
+        )
+    return key
 
 
 def kept_key(paths: Sequence[Path], digest: str) -> bytes | None:
@@ -70,7 +79,7 @@ async def fetch_key(links: Links, paths: Sequence[Path], *, seconds: float) -> b
                 log.debug("handle_key.not_given", peer=peer, error=str(error))
                 continue
             if key_digest(got.data).hex() == digest:
-                _keep(paths[-1], got.data)
+                write_whole(paths[-1], got.data, mode=PRIVATE)
                 return got.data
             log.warning("handle_key.wrong", peer=peer)
         await asyncio.sleep(PAUSE_SECONDS)
@@ -78,10 +87,3 @@ async def fetch_key(links: Links, paths: Sequence[Path], *, seconds: float) -> b
         "no composer or founder of the run gave its handle key",
         fix="start the founder's peer or any composer that was in the run before",
     )
-
-
-def _keep(path: Path, key: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.touch(mode=0o600)
-    temporary.write_bytes(key)
-    temporary.replace(path)

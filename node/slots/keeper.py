@@ -288,9 +288,8 @@ class SlotKeeper(Generic[O]):
 
     async def _fetch(self, peer: str, resource: str) -> Snapshot:
         async with self._fetching_from.take(peer), self._fetching:
-            got = await self._links.fetch(
-                peer, resource, max_bytes=self.max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS
-            )
+            fetch = self._links.fetch(peer, resource, max_bytes=self.max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS)
+            got = await self._links.while_here(peer, fetch)
         state = await asyncio.to_thread(messages.decode, got.data, SlotState)
         tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))
         return Snapshot(Copy(state.epoch, state.version), tensors, state.standin)
@@ -308,9 +307,11 @@ class SlotKeeper(Generic[O]):
             if not full:  # what is published may be all that travels
                 self._exchange.publish_now(owner, [slot])
 
-        await asyncio.wrap_future(self._trainer.ask(freeze))
-        self._expect_claim(slot)
-        given = await self.serving.snapshot(slot, full=full)
+        try:  # each waits for a step to end, which may take as long as a lease
+            await asyncio.wrap_future(self._trainer.ask(freeze))
+            given = await self.serving.snapshot(slot, full=full)
+        finally:
+            self._expect_claim(slot)
         if given is None:
             return None
         until = self._links.loop.time() + self._rules.lease + len(given.data) / SLOWEST_BYTES_PER_SECOND

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Put `data` in `path`; when this returns it survives a crash of the machine. One process writes a path at a time.
 
-    Raises OSError, which names `path`; what was there before is still there then.
+    `mode` is the file's, less the umask. Raises OSError, which names `path`; what was there before is still there then.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data)
         sync(temporary)
         temporary.replace(path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..learning.data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
+from ..learning.optimizer import decays
 from ..learning.tokenizer import Encoder
 from ..model.families import moe_blocks
 from ..model.local_checkpoint import load_config, load_model
@@ -107,7 +108,11 @@ def _fit(
 ) -> float:
     """The last loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if decays(parameter)]},
+        {"params": [parameter for parameter in trained if not decays(parameter)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, round(WARM_UP * steps))
     loss = math.nan
     for step in range(steps):

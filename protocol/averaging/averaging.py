@@ -32,7 +32,7 @@ from .facts import RoundFacts, pack_norms, sign_facts
 from .fragments import Fragment
 from .merging import Weighting
 from .outcome import Order, Outcome, Report, Status
-from .parts import PART_BYTES, CodecName, PartCodec
+from .parts import PART_BYTES, CodecName, PartCodec, sendable
 from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
@@ -191,7 +191,9 @@ class Averager:
             else:
                 vector.copy_(value.detach())
             if not self._may_send(vector) or not all(map(math.isfinite, norms)):
-                future.set_result(Outcome(Status.REFUSED, round_, attempt, detail="the own vector is not finite"))
+                future.set_result(
+                    Outcome(Status.REFUSED, round_, attempt, detail="the own vector is not finite, or absurdly large")
+                )
                 return future
             ticket = self._next_ticket
             self._next_ticket += 1
@@ -243,7 +245,7 @@ class Averager:
 
     @staticmethod
     def _may_send(vector: Tensor) -> bool:
-        return bool(torch.isfinite(vector).all())
+        return sendable(vector)
 
     def _collect(self) -> None:
         """Thread: turn reports into outcomes until the process ends."""

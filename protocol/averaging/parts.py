@@ -35,8 +35,15 @@ CodecName = Literal["float32", "float16", "int8", "int4"]
 
 PART_BYTES = 1 << 18  # on the wire; a slow uplink must send one to every member within sender_timeout
 
+LARGEST = 1e4  # element that is sent: no weight of a model that learns comes near it, still less a difference
+
 _BLOCK = 4096  # elements per int8 scale
 _CODE_BOOK = 256
+
+
+def sendable(vector: Tensor) -> bool:
+    """Whether others may have it: all finite, and not so large that it would undo what everybody has learned."""
+    return float(vector.abs().max()) <= LARGEST if vector.numel() else True  # false for NaN
 
 
 @dataclass(frozen=True)
@@ -61,21 +68,25 @@ class PartCodec:
         return self.compression.compress(part, CompressionInfo.from_tensor(part))
 
     def decode(self, message: runtime_pb2.Tensor, numel: int) -> Tensor:
-        """float32 tensor of shape (numel,). Raises Refused unless the message is exactly such a part, and finite."""
+        """float32 tensor of shape (numel,). Raises Refused unless the message is exactly such a part, and sane."""
         if message.compression != self.compression.compression_type or message.dtype != "float32":
             raise Refused("part_codec", f"the part is not {self.name}")
         if list(message.size) != [numel] or len(message.buffer) != self.encoded_bytes(numel):
             raise Refused("part_shape", f"the part has {len(message.buffer)} bytes, {numel} elements need others")
         if self.name == "int8" and struct.unpack_from("<qq", message.buffer) != (_scales(numel), _CODE_BOOK):
             raise Refused("part_shape", "the part's scales or code book have another length")
+        part: Tensor
         if self.name == "int4":
             try:
-                return int4.decode(message.buffer, numel)
+                part = int4.decode(message.buffer, numel)
             except ValueError as error:
                 raise Refused("part_shape", str(error)) from error
-        part: Tensor = deserialize_torch_tensor(message)
+        else:
+            part = deserialize_torch_tensor(message)
         if not bool(torch.isfinite(part).all()):
             raise Refused("non_finite", "sent NaN or infinity")
+        if not sendable(part / 2):
+            raise Refused("part_too_large", f"sent numbers above {LARGEST:g}, as nobody does whose model learns")
         return part
 
     def as_received(self, vector: Tensor, part_bytes: int = PART_BYTES) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 STRIKES = 3.0  # of suspicion, since the last commit with that peer
 SHUN_SECONDS = 300.0  # the first time; twice as long each time after that
-MAX_SHUN_SECONDS = 6 * 3600.0
+MAX_SHUN_SECONDS = 6 * 3600.0  # also what it takes until a peer that spoils nothing more has a clean record
 
 
 def suspects(missing: Mapping[str, Collection[str]], reducers: Collection[str]) -> dict[str, float]:
@@ -47,6 +47,7 @@ class _Record:
     suspicion: float = 0.0
     times: int = 0  # that it was shunned
     until: float = 0.0
+    last: float = 0.0  # failed round that was laid at its door
 
 
 @dataclass
@@ -67,9 +68,15 @@ class Reputation:
             now: monotonic seconds, as in all methods.
         """
         caught = []
+        self._records = {
+            peer: record
+            for peer, record in self._records.items()
+            if max(record.last, record.until) > now - MAX_SHUN_SECONDS
+        }
         for peer in sorted({*proven, *suspicion} - {self.me}):
             record = self._records.setdefault(peer, _Record())
             record.suspicion += suspicion.get(peer, 0.0)
+            record.last = now
             if record.until <= now and (peer in proven or record.suspicion >= STRIKES):
                 record.suspicion = 0.0
                 record.until = now + min(MAX_SHUN_SECONDS, SHUN_SECONDS * 2**record.times)

@@ -141,7 +141,7 @@ def _command(options: DaemonOptions, socket: Path) -> list[str]:
         "connManager": "1",
         "relay": "1",
         "tls": "1",
-        "idleTimeout": "30s",  # until somebody attaches
+        "idleTimeout": "3m",  # until somebody attaches
     }
     return [
         str(files("hivemind.hivemind_cli") / "p2pd"),

@@ -32,7 +32,8 @@ RECORD_BYTES = 64 * 1024 * 1024  # of states; a slot with more is audited in par
 BYTES_PER_WEIGHT = 17  # masters twice, two moments, a stand-in
 REMEMBERED = 32  # sent batches of a slot whose digests are kept
 ACCUSATION_SECONDS = 30.0  # an accuser is acted on this often at most
-MAX_ACCUSED = 64  # peers that one accuser may have accused
+MAX_ACCUSED = 64  # peers that one accuser accuses at a time
+REPEATED_SECONDS = 1800.0  # an accusation that was not repeated for so long, which is every lease, is one no more
 
 
 class Finding(StrEnum):
@@ -201,7 +202,7 @@ class Distrust:
         self._me, self._audits = me, audits
         self.convicted: dict[str, Finding] = {}  # by owner
         self._silences: dict[str, Counter[Finding]] = {}  # by owner, in a row
-        self._accused: dict[str, set[str]] = {}  # by accuser
+        self._accused: dict[str, dict[str, float]] = {}  # by accuser, when it last accused whom
         self._acted: dict[str, float] = {}  # by accuser, when last
 
     def judge(self, owner: str, finding: Finding) -> bool:
@@ -227,15 +228,26 @@ class Distrust:
             active: composers that train or have finished; others are not heard.
             now: monotonic seconds.
         """
-        accused = self._accused.setdefault(accuser, set()) if accuser in active else set()
-        if accuser not in active or owner in (self._me, accuser) or len(accused | {owner}) > MAX_ACCUSED:
+        if accuser not in active or owner in (self._me, accuser):
             return False
-        accused.add(owner)
-        due = now >= self._acted.get(accuser, -ACCUSATION_SECONDS) + ACCUSATION_SECONDS
-        if not self._audits or owner in self.convicted or not due:
+        self._forget(now)
+        accused = self._accused.setdefault(accuser, {})
+        if len(accused.keys() | {owner}) > MAX_ACCUSED:
+            return False
+        accused[owner] = now
+        if not self._audits or owner in self.convicted or accuser in self._acted:
             return False
         self._acted[accuser] = now
         return True
+
+    def _forget(self, now: float) -> None:
+        """Neither who was accused long ago counts, or its accuser could accuse nobody else, nor who has long gone."""
+        recent = {
+            accuser: {owner: at for owner, at in accused.items() if at > now - REPEATED_SECONDS}
+            for accuser, accused in self._accused.items()
+        }
+        self._accused = {accuser: accused for accuser, accused in recent.items() if accused}
+        self._acted = {accuser: at for accuser, at in self._acted.items() if at > now - ACCUSATION_SECONDS}
 
     def distrusted(self, active: Collection[str]) -> set[str]:
         """Owners whose claims mean nothing here."""

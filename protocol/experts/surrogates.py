@@ -10,8 +10,8 @@ then seq.
 - Duplicates and older ones are ignored; later ones wait, `max_waiting` at most, for what is missing.
 - A gap that stays for `patience`, a wrong digest or a delta too large for gossip become a `Need`: fetch
   `standin/<slot>` from the owner and `install` it. Announcements make a lost last delta show up as a gap.
-- The lease decides whom to believe: lower epochs and other senders are refused; deltas of an owner whose lease is not
-  known here yet wait for it.
+- The lease decides whom to believe: lower epochs and other senders are refused; of deltas of an owner whose lease is
+  not known here yet it is noted how far they go.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from ..errors import Refused
 from ..messages import StandInSnapshot, SurrogateDelta
@@ -39,7 +41,7 @@ class StandIn(Protocol):
 
 S = TypeVar("S", bound=StandIn)
 
-MAX_EARLY = 4  # senders whose delta of a lease not known yet is kept, per slot
+MAX_EARLY = 4  # senders whose delta of a lease not known yet is noted, per slot
 
 
 def state_digest(layers: Sequence[StandIn]) -> bytes:
@@ -150,7 +152,7 @@ class SlotSubscriber(Generic[S]):
         self._load = load
         self._patience = patience or Patience()
         self._waiting: dict[int, SurrogateDelta] = {}  # by seq, of the lease's epoch
-        self._early: dict[str, SurrogateDelta] = {}  # by sender: the latest of a lease not known yet
+        self._early: dict[str, SurrogateDelta] = {}  # by sender: where it stands by a lease not known yet
         self._target = point  # the owner is known to stand here, at least
         self._must_fetch = False  # waiting for deltas will not help
         self._behind_since: float | None = None
@@ -192,8 +194,8 @@ class SlotSubscriber(Generic[S]):
             now: monotonic seconds.
 
         Raises:
-            Refused: `stale-epoch`, `not-owner`, `early-epoch` (kept until the lease shows up), `wrong-layers`, or
-                `overflow` (dropped for lack of room; the gap will be repaired).
+            Refused: `stale-epoch`, `not-owner`, `early-epoch` (noted until the lease shows up), `wrong-layers`, or
+                `overflow` (dropped for lack of room). What was in it will be fetched.
         """
         if delta.layers and len(delta.layers) != len(self.layers):
             raise Refused("wrong-layers", f"slot {self.slot}: {len(delta.layers)} layers, not {len(self.layers)}")
@@ -201,7 +203,8 @@ class SlotSubscriber(Generic[S]):
             raise Refused("stale-epoch", f"slot {self.slot}: epoch {delta.epoch} is over, {self.epoch} is current")
         if delta.epoch > self.epoch:
             if sender in self._early or len(self._early) < MAX_EARLY:
-                self._early[sender] = delta
+                # Where its sender stands, and no more: anybody may send one of a megabyte for every slot there is.
+                self._early[sender] = msgspec.structs.replace(delta, layers=(), fidelity=())
             raise Refused("early-epoch", f"slot {self.slot}: no lease of epoch {delta.epoch} is known yet")
         if sender != self.owner:
             raise Refused("not-owner", f"slot {self.slot}: {sender} sent a delta, {self.owner or 'nobody'} owns it")

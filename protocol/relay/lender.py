@@ -131,7 +131,7 @@ class Lender:
     # -- the relay's own port --------------------------------------------------------------------------------------
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        address = (writer.get_extra_info("peername") or ("",))[0]  # none if it has hung up already
+        address = _host_of(writer)
         if self._clients.total() >= MAX_CLIENTS or self._clients[address] >= MAX_CLIENTS_EACH:
             writer.close()
             return
@@ -170,7 +170,7 @@ class Lender:
 
     async def _probe(self, message: Probe, nonce: str, writer: asyncio.StreamWriter) -> None:
         """Only back to where the question came from: nobody can have others dialled."""
-        observed = writer.get_extra_info("peername")[0]
+        observed = _host_of(writer)
         self._probes.take(observed)
         answered = await asyncio.gather(*(_dial(observed, port, nonce) for port in message.ports))
         send(writer, Probed(observed, list(answered)))
@@ -256,7 +256,7 @@ class Lender:
         loan.streams += 1
         try:
             watch(writer)
-            hosts = frozenset(each.get_extra_info("peername")[0] for each in (writer, loan.control))
+            hosts = frozenset(map(_host_of, (writer, loan.control)))
             await asyncio.sleep(max(0.0, self._apart.get(hosts, 0.0) - time.monotonic()))
             ends = await self._called(loan, index)
             await splice((reader, writer), ends, self._count, self._pace)
@@ -280,7 +280,7 @@ class Lender:
 
     async def _introduce(self, message: Punch, dialler: Ends) -> None:
         """Tell a dialler and a borrower where each is seen, and leave them to it."""
-        self._punches.take(dialler[1].get_extra_info("peername")[0])
+        self._punches.take(_host_of(dialler[1]))
         found = [loan for loan in self._loans.values() if loan.lent and message.port in loan.ports]
         if not found:
             raise Refused("unknown", f"port {message.port} is not lent")
@@ -294,7 +294,7 @@ class Lender:
                 send(one, Met(host, port, token))
             # Routers keep a port's mapping while a connection from it lasts.
             if isinstance(await read(dialler[0], MEET_SECONDS + ANSWER_SECONDS), Through):
-                hosts = frozenset(ends[1].get_extra_info("peername")[0] for ends in (dialler, borrower))
+                hosts = frozenset(_host_of(writer) for _, writer in (dialler, borrower))
                 now = time.monotonic()
                 self._apart = {pair: until for pair, until in self._apart.items() if until > now}
                 self._apart[hosts] = now + APART_SECONDS
@@ -308,6 +308,7 @@ class _Quota:
     def __init__(self, what: str, most: int) -> None:
         self._what, self._most = what, most
         self._times: dict[str, deque[float]] = defaultdict(deque)
+        self._looked_at = time.monotonic()
 
     def take(self, address: str) -> None:
         """Raises Refused(`quota`)."""
@@ -317,7 +318,16 @@ class _Quota:
         if len(recent) >= self._most:
             raise Refused("quota", f"{self._most} {self._what} a minute, not more")
         recent.append(now)
-        self._times = defaultdict(deque, {host: times for host, times in self._times.items() if times})
+        if now - self._looked_at >= QUOTA_SECONDS:  # of those who came once nothing is kept for ever
+            self._looked_at = now
+            since = now - QUOTA_SECONDS
+            lately = {host: times for host, times in self._times.items() if times[-1] >= since}
+            self._times = defaultdict(deque, lately)
+
+
+def _host_of(writer: asyncio.StreamWriter) -> str:
+    """The address at the other end; empty if it had hung up before it was looked at, as port scanners do."""
+    return str((writer.get_extra_info("peername") or ("",))[0])
 
 
 async def _dial(host: str, port: int, nonce: str) -> bool:

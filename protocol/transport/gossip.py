@@ -11,14 +11,18 @@ What py-libp2p 0.8.1 does that a training swarm cannot live with, and what stand
 - every received message gets a task, and trio runs tasks in random order: one task handles them in order of arrival
   (two paths through the mesh can still overtake each other);
 - a message with a malformed key raises inside a service task and ends the whole service: caught and counted;
-- whole messages are kept to detect equivocation (up to 900 MB of ours): off, as duplicates are told by id anyway.
+- whole messages are kept to detect equivocation (up to 900 MB of ours): off, as duplicates are told by id anyway;
+- the time of every message is kept for ever, for adaptive gossip, which is off: nothing is kept;
+- a message may name any number of topics, of which notes are kept for ever: one that names several is dropped.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict, deque
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -130,6 +134,8 @@ class Router(GossipSub):
             max_pending_messages_per_peer=8,  # for neighbours that have not said what they subscribe to
         )
         self.counts = counts
+        nothing = partial(deque[float], maxlen=0)
+        self.recent_message_deliveries: Any = defaultdict(nothing)
 
     def _check_equivocation(self, msg: Any) -> bool:
         return True
@@ -204,7 +210,9 @@ class Gossip(Pubsub):
 
     def _is_subscribed_to_msg(self, msg: Any) -> bool:
         """Asked once per received message, in order. Takes it over; the False keeps py-libp2p from giving it a task."""
-        if super()._is_subscribed_to_msg(msg):
+        if len(msg.topicIDs) > 1:
+            self.counts.garbage += 1
+        elif super()._is_subscribed_to_msg(msg):
             try:
                 self._received.send_nowait((_forwarder.get(), msg))
             except trio.WouldBlock:

@@ -73,6 +73,28 @@ def test_a_gpu_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
     assert finding("GPU", PeerConfig(data_dir=tmp_path, device="cuda")).verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize(
+    ("device", "island", "verdict"),
+    [("cuda:1", 1, Verdict.OK), ("cuda:2", 1, Verdict.FAIL), ("auto", 2, Verdict.OK), ("cuda:1", 2, Verdict.FAIL)],
+)
+def test_the_gpus_that_are_asked_for_are_looked_at(
+    device: str, island: int, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: asked.append(index) or (1 << 34, 1 << 35))
+    found = finding("GPU", PeerConfig(data_dir=tmp_path, device=device, island=island))
+    assert found.verdict is verdict
+    if verdict is Verdict.OK:
+        assert asked == [1 if device == "cuda:1" else 0]
+    else:
+        assert "this machine has 2 GPUs" in found.said
+
+
 def test_a_data_directory_in_use(config: PeerConfig) -> None:
     identity = Identity.load_or_create(config.identity_path)
     assert identity.peer_id in finding("data directory", config).said

@@ -6,7 +6,9 @@ import copy
 import os
 import random
 import signal
+import struct
 import time
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 import psutil
@@ -19,6 +21,7 @@ from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.island.merging import DataParallel
 from shoal.node.island.nursery import Nursery
+from shoal.node.island.orders import limit, receive
 from shoal.node.learning.composer import Composer
 from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.start import Seeded
@@ -189,3 +192,32 @@ def test_a_member_that_ends_before_it_has_come_is_not_waited_for(
     assert not report.skipped
     assert not island.together
     assert many.step == 1
+
+
+def test_a_member_that_is_stopped_is_not_waited_for_without_end(islands: list[Island]) -> None:
+    """It has not ended, and takes nothing: what does not fit the pipe would never be written."""
+    many = together(tiny.manifest_of(), 2, random.randrange(1 << 30), owned={0})
+    island = many.island
+    assert island is not None
+    islands.append(island)
+    assert not many.train_step().skipped
+    [member] = island.members
+    limit(member.pipe, 1.5)
+    os.kill(member.process.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="takes no message"):
+        island.tell(member, bytes(8 << 20))
+    assert 1.0 < time.monotonic() - began < 20.0
+    island.lose(TimeoutError("as `compute` does"))
+    assert not psutil.pid_exists(member.process.pid)
+    assert not many.train_step().skipped, "the leader goes on alone"
+
+
+def test_an_answer_that_breaks_off_is_not_waited_for_without_end() -> None:
+    ours, theirs = Pipe()
+    with ours, theirs:
+        limit(ours, 1.0)
+        os.write(theirs.fileno(), struct.pack("!i", 1000) + bytes(10))
+        assert ours.poll(1.0)
+        with pytest.raises(TimeoutError, match="does not end its message"):
+            receive(ours)

@@ -168,6 +168,8 @@ def test_normalisation_after_top_k_is_the_configs(seed: int) -> None:
         ({"model_type": "gpt_oss", **SMALL}, "scaled_dot_product_attention"),
         ({"model_type": "minimax_m3_vl_text", "num_local_experts": 6, "head_dim": 8, **SMALL}, "gate of its own"),
         ({"model_type": "mixtral", "hidden_act": "relu", **SMALL}, "activation 'relu'"),
+        ({"model_type": "zaya", "num_experts": 6, "head_dim": 8, **SMALL, "num_experts_per_tok": 1}, r"\[7\] classes"),
+        ({"model_type": "mixtral", "num_local_experts": 6, **SMALL, "num_experts_per_tok": 7}, "cannot route a token"),
     ],
 )
 def test_configs_without_plain_experts_are_refused(config: dict[str, Any], message: str) -> None:

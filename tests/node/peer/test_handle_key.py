@@ -10,10 +10,12 @@ import msgspec
 import pytest
 from loopback import HANDLE_KEY, SECONDS, Loopback, loopback
 from loopback_workers import LoopbackWorker
+from shoal.node.errors import ConfigError
 from shoal.node.peer.links import Links
 from shoal.node.peer.membership import Membership
 from shoal.node.run.manifest import PrivacySpec
 from shoal.node.slots.handle_key import HandleKeyMissing, fetch_key, found_key, kept_key
+from shoal.node.storage import whole_file
 from shoal.node.storage.known_peers import KnownPeers
 from shoal.node.watching.state import Phase
 from shoal.protocol import resources
@@ -72,6 +74,26 @@ def test_a_founder_keeps_its_key_to_itself(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [each.name for each in tmp_path.iterdir()] == ["handle.key"]
     assert found_key(tmp_path / "other.key") != key
+
+
+def test_a_new_key_is_on_the_disk_before_a_run_is_founded_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else has it yet, and the manifest commits to it."""
+    synced: list[Path] = []
+    monkeypatch.setattr(whole_file, "sync", synced.append)
+    found_key(tmp_path / "handle.key")
+    assert synced == [tmp_path / "handle.key.tmp", tmp_path]
+
+
+@pytest.mark.parametrize("damaged", [b"", HANDLE_KEY[:-1], HANDLE_KEY + b"1"])
+def test_nothing_is_founded_with_a_damaged_key(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "handle.key"
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match="is damaged") as refused:
+        found_key(path)
+    assert "copy" in refused.value.fix
+    assert path.read_bytes() == damaged
 
 
 def test_only_the_key_that_the_manifest_means_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,15 @@ from loopback import HANDLE_KEY, MANIFEST_BYTES, SECONDS, Loopback, loopback
 from msgspec import structs
 from safetensors.torch import load
 from shoal.node.peer.links import Links
-from shoal.node.run.gather import ExportFailed, _fetch_all, _slot, _write
+from shoal.node.run.gather import ExportFailed, _fetch_all, _slot, _write, spread
 from shoal.node.run.joining import newest
 from shoal.node.slots.slot_order import moved, renamed
 from shoal.node.storage.blobs import fragment_from_bytes, from_bytes, to_bytes
 from shoal.protocol import messages, resources
-from shoal.protocol.errors import Refused
+from shoal.protocol.errors import PeerUnreachable, Refused
 from shoal.protocol.experts.handles import Handles
 from shoal.protocol.messages import SlotState, StandInSnapshot
-from shoal.protocol.transport.downloads import FetchEnded, FetchQuery, Resource
+from shoal.protocol.transport.downloads import Download, FetchEnded, FetchQuery, Resource
 from shoal.protocol.transport.fetches import Turns
 from shoal.protocol.transport.wire import Reason
 from tiny import LAYERS, SLOTS, manifest_of
@@ -165,6 +166,34 @@ def test_slots_that_many_ask_for_at_once_do_not_fill_the_memory(swarm: Loopback,
         library._slots.limit = limit
 
 
+def test_who_asks_for_a_handover_again_gets_the_one_that_is_being_made(
+    swarm: Loopback, onlooker: Links, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little of its machine an owner takes longer than anybody waits, each time that it begins anew."""
+    library, asked = swarm.peers[0].library, list[str]()
+    assert library is not None
+    ask = FetchQuery(onlooker.peer_id, resources.handover(0))
+
+    async def slowly(slot: int, requester: str) -> Resource:
+        asked.append(requester)
+        await asyncio.sleep(0.5)
+        return Resource(b"slot %d for %d" % (slot, len(asked)))
+
+    async def twice() -> list[Resource | None]:
+        given_up = asyncio.ensure_future(library.answer(ask))
+        await asyncio.sleep(0.1)
+        given_up.cancel()
+        other = FetchQuery(swarm.peers[1].peer_id, resources.handover(0))
+        return [*await asyncio.gather(library.answer(ask), library.answer(other)), await library.answer(ask)]
+
+    monkeypatch.setattr(swarm.peers[0].keeper, "serve_handover", slowly)
+    first, _, later = swarm.call(twice())
+    assert asked == [onlooker.peer_id, swarm.peers[1].peer_id, onlooker.peer_id]
+    assert first is not None
+    assert later is not None
+    assert first.data != later.data, "it may have been trained meanwhile"
+
+
 @contextmanager
 def answering(
     swarm: Loopback, peer: int, spoilt: Callable[[bytes], bytes], kind: str, *, seconds: float = 0.0
@@ -208,6 +237,36 @@ def test_an_export_of_large_slots_asks_each_owner_for_one_at_a_time(swarm: Loopb
     assert asked.total() == len(asked), "none was refused, and asked for again"
 
 
+def test_exports_do_not_all_ask_the_same_backer_first() -> None:
+    backers = {f"peer {number}" for number in range(8)}
+    orders = [spread(backers, f"exporter {number}/0/40") for number in range(400)]
+    assert orders == [spread(backers, f"exporter {number}/0/40") for number in range(400)]
+    assert all(set(order) == backers for order in orders)
+    first = Counter(order[0] for order in orders)
+    assert first.keys() == backers
+    assert max(first.values()) < 100, "of 50 each"
+    assert len({spread(backers, f"exporter/{fragment}/40")[0] for fragment in range(40)}) > 4
+
+
+def test_an_export_waits_for_nobody_who_has_gone(
+    swarm: Loopback, onlooker: Links, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fetch that has begun and may not be gone on with elsewhere waits as long as its bytes allow: hours."""
+    fetch, seen = onlooker.fetch, dict[str, list[object]]()
+
+    async def noted(peer: str, resource: str, **more: Any) -> Resource:
+        seen.setdefault(resource, []).append(more.get("begun"))
+        if resource == resources.backbone(0) and len(seen[resource]) == 1:
+            raise PeerUnreachable("it has gone")
+        return await fetch(peer, resource, **more)
+
+    monkeypatch.setattr(onlooker, "fetch", noted)
+    swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
+    assert all(isinstance(begun, Download) for each in seen.values() for begun in each)
+    first, second = seen[resources.backbone(0)]
+    assert first is second, "another backer goes on with what has come"
+
+
 def a_nan(data: bytes) -> bytes:
     tensors = load(data)
     tensors["fragment"][3] = torch.nan
@@ -218,8 +277,10 @@ def a_nan(data: bytes) -> bytes:
 def test_a_backer_that_sends_nonsense_is_passed_over(
     swarm: Loopback, onlooker: Links, spoilt: Callable[[bytes], bytes]
 ) -> None:
-    backers = newest(onlooker, 0, 2)[1]
-    first = [peer.peer_id for peer in swarm.peers].index(backers[0])
+    state, backers = newest(onlooker, 0, 2)
+    assert state is not None
+    asked_first = spread(backers, f"{onlooker.peer_id}/0/{state.round}")[0]
+    first = [peer.peer_id for peer in swarm.peers].index(asked_first)
     with answering(swarm, first, spoilt, "backbone") as asked:
         whole = swarm.call(_fetch_all(onlooker, Handles(HANDLE_KEY), lambda _: None))
     assert asked.count(resources.backbone(0)) == 1, "and not asked again"

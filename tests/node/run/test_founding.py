@@ -114,6 +114,23 @@ def test_what_a_config_says_is_null_is_no_familys_default(monkeypatch: pytest.Mo
         assert seen[-1].model.config["eos_token_id"] is None
 
 
+def test_found_refuses_a_model_whose_router_has_classes_beside_the_experts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "_start", lambda *_: pytest.fail("it was founded"))
+    sizes = {
+        "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 2, "moe_intermediate_size": 24, "num_experts": 4, "router_hidden_size": 16,
+    }  # fmt: skip
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **sizes)).save_pretrained(tmp_path)
+    for option in ("--model", "--seed"):
+        capsys.readouterr()
+        assert cli.main(["found", option, str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "its router has [5] classes" in said
+        assert "fix: take " in said
+
+
 def test_found_compares_the_models_positions_with_what_is_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -248,6 +248,27 @@ def test_the_next_round_of_a_slot_waits_for_the_last_one(
     assert one.counted(Count.SKETCH_ROUNDS)["busy"] == busy + 1
 
 
+def test_a_round_that_is_cancelled_while_it_waits_does_not_keep_its_slot(
+    settled: tuple[Loopback, SketchMeeting, list[Sketching]],
+) -> None:
+    swarm, _, (one, other) = settled
+    number, sketch, slot = one.rounds.intervals.next, torch.ones(one.form.numel), 1
+
+    def bring(interval: int) -> asyncio.Task[Any]:
+        work = one.rounds.round(slot, interval, sketch, tokens=5, owner=other.peer.peer_id, epoch=3)
+        return asyncio.get_running_loop().create_task(work)
+
+    async def three() -> list[Any]:
+        first, second = bring(number), bring(number + 1)
+        await asyncio.sleep(0)  # both have begun
+        second.cancel()
+        third = bring(number + 2)
+        return await asyncio.gather(first, second, third, return_exceptions=True)
+
+    first, second, third = swarm.call(three())
+    assert (first, type(second), third) == ("no-group", asyncio.CancelledError, "no-group")
+
+
 def test_a_mean_that_is_no_gradient_is_refused(
     settled: tuple[Loopback, SketchMeeting, list[Sketching]],
 ) -> None:

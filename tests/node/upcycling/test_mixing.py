@@ -54,6 +54,21 @@ def test_experts_are_the_branches_and_the_rest_is_their_mean(tmp_path: Path) -> 
     assert torch.allclose(mixed.model.layers[0].self_attn.q_proj.weight, mean)
 
 
+def test_weight_decay_of_a_branch_is_for_matrices_as_it_is_in_a_run(tmp_path: Path) -> None:
+    seed = dense(tmp_path / "seed")
+    model = AutoModelForCausalLM.from_pretrained(seed)
+    torch.nn.init.zeros_(model.lm_head.weight)  # no gradient passes it, so that decay alone moves what is below
+    model.save_pretrained(seed)
+    (tmp_path / "text").write_text("branches of one seed " * 40_000)
+    numbers = ["--steps", "1", "--batch-size", "2", "--context-length", "32", "--learning-rate", "0.1"]
+    assert main(["branch", str(seed), str(tmp_path / "out"), "--data", str(tmp_path / "text"), *numbers]) == 0
+    before = dict(model.named_parameters())
+    after = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    for name in before.keys() - {"lm_head.weight"}:
+        kept = 1.0 if name.endswith("norm.weight") else 0.99
+        torch.testing.assert_close(after[name], kept * before[name], msg=name)
+
+
 def test_a_negative_bias_keeps_tokens_with_the_generalist(kinds: dict[str, Path], tmp_path: Path) -> None:
     paths = [dense(tmp_path / name) for name in "abcd"]
     tokens = domain_tokens(paths[0], [str(kind) for kind in kinds.values()])

@@ -198,11 +198,13 @@ def test_those_who_have_finished_are_there_and_change_nothing(swarm, robust):
     np.testing.assert_allclose(outcomes[0]["average"], learned, atol=1e-2)
 
 
-def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
+@pytest.mark.parametrize("absurd", [np.nan, 6e4])
+def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm, absurd):
+    """The mean of what two have learned and of 60,000 would be finite, and the end of the model."""
     peers = swarm.start(3, sizes=(3000,), faults={1: "nan"})
     vectors = [np.ones(3000), np.ones(3000), np.ones(3000)]
     for third in range(3):  # one in every reducer's part
-        vectors[1][1000 * third + secrets.randbelow(1000)] = np.nan
+        vectors[1][1000 * third + secrets.randbelow(1000)] = absurd
     for peer, vector in zip(peers, vectors, strict=True):
         peer.submit(vector, expected=3, quorum=3)
     outcomes = [peer.outcome() for peer in peers]
@@ -221,8 +223,9 @@ def test_a_sender_of_nan_is_named_and_nothing_is_committed(swarm):
     assert all(peers[1].peer_id not in outcome["members"] for outcome in again)
     assert peers[1].outcome()["status"] == "no_group"
 
-    peers[0].submit(np.full(3000, np.inf), round=5)
-    assert peers[0].outcome(1)["status"] == "refused"  # an honest peer does not even try
+    for number, value in ((5, np.inf), (6, absurd)):
+        peers[0].submit(np.full(3000, value), round=number)
+        assert peers[0].outcome(1)["status"] == "refused"  # an honest peer does not even try
 
 
 def test_a_peer_with_forged_facts_does_not_stop_the_others(swarm):

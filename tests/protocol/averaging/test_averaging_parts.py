@@ -148,7 +148,7 @@ import secrets, struct, sys
 import torch
 from shoal.protocol.averaging.averager_process import RoundTimes
 from shoal.protocol.errors import Refused
-from shoal.protocol.averaging.parts import PartCodec
+from shoal.protocol.averaging.parts import LARGEST, PartCodec, sendable
 
 def refused(codec, message, numel, reason):
     try:
@@ -175,6 +175,17 @@ for name in ("float32", "float16", "int8"):
         refused(codec, codec.encode(bad), 100, "non_finite")
     other = PartCodec("float32" if name != "float32" else "float16")
     refused(codec, other.encode(torch.randn(10)), 10, "part_codec")
+
+for name in ("float32", "float16", "int8", "int4"):
+    codec, few = PartCodec(name), torch.zeros(100)
+    few[7] = -LARGEST
+    assert sendable(few)
+    assert codec.decode(codec.encode(few), 100).abs().max() > 0.9 * LARGEST  # as it is sent, or rounded up a little
+    few[7] = -3 * LARGEST
+    assert not sendable(few)
+    refused(codec, codec.encode(few), 100, "part_too_large")
+assert not sendable(torch.tensor([1.0, float("nan")])) and not sendable(torch.tensor([float("inf")]))
+assert sendable(torch.zeros(0))
 
 codec = PartCodec("int8")
 message = codec.encode(torch.randn(10_000))

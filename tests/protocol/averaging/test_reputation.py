@@ -43,6 +43,17 @@ def test_silence_costs_something_only_if_it_goes_on() -> None:
     assert failures == STRIKES
 
 
+def test_who_has_spoiled_nothing_for_long_is_as_if_it_never_had() -> None:
+    book, now = Reputation("me"), 100.0
+    for number in range(50):
+        book.failed([f"liar {number}"], {f"slow {number}": 1.0}, now)
+        now += SHUN_SECONDS + MAX_SHUN_SECONDS
+    assert book.shunned(now) == frozenset()
+    assert book.failed(["liar 49"], {}, now) == ["liar 49"]
+    assert book.shunned(now + SHUN_SECONDS) == frozenset(), "for no longer than the first time"
+    assert len(book._records) == 1, "of the peers that come and go in weeks"
+
+
 def test_nobody_shuns_itself() -> None:
     book = Reputation("me")
     for _ in range(10):

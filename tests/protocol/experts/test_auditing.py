@@ -14,6 +14,7 @@ from shoal.protocol.experts.auditing import (
     MAX_ACCUSED,
     RECORD_BYTES,
     REMEMBERED,
+    REPEATED_SECONDS,
     SILENCES,
     Asked,
     Distrust,
@@ -228,3 +229,21 @@ def test_accusations_of_oneself_and_of_the_hearer_are_void_and_their_number_is_b
     for number in range(2 * MAX_ACCUSED):
         follower.hear("liar", f"peer {number}", ["liar"], 0.0)
     assert len(follower.distrusted(["liar"])) == MAX_ACCUSED
+
+
+def test_accusations_count_as_long_as_they_are_repeated_and_leave_room_for_others_then() -> None:
+    follower = Distrust(ME, audits=False)
+    for number in range(MAX_ACCUSED):
+        follower.hear("a", f"peer {number}", ["a"], 0.0)
+    follower.hear("a", WORKER, ["a"], REPEATED_SECONDS / 2)
+    assert WORKER not in follower.distrusted(["a"]), "there is no room"
+    follower.hear("a", "peer 0", ["a"], REPEATED_SECONDS / 2)
+    follower.hear("a", WORKER, ["a"], REPEATED_SECONDS)
+    assert follower.distrusted(["a"]) == {"peer 0", WORKER}
+
+
+def test_accusers_that_come_and_go_leave_nothing_behind() -> None:
+    distrust = Distrust(ME, audits=True)
+    for number in range(100):
+        assert distrust.hear(f"accuser {number}", WORKER, [f"accuser {number}"], number * REPEATED_SECONDS)
+    assert len(distrust._accused) == len(distrust._acted) == 1

@@ -13,6 +13,7 @@ from shoal.kernels.standin import initial_standin, make_publisher, standin_from_
 from shoal.protocol.errors import Refused
 from shoal.protocol.experts.surrogate_book import SurrogateBook
 from shoal.protocol.experts.surrogates import (
+    MAX_EARLY,
     SEED,
     Need,
     Patience,
@@ -202,6 +203,18 @@ def test_a_new_owner_goes_on_from_what_it_holds() -> None:
         assert states(subscriber.layers) == states(successor.layers)
         subscriber.receive("heir", successor.publish(), 5.0)
         assert states(subscriber.layers) == states(successor.layers)
+
+
+def test_of_deltas_under_leases_that_nobody_has_little_is_kept() -> None:
+    """Anybody may send them, a megabyte for each slot."""
+    subscriber, strangers = subscribed(), [Owner(f"stranger {number}") for number in range(20)]
+    for number, stranger in enumerate(strangers):
+        stranger.publisher.epoch = 50 + number
+        refused("early-epoch", subscriber, stranger.name, stranger.publish())
+    assert len(subscriber._early) == MAX_EARLY
+    assert not any(delta.layers or delta.fidelity for delta in subscriber._early.values())
+    subscriber.lease("stranger 1", 51, 0.0)
+    assert subscriber.need(3.0) == Need(0, "stranger 1"), "it is known where the new owner stands"
 
 
 def test_a_change_of_owner_costs_those_in_step_no_fetch() -> None:
