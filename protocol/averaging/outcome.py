@@ -19,9 +19,7 @@ class Status(Enum):
     PARTIAL = "partial"  # a member's input or a reducer's answer is missing somewhere; others may see COMPLETE
     NO_GROUP = "no_group"  # fewer than a quorum met before the window ended
     TIMED_OUT = "timed_out"  # a group met, and the all-reduce did not end in time
-    REFUSED = (
-        "refused"  # own input is not finite or absurdly large, or a member's facts are wrong: nothing was exchanged
-    )
+    REFUSED = "refused"  # nothing was exchanged: own input is not finite or too large, or a member's facts are wrong
 
 
 @dataclass(frozen=True)
