@@ -277,12 +277,13 @@ class _Peer:
         dht_addrs = await asyncio.to_thread(visible_addresses, dht)
         listening = self.way_in.dht_port or Address.parse(dht_addrs[0]).port
         keep_ports(config.data_dir, dht_port=listening, transport_port=port, http_port=self.server.port)
-        capacity = 0
+        stated = run.manifest.model.experts
+        num_slots, capacity = (0 if stated is None else stated.num_experts), 0
         if config.role in ("composer", "worker"):
             from ..capacity import capacity_of
 
             num_slots, capacity = capacity_of(config, run.manifest)
-            self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
+        self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
         member = Membership(
             links,
             role=config.role,
