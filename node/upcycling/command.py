@@ -146,7 +146,7 @@ def mix(
     *branches: Path,
     top_k: int = 2,
     merge: Literal["mean", "ties"] = "mean",
-    domain: Annotated[tuple[str, ...], Parameter(metavar="TEXT...")] = (),
+    domain: Annotated[tuple[str, ...], Parameter(metavar="TEXT...", negative=(), show_default=False)] = (),
     generalist: float = 0.0,
     chance: int = 0,
 ) -> int:

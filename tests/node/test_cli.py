@@ -83,7 +83,14 @@ def test_help_names_every_command_and_shows_how(capsys: pytest.CaptureFixture[st
     for word in ("INVITE", "--data-shard", "INDEX/COUNT", "--drain-seconds", "default: 30.0", "SIGTERM", "--announce"):
         assert word in text
     assert "--invite-" not in text
+
+
+@pytest.mark.parametrize("command", [name for name in cli.app.resolved_commands() if not name.startswith("-")])
+def test_help_shows_no_option_that_nobody_wants(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
     assert "--empty" not in text
+    assert "[default: ()]" not in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
