@@ -34,7 +34,7 @@ from ..config import PeerConfig
 from ..errors import RunNotFound
 from ..logs import get_logger
 from ..run.invite import Invite
-from ..run.kept_manifests import founded_before, keep_manifest
+from ..run.kept_manifests import asked_otherwise, founded_before, keep_manifest
 from ..run.manifest import Manifest, run_id_of, sign, verify
 from ..slots.handle_key import fetch_key, kept_key
 from ..storage.known_peers import KnownPeers
@@ -217,6 +217,8 @@ class _Peer:
         known = founded_before(self.config.data_dir, self.identity.peer_id, manifest.name)
         if known is not None:
             log.info("run.resumed", run_id=known.run_id)
+            if otherwise := asked_otherwise(known.manifest, manifest):
+                log.warning("run.not_changed", run_id=known.run_id, facts=", ".join(otherwise))
             return Run(known.run_id, known.manifest, known.signed)
         signed = sign(self.identity, manifest)
         return Run(run_id_of(manifest), manifest, signed)
