@@ -309,6 +309,8 @@ class ComposerPeer:
         self.state.enter(Phase.LEAVING, "handing over slots")
         await self.member.announce(Phase.LEAVING)
         await self.keeper.drain(left)
+        if self.keeper.held:
+            log.warning("slot.not_taken", slots=sorted(self.keeper.held), kept_in=str(self.writer.store.folder))
         keeper_task.cancel()
         self.state.enter(Phase.LEAVING, "writing a checkpoint")
         tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
