@@ -165,7 +165,7 @@ def mix(
     seed:
         The checkpoint that all branches began with.
     branches:
-        What became of it.
+        Checkpoints that it became, each by training on another kind of text; one at least.
     top_k:
         Experts that a token takes.
     merge:
