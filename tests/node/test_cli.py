@@ -171,7 +171,7 @@ def test_a_data_directory_that_cannot_be_one(
     for folder in (file, file / "below", Path("/proc/nobody"), tmp_path / "locked"):
         assert cli.main([*command, "--data-dir", str(folder)]) == 2, folder
         err = capsys.readouterr().err
-        assert f"the data directory {folder} " in err
+        assert err.startswith(f"shoal: the data directory {folder} "), "and nothing before it"
         assert "SHOAL-228" in err
         assert "fix: give a --data-dir of your own" in err
         assert "Traceback" not in err
