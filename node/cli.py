@@ -80,7 +80,10 @@ def found(
     lease_seconds: Annotated[float, Parameter(group=RUN)] = 20.0,
     private_layers: Annotated[int, Parameter(group=RUN)] = 0,
     sketch_budget: Annotated[int | None, Parameter(group=RUN, metavar="BYTES_PER_STEP")] = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", group=RUN, metavar="PART.FIELD=VALUE")] = (),
+    set_: Annotated[
+        tuple[str, ...],
+        Parameter(name="--set", group=RUN, metavar="PART.FIELD=VALUE", negative=(), show_default=False),
+    ] = (),
     role: Annotated[Literal["bootstrap", "composer"], Parameter(group=RUN)] = "bootstrap",
     model: Annotated[Path | None, Parameter(group=RUN, metavar="CONFIG")] = None,
     seed: Annotated[Path | None, Parameter(group=RUN, metavar="FOLDER")] = None,

@@ -137,7 +137,7 @@ class PeerConfig:
     more, each has an optimizer, and weights are averaged."""
 
     checkpoint_every: Annotated[int | None, Parameter(group=DATA)] = None
-    """Steps between checkpoints on disk, in place of the default. One is always written on leaving."""
+    """Steps between checkpoints on disk. By default 500. One is always written on leaving."""
 
     drain_seconds: Annotated[float, Parameter(group=DATA)] = 30.0
     """Time for a clean hand-over when the peer is told to stop; after that it leaves as it is."""

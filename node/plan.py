@@ -114,7 +114,9 @@ def plan(
     lora_rank: int = 16,
     composers: int = 8,
     tokens_per_second: float | None = None,
-    set_: Annotated[tuple[str, ...], Parameter(name="--set", metavar="PART.FIELD=VALUE")] = (),
+    set_: Annotated[
+        tuple[str, ...], Parameter(name="--set", metavar="PART.FIELD=VALUE", negative=(), show_default=False)
+    ] = (),
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
     """Say what a run of a model asks of a peer: memory, slots that fit, traffic.
@@ -133,10 +135,12 @@ def plan(
         What the peer may use: 24GB, 24GiB; a bare number is GiB.
     device:
         Where it trains. On a GPU no libraries and no checkpoint being written take room.
-    expert_mode, lora_rank:
+    expert_mode:
         How it trains the experts that it owns, as for `join`.
+    lora_rank:
+        Rank of the factors of `lora`.
     composers:
-        That share the experts evenly.
+        How many of them share the experts evenly.
     tokens_per_second:
         Of one composer; `shoal status` and `./dev bench step` say yours. With it, traffic is per hour too.
     set_:
@@ -198,7 +202,7 @@ def _lines(found: Plan, memory: float, composers: int, speed: float | None) -> l
     if found.composer_slots < 0:
         fits = f"does not fit {memory:g} GiB, not even without experts of its own"
     else:
-        fits = f"{found.composer_slots} of {found.slots} slots fit {memory:g} GiB; a share of {composers} is {share}"
+        fits = f"{found.composer_slots} of {found.slots} slots fit {memory:g} GiB; shared by {composers}, {share} each"
     lines = [
         (
             "model",

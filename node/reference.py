@@ -73,7 +73,7 @@ ERRORS_HEAD = f"""{NOTICE}
 
 An error that you can do something about is printed as one line of cause, with its code in brackets, and one line with
 the fix. `/status.json` shows the last one of a running peer as `last_error`. A command exits with 2 when the command
-line or the settings must change (`SHOAL-220`, `SHOAL-221`), and with 1 for everything else here.
+line or the settings must change (`SHOAL-220`, `SHOAL-221`, `SHOAL-228`), and with 1 for everything else here.
 
 The last column lists the fixes that are named where the error is raised; `...` stands for a value that is filled in.
 Checks of single settings name the values that are possible.

@@ -1,4 +1,4 @@
-"""Checks that need nobody else: versions, memory, disk, GPU, files, ports, the data directory."""
+"""Checks that need nobody else: versions, memory, disk, GPU, files, ports, the data directory, text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FINE = (0, errno.EADDRINUSE)
 def machine_checks(config: PeerConfig) -> Iterator[Finding]:
     """Every one of them, as it is done."""
     checks: tuple[Callable[[PeerConfig], Finding], ...] = (
-        _versions, _memory, _disk, _shared_memory, _files, _gpu, _data_dir, _ports,
+        _versions, _memory, _disk, _shared_memory, _files, _gpu, _data_dir, _ports, _text,
     )  # fmt: skip
     for check in checks:
         yield check(config)
@@ -182,6 +182,20 @@ def _ports(config: PeerConfig) -> Finding:
         return warn("ports", f"in use: {', '.join(taken)}", fix)
     chosen = [f"{port}" for _, port in fixed.values() if port]
     return ok("ports", f"{', '.join(chosen)} free" if chosen else "none fixed: any free ones are taken at the start")
+
+
+def _text(config: PeerConfig) -> Finding:
+    from ..learning.data import load_corpus
+
+    if config.data == "stdlib":
+        return ok("text", "the sources of Python's own library, unless the run names another text")
+    try:
+        corpus = load_corpus(config.data)
+    except ShoalError as error:
+        return Finding.of("text", error)
+    return ok(
+        "text", f"{len(corpus.train):,} documents of {config.data} to train on, {corpus.train_bytes / 1e6:.1f} MB"
+    )
 
 
 def _why_not(host: str, port: int) -> int:

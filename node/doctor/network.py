@@ -43,7 +43,7 @@ def network_checks(config: PeerConfig, invite_text: str) -> Iterator[Finding]:
     except ShoalError as error:
         yield Finding.of("invite", error)
         return
-    yield ok("invite", f"leads to {invite.run_id}, good {invite.reachable_from}")
+    yield ok("invite", f"leads to {invite.run_id}, good from {invite.reachable_from}")
     yield _addresses(invite)
     yield _way_in(config, invite)
     with TemporaryDirectory(prefix="shoal-doctor-") as folder:  # a visitor of its own: the peer itself may be running

@@ -173,7 +173,7 @@ class Batches:
         if len(tokens) < context_length:
             raise DataError(
                 f"too little text: {len(tokens)} bytes do not fill one window of {context_length}",
-                fix="point --data at more text, or found the run with a smaller data.context_length",
+                fix="use more text, a larger part of it by --data-shard, or a shorter context length",
             )
         self.tokens = tokens
         self.batch_size = batch_size

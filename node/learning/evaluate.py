@@ -60,10 +60,11 @@ def evaluate_checkpoint(
     """Load a checkpoint folder with transformers and measure it on the corpus's held-out part.
 
     Raises:
-        ConfigError: the folder is not a checkpoint, or has no tokenizer though its tokens are not bytes; no window, or
-            none in which a token has one before it.
+        ConfigError: the folder is not a checkpoint, or has no tokenizer though its tokens are not bytes; no window,
+            none in which a token has one before it, or longer ones than the model is made for.
+        DataError: see `load_corpus`.
     """
-    from ..model.local_checkpoint import load_model, require_checkpoint
+    from ..model.local_checkpoint import load_config, load_model, require_checkpoint, require_positions
 
     if windows < 1:
         raise ConfigError(f"--windows {windows} measure nothing", fix="give 1 or more")
@@ -71,8 +72,9 @@ def evaluate_checkpoint(
         raise ConfigError(f"--context-length {context_length} leaves no token to predict", fix="give 2 or more")
 
     require_checkpoint(checkpoint, fix="write one with `shoal export`")
-    model = load_model(checkpoint).eval()
+    require_positions(checkpoint, load_config(checkpoint), context_length)
     corpus, bytes_per_token = load_corpus(data), 1.0
+    model = load_model(checkpoint).eval()
     encode: Encode = tokens_of
     if model.config.vocab_size != VOCAB_SIZE:
         encode = _own_tokens(checkpoint, model.config.eos_token_id)

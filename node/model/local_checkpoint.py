@@ -33,6 +33,16 @@ def reading(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be read: {first}", fix="download it again, whole") from error
 
 
+def require_positions(folder: Path, config: Any, context_length: int) -> None:
+    """Raises ConfigError for a model that is not made for texts of so many tokens."""
+    positions = getattr(config, "max_position_embeddings", None) or context_length
+    if positions < context_length:
+        raise ConfigError(
+            f"{folder} has {positions} positions, fewer than --context-length {context_length}",
+            fix=f"give --context-length {positions} at most",
+        )
+
+
 def load_config(folder: Path) -> Any:
     """A checkpoint's config. Raises ConfigError."""
     require_checkpoint(folder)

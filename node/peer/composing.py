@@ -21,7 +21,7 @@ from ..backbone.outer import OuterDriver
 from ..capacity import device_to_use
 from ..config import PeerConfig
 from ..learning.composer import Composer, StepReport
-from ..learning.data import Batches, Encode, load_corpus, seed_of_peer, tokens_of
+from ..learning.data import Batches, Corpus, Encode, load_corpus, seed_of_peer, tokens_of
 from ..learning.expert_mode import ExpertMode
 from ..learning.persistence import composer_tensors
 from ..learning.tokenizer import Encoder
@@ -95,6 +95,9 @@ class ComposerPeer:
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self.island: Island | None = None
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
+        # Before others know of this peer: text is what is wrong most often. After what forks, which would keep it.
+        text = config.data if config.data != "stdlib" else run.manifest.data.corpus
+        self.corpus: Corpus | None = load_corpus(text)
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
         """Train until told to stop; returns the exit code."""
@@ -376,7 +379,8 @@ class ComposerPeer:
             assert seed is not None
             end = manifest.model.config.get("eos_token_id")
             encode = Encoder(seed.store.need(TOKENIZER), end, progress=self.state.beat)
-        corpus = load_corpus(self.config.data if self.config.data != "stdlib" else manifest.data.corpus)
+        corpus, self.corpus = self.corpus, None  # up to a GiB, and its tokens take as much again
+        assert corpus is not None
         index, num_shards = self.config.data_shard or (0, 1)
         return Batches(
             corpus.shard(index, num_shards, encode),

@@ -34,7 +34,7 @@ from ..config import PeerConfig
 from ..errors import RunNotFound
 from ..logs import get_logger
 from ..run.invite import Invite
-from ..run.kept_manifests import founded_before, keep_manifest
+from ..run.kept_manifests import asked_otherwise, founded_before, keep_manifest
 from ..run.manifest import Manifest, run_id_of, sign, verify
 from ..slots.handle_key import fetch_key, kept_key
 from ..storage.known_peers import KnownPeers
@@ -217,6 +217,8 @@ class _Peer:
         known = founded_before(self.config.data_dir, self.identity.peer_id, manifest.name)
         if known is not None:
             log.info("run.resumed", run_id=known.run_id)
+            if otherwise := asked_otherwise(known.manifest, manifest):
+                log.warning("run.not_changed", run_id=known.run_id, facts=", ".join(otherwise))
             return Run(known.run_id, known.manifest, known.signed)
         signed = sign(self.identity, manifest)
         return Run(run_id_of(manifest), manifest, signed)
@@ -277,12 +279,13 @@ class _Peer:
         dht_addrs = await asyncio.to_thread(visible_addresses, dht)
         listening = self.way_in.dht_port or Address.parse(dht_addrs[0]).port
         keep_ports(config.data_dir, dht_port=listening, transport_port=port, http_port=self.server.port)
-        capacity = 0
+        stated = run.manifest.model.experts
+        num_slots, capacity = (0 if stated is None else stated.num_experts), 0
         if config.role in ("composer", "worker"):
             from ..capacity import capacity_of
 
             num_slots, capacity = capacity_of(config, run.manifest)
-            self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
+        self.state.identify(slots_total=num_slots, steps_total=run.manifest.train.steps)
         member = Membership(
             links,
             role=config.role,

@@ -10,6 +10,8 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from ..logs import get_logger
 from ..storage.whole_file import write_whole
 from .manifest import Manifest, read_signed
@@ -43,6 +45,18 @@ def keep_manifest(data_dir: Path, run_id: str, signed: bytes) -> None:
         if path.read_bytes() == signed:
             return
     write_whole(path, signed)
+
+
+def asked_otherwise(known: Manifest, asked: Manifest) -> list[str]:
+    """Facts like `train.steps` that a founder asks for and that its run of before has otherwise."""
+    before, now = (msgspec.to_builtins(msgspec.structs.replace(each, created_at=0)) for each in (known, asked))
+    return [
+        f"{part}.{name}"
+        for part, facts in now.items()
+        if isinstance(facts, dict)
+        for name, value in facts.items()
+        if before[part][name] != value
+    ]
 
 
 def founded_before(data_dir: Path, founder: str, name: str) -> KeptManifest | None:

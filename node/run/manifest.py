@@ -238,8 +238,14 @@ def with_settings(manifest: Manifest, settings: Sequence[str]) -> Manifest:
     for setting in settings:
         path, equals, text = setting.partition("=")
         part, dot, name = path.partition(".")
-        if not equals or not dot or not isinstance(facts.get(part), dict) or name not in facts[part]:
-            raise ManifestError(f"{setting!r} is no fact of a manifest", fix="write it like sketch.budget_bytes=200000")
+        known = facts.get(part)
+        if not equals or not dot or not isinstance(known, dict) or name not in known:
+            raise ManifestError(
+                f"{setting!r} is no fact of a manifest",
+                fix=f"take one of {part}'s: {', '.join(known)}"
+                if equals and dot and isinstance(known, dict)
+                else "write it like sketch.budget_bytes=200000",
+            )
         facts[part][name] = text
     try:
         return msgspec.convert(facts, Manifest, strict=False)
@@ -249,8 +255,11 @@ def with_settings(manifest: Manifest, settings: Sequence[str]) -> Manifest:
 
 def canonical_bytes(manifest: Manifest) -> bytes:
     """The bytes that are hashed and signed; equal manifests give equal bytes. Raises ManifestError if it is invalid."""
-    # Decoding applies the types and bounds, which constructing does not.
-    data: bytes = _encoder.encode(_decode(_encoder.encode(manifest)))
+    try:
+        # Decoding applies the types and bounds, which constructing does not.
+        data: bytes = _encoder.encode(_decode(_encoder.encode(manifest)))
+    except OverflowError as error:
+        raise ManifestError("a number of the manifest takes more than 64 bits", fix="give a smaller one") from error
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestOversized(f"the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
     return data

@@ -31,7 +31,7 @@ class RunSeen:
 
 def runs(
     *,
-    bootstrap: Annotated[tuple[str, ...], Parameter(metavar="ADDR...")],
+    bootstrap: Annotated[tuple[str, ...], Parameter(metavar="ADDR...", negative=())],
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
     """List the runs that can be joined at these addresses.
@@ -106,7 +106,7 @@ def _show(seen: Sequence[RunSeen]) -> None:
 
     console = Console()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("run", "composers", "workers", "step", "loss"):
+    for column in ("run", "composers", "workers", "step", "loss, nats a token"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in seen:
         step = f"{run.step:,}" + (f" of {run.steps_total:,}" if run.steps_total else "")

@@ -35,7 +35,7 @@ async def fetch_parts(
     seconds: float,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> None:
-    """Have the index and then all `wanted` parts in the store; what is there is not fetched.
+    """Have the index and then all `wanted` parts in the store; what is there, and whole, is not fetched.
 
     Args:
         wanted: numbers of parts; called once the index is there.
@@ -51,11 +51,14 @@ async def fetch_parts(
     if store.digests is None:
         await _from_anybody(links, resources.seed_index(), store.put_index, INDEX_BYTES, seconds, slow)
     numbers = sorted(wanted())
+    whole: set[str] = set()  # equal parts are read once
     for done, number in enumerate(numbers):
         progress(done, len(numbers))
-        async with turns.take(store.name(number)):
-            if not store.has(number):
+        name = store.name(number)
+        async with turns.take(name):
+            if name not in whole and await asyncio.to_thread(store.part, number) is None:
                 await _from_anybody(links, resources.seed(number), partial(store.put, number), max_bytes, seconds, slow)
+            whole.add(name)
 
 
 async def _from_anybody(

@@ -70,10 +70,6 @@ class SeedStore:
         write_part(self._folder, data)
         return True
 
-    def has(self, number: int) -> bool:
-        digests = self.digests
-        return digests is not None and number < len(digests) and self._path(digests[number]).exists()
-
     def name(self, number: int) -> str:
         """Hex sha256 of a part, which others may have too; empty if the index does not list it."""
         digests = self.digests

@@ -241,9 +241,7 @@ class SlotKeeper(Generic[O]):
             fetch = partial(self._fetch, resource=resources.snapshot(slot))
             patience = self._rules.lease + self.max_slot_bytes / READ_BYTES_PER_SECOND
             snapshot = await copy_from(action.sources, fetch, slot=slot, seconds=patience)
-        if snapshot is None:
-            log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
-            self._links.state.count(Count.LOST_SLOTS)
+        if lost := snapshot is None:
             snapshot = await self._rebuild(slot)
         else:
             log.warning("slot.taken_over", slot=slot, epoch=action.epoch, copy=str(action.copy))
@@ -252,6 +250,9 @@ class SlotKeeper(Generic[O]):
         except ValueError:
             self._copies.drop(slot)  # if it was that one: the next try asks others
             raise
+        if lost:
+            log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
+            self._links.state.count(Count.LOST_SLOTS)
 
     async def _claim_back(self, slot: int, epoch: int, snapshot: Snapshot) -> None:
         log.warning("slot.claimed_back", slot=slot, epoch=epoch, copy=str(snapshot.copy))

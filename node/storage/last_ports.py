@@ -50,7 +50,7 @@ def _read(path: Path) -> dict[str, int]:
     try:
         told = json.loads(path.read_text())
         return {name: told[name] for name in NAMES if type(told.get(name)) is int and 0 < told[name] < 1 << 16}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a data directory that is none is refused when it is held
         return {}
     except (OSError, ValueError, AttributeError) as error:
         log.warning("last_ports.damaged", path=str(path), error=str(error))

@@ -15,7 +15,7 @@ from ..learning.data import VOCAB_SIZE, Batches, Encode, load_corpus, tokens_of
 from ..learning.optimizer import decays
 from ..learning.tokenizer import Encoder
 from ..model.families import moe_blocks
-from ..model.local_checkpoint import load_config, load_model
+from ..model.local_checkpoint import load_config, load_model, require_positions
 from ..storage.new_folder import new_folder
 
 WARM_UP = 0.05  # of the steps
@@ -59,10 +59,11 @@ def train(
 
     Raises:
         ConfigError: see `new_folder`; `folder` cannot be read, there are no routers to tune, a number is none to train
-            with, or training diverged. `out` is not there then.
+            with, the model has fewer positions than `context_length`, or training diverged. `out` is not there then.
     """
     _check(steps, batch_size, context_length, learning_rate, seed)
     with new_folder(out) as made:
+        require_positions(folder, load_config(folder), context_length)
         batches = Batches(encoder_of(folder)(load_corpus(data).train), batch_size, context_length, seed=seed)
         model = _to_train(folder, only).to(device)
         loss = _fit(model, batches, steps, learning_rate, report)

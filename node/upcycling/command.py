@@ -146,7 +146,7 @@ def mix(
     *branches: Path,
     top_k: int = 2,
     merge: Literal["mean", "ties"] = "mean",
-    domain: Annotated[tuple[str, ...], Parameter(metavar="TEXT...")] = (),
+    domain: Annotated[tuple[str, ...], Parameter(metavar="TEXT...", negative=(), show_default=False)] = (),
     generalist: float = 0.0,
     chance: int = 0,
 ) -> int:
@@ -165,7 +165,7 @@ def mix(
     seed:
         The checkpoint that all branches began with.
     branches:
-        What became of it.
+        Checkpoints that it became, each by training on another kind of text; one at least.
     top_k:
         Experts that a token takes.
     merge:

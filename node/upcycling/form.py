@@ -24,6 +24,7 @@ from typing import Literal
 
 from ..errors import ConfigError
 
+MAX_EXPERTS = (1 << 20) - 1  # in a layer: the seed of what an expert draws counts them in 20 bits
 Gates = Literal["normalised", "softmax-first"]
 
 
@@ -51,6 +52,8 @@ class Form:
     def __post_init__(self) -> None:
         if min(self.experts, self.granularity, self.top_k) < 1 or self.shared < 0:
             raise ConfigError("--experts, --granularity and --top-k are 1 or more", fix="give such numbers")
+        if self.experts > MAX_EXPERTS:
+            raise ConfigError(f"--experts {self.experts} are too many", fix=f"give {MAX_EXPERTS} at most")
         if self.shared >= self.granularity:
             raise ConfigError(
                 f"{self.shared} shared of {self.granularity} shards leave none to route",

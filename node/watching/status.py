@@ -192,11 +192,16 @@ def _number(value: float | None, spec: str, unit: str = "") -> str:
 
 
 def step_text(status: dict[str, Any]) -> str:
-    """Step of steps, and the time to go at the present speed."""
+    """Step of steps, and the time to go at the present speed; where none are taken, those of the furthest composer."""
     step, total = status["step"], status["steps_total"]
+    trains = status["role"] in ("composer", "worker")
+    if not trains:
+        step = max((peer["step"] for peer in status["peers"] if peer["role"] == "composer"), default=0)
+    text = f"{step:,} of {total:,} ({step / total:.0%})" if total else f"{step:,}"
+    if not trains:
+        return text + ", the furthest composer's"
     if not total:
-        return f"{step:,}"
-    text = f"{step:,} of {total:,} ({step / total:.0%})"
+        return text
     history = status["history"]["step"]
     if status["phase"] == "training" and len(history) > 1 and step < total and step > history[0]:
         text += f", {seconds_text((total - step) / steps_per_second(status))} to go"

@@ -339,6 +339,8 @@ def _require_free(host: str, port: int) -> None:
                 f"cannot listen at {host} port {port}: {error.strerror}",
                 fix="choose another DHT port, or stop the program that uses it"
                 if error.errno == errno.EADDRINUSE
+                else "listen at an address that this machine has"
+                if error.errno == errno.EADDRNOTAVAIL
                 else "listen at an address and port that this user may use",
             ) from None
 

@@ -55,6 +55,7 @@ class HostProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
+                process_group=0,  # out of the terminal's reach: on Ctrl-C slots are handed over through it
             )
         except OSError as error:
             ours.close()

@@ -1,12 +1,13 @@
 """docs/metrics.md and docs/errors.md are what the code says today."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from shoal.node import reference
-from shoal.node.errors import exit_code
+from shoal.node.errors import ConfigError, exit_code
 from shoal.node.run.manifest_errors import ManifestTampered
 from shoal.protocol.errors import ShoalError
 
@@ -50,3 +51,11 @@ def test_no_error_is_there_that_nothing_raises() -> None:
                 if isinstance(node, ast.ClassDef):  # one that only its kinds are raised of
                     used |= {base.id for base in node.bases if isinstance(base, ast.Name)}
     assert not [entry.name for entry in reference.errors() if entry.name not in used]
+
+
+def test_the_page_says_which_errors_exit_with_2() -> None:
+    kinds = [ConfigError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    said = reference.errors_page().split("exits with 2")[1].split("with 1 for")[0]
+    assert set(re.findall(r"SHOAL-\d+", said)) == {kind.code for kind in kinds}

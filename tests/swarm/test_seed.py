@@ -67,17 +67,17 @@ def test_from_a_dense_checkpoint_to_a_trained_mixture(swarm: Swarm, tmp_path: Pa
     assert manifest.data.tokenizer == "seed"
     for peer in peers:
         store = SeedStore(peer.folder / "seed", manifest.model.start)
-        assert store.has(BACKBONE)
-        assert all(store.has(bases_from(SLOTS) + layer) for layer in range(LAYERS))
-        assert all(store.has(standins_of(slot)) for slot in range(SLOTS))
-        fetched = {slot for slot in range(SLOTS) if store.has(experts_of(slot))}
+        assert store.part(BACKBONE) is not None
+        assert all(store.part(bases_from(SLOTS) + layer) is not None for layer in range(LAYERS))
+        assert all(store.part(standins_of(slot)) is not None for slot in range(SLOTS))
+        fetched = {slot for slot in range(SLOTS) if store.part(experts_of(slot)) is not None}
         assert set(peer.epochs()) <= fetched < set(range(SLOTS)), "experts are fetched by who owns them"
 
     # The budget for FLOPs is one that the corrections of what experts have in common cannot keep for all of them.
     swarm.wait_for("all chose", lambda: all(peer.said("standin.form") for peer in everybody), START_SECONDS)
     store = SeedStore(worker.folder / "seed", manifest.model.start)
-    assert store.has(bases_from(SLOTS))
-    assert not store.has(BACKBONE)
+    assert store.part(bases_from(SLOTS)) is not None
+    assert store.part(BACKBONE) is None
 
     exported = swarm.call("export", swarm.invite, str(out))
     assert exported.returncode == 0, exported.stderr

@@ -70,6 +70,11 @@ def look_around(swarm: Swarm, founder: Peer) -> None:
     [run] = json.loads(swarm.call("runs", "--bootstrap", founder.url, "--json").stdout)
     assert (run["composers"], run["workers"]) == (2, 1)
     assert run["invite"] == founder.status()["invite"]
+    assert run["steps_total"] == founder.status()["steps_total"] > 0, "a bootstrap peer knows how long the run is"
+    assert founder.status()["slots_total"] == 16
+    wrong = swarm.call("join", run["invite"], "--host", "127.0.0.1", "--data", "/no/such/text")
+    assert (wrong.returncode, wrong.stdout) == (1, ""), "no invite is printed: others have not heard of it"
+    assert "no text at '/no/such/text'" in wrong.stderr
     asked = swarm.call("doctor", run["invite"], "--host", "127.0.0.1", "--json")
     assert asked.returncode == 0, asked.stdout + asked.stderr
     found = {each["check"]: each for each in json.loads(asked.stdout)}

@@ -56,6 +56,16 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert finding("disk", PeerConfig(data_dir=tmp_path / "file" / "peer")).verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize(
+    ("text", "verdict"), [(None, Verdict.FAIL), ("word", Verdict.FAIL), ("so it goes\n" * 60_000, Verdict.OK)]
+)
+def test_text(text: str | None, verdict: Verdict, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    if text is not None:
+        path.write_text(text)
+    assert finding("text", PeerConfig(data_dir=tmp_path / "peer", data=str(path))).verdict is verdict
+
+
 def test_few_files(config: PeerConfig) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))

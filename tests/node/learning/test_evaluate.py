@@ -66,7 +66,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         evaluate_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("asked", [{"windows": 0}, {"windows": -1}, {"context_length": 1}, {"context_length": 0}])
+@pytest.mark.parametrize(
+    "asked",
+    [{"windows": 0}, {"windows": -1}, {"context_length": 1}, {"context_length": 0}, {"context_length": 1 << 20}],
+)
 def test_windows_that_measure_nothing_are_refused(asked: dict[str, int], checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=f"--{next(iter(asked)).replace('_', '-')} "):
         evaluate_checkpoint(checkpoint, **asked)

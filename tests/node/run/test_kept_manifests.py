@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from shoal.node.run.kept_manifests import ONE_FOR_ALL, founded_before, keep_manifest, manifest_file
-from shoal.node.run.manifest import Manifest, ModelSpec, canonical_bytes, run_id_of, sign
+from shoal.node.run.kept_manifests import ONE_FOR_ALL, asked_otherwise, founded_before, keep_manifest, manifest_file
+from shoal.node.run.manifest import Manifest, ModelSpec, canonical_bytes, run_id_of, sign, with_settings
 from shoal.node.run.manifest_errors import ManifestError, ProtocolMismatch
 from shoal.protocol.directory.records import seal_manifest
 from shoal.protocol.identity import Identity
@@ -48,6 +48,14 @@ def test_each_run_is_found_by_its_name(tmp_path: Path, founder: Identity) -> Non
     for name in ("aa", "ccc", "a"):
         assert founded_before(tmp_path, founder.peer_id, name) is None
     assert founded_before(tmp_path, Identity.generate().peer_id, "aaa") is None
+
+
+def test_what_a_founder_asks_for_in_vain_is_named() -> None:
+    made = Manifest(name="aaa", founder="me", created_at=1, model=ModelSpec(config={"model_type": "qwen3_moe"}))
+    again = msgspec.structs.replace(made, created_at=2)
+    assert not asked_otherwise(made, again)
+    asked = with_settings(again, ["train.steps=7", "sketch.kappa=20"])
+    assert asked_otherwise(made, asked) == ["train.steps", "sketch.kappa"]
 
 
 def test_of_several_the_newest_counts(tmp_path: Path, founder: Identity) -> None:

@@ -194,6 +194,11 @@ def test_gradient_sketches_of_a_model_that_cannot_be_built() -> None:
         sign(FOUNDER, manifest(model=ModelSpec(config={}), sketch=SketchSpec(kind="gradient")))
 
 
+def test_numbers_beyond_64_bits_have_no_canonical_bytes() -> None:
+    with pytest.raises(ManifestError, match="64 bits"):
+        run_id_of(manifest(train=TrainSpec(steps=10**20)))
+
+
 def test_own_mistakes_show_when_signing() -> None:
     with pytest.raises(ManifestError, match="steps"):
         sign(FOUNDER, manifest(train=TrainSpec(steps=0)))

@@ -60,6 +60,12 @@ def test_impossible_settings_are_refused_with_a_fix(setting: str) -> None:
     assert caught.value.fix
 
 
+def test_a_misspelt_fact_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ManifestError) as caught:
+        with_settings(manifest_of(), ["train.learnrate=1"])
+    assert "learning_rate" in caught.value.fix
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

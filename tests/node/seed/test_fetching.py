@@ -65,6 +65,21 @@ def test_equal_parts_are_fetched_once_by_all_who_want_them_at_the_same_time(
     assert asked.total() == 2, asked
 
 
+def test_a_damaged_part_is_fetched_again(swarm: Loopback, founder: SeedStore, tmp_path: Path) -> None:
+    async def answer(query: FetchQuery) -> Resource | None:
+        return Resource(founder.need(int(query.resource.split("/")[1])))
+
+    joiner, *holders = swarm.peers
+    for holder in holders:
+        holder.links.transport.serve(answer)
+    store = SeedStore(tmp_path, founder.start)
+    assert store.put_index(founder.index_bytes() or b"")
+    assert store.put(4, PARTS[4])
+    (tmp_path / store.name(4)).write_bytes(b"anothet")
+    swarm.call(fetch_parts(joiner.links, store, lambda: [4], Turns(1), max_bytes=4_000_000, seconds=10.0))
+    assert store.need(4) == PARTS[4]
+
+
 def test_one_slow_holder_does_not_keep_a_newcomer_from_beginning(
     swarm: Loopback, founder: SeedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

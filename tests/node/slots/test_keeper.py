@@ -19,6 +19,7 @@ from shoal.node.storage.blobs import to_bytes
 from shoal.node.watching.state import Phase
 from shoal.protocol import messages
 from shoal.protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord, PeerRecord, seal_record
+from shoal.protocol.errors import Refused
 from shoal.protocol.experts.ownership import COPY_RAISE, Copy, TakeOver
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import SlotState, StandInSnapshot
@@ -285,6 +286,19 @@ def test_a_stranger_who_claims_everything_costs_nothing_but_time(kept: Kept, tmp
     for peer in kept.swarm.peers:
         assert peer.links.state.snapshot()["slots"]["lost"] == 0
     kept.step()
+
+
+def test_a_slot_counts_as_lost_when_it_has_restarted(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, other = kept.swarm.peers
+    slot = min(owner.keeper.held)
+
+    async def no_composer(slot: int) -> Snapshot | None:
+        raise Refused("no-composer", "nobody has made it")
+
+    monkeypatch.setattr(other.keeper, "_rebuild", no_composer)
+    with pytest.raises(Refused):
+        kept.swarm.call(other.keeper._take_over(TakeOver(slot, owner.keeper.held[slot] + 1, None, ())))
+    assert other.links.state.snapshot()["slots"]["lost"] == 0
 
 
 @pytest.mark.parametrize("damage", ["gone", "junk"])

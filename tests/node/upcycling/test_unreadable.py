@@ -158,6 +158,7 @@ def test_numbers_that_nothing_can_be_trained_or_drawn_with(
         [*branch, "--steps", "-1"],
         [*branch, "--batch-size", "0"],
         [*branch[:-1], "1"],  # tokens that have none before them: the loss of nothing is not a number
+        [*branch[:-1], str(1 << 20)],  # more positions than the model has
         [*branch, "--learning-rate", "nan"],
         [*branch, "--learning-rate", "0"],
         [*branch, "--seed", "-1"],

@@ -144,6 +144,7 @@ def test_all_shards_of_a_copy_share_a_row_of_the_router(tmp_path: Path) -> None:
     ("numbers", "says"),
     [
         ({"experts": 0}, "1 or more"),
+        ({"experts": 1 << 20}, "too many"),
         ({"granularity": 2, "shared": 2}, "leave none to route"),
         ({"experts": 9, "granularity": 2, "top_k": 2}, "no multiple of 2"),
         ({"experts": 8, "granularity": 4, "top_k": 2}, "whole copies"),

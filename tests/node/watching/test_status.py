@@ -21,7 +21,7 @@ from shoal.node.cli import main
 from shoal.node.errors import ConfigError, NoPeerHere
 from shoal.node.watching.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
 from shoal.node.watching.state import Count, Lease, PeerSeen, PeerState, Phase, StepPart
-from shoal.node.watching.status import fetch_status, page, print_invite, render, seconds_text
+from shoal.node.watching.status import fetch_status, page, print_invite, render, seconds_text, step_text
 from shoal.protocol.errors import PeerUnreachable
 
 
@@ -287,6 +287,16 @@ def test_terminal_view_shows_what_matters_and_peers_cannot_style_it(state: PeerS
         "-601 s against its peers'", "shoal://h/r?v=1",
     ):  # fmt: skip
         assert shown in text, f"{shown} not in\n{text}"
+
+
+def test_who_takes_no_steps_shows_how_far_the_run_is() -> None:
+    state = PeerState("bootstrap")
+    state.identify(steps_total=100, slots_total=4)
+    peers = [("composer", 40), ("composer", 25), ("worker", 60)]
+    state.set_peers(
+        [PeerSeen(peer_id=f"{n}", role=role, phase="training", step=step) for n, (role, step) in enumerate(peers)]
+    )
+    assert step_text(state.snapshot()) == "40 of 100 (40%), the furthest composer's"
 
 
 def test_scripts_get_the_bare_invite(capsys: pytest.CaptureFixture[str]) -> None:

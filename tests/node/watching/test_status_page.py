@@ -94,6 +94,17 @@ def test_all_that_a_peer_knows_is_shown(page: Page) -> None:
     assert not page.noise
 
 
+def test_who_takes_no_steps_shows_how_far_the_run_is(page: Page) -> None:
+    state = PeerState("bootstrap")
+    state.identify(run_id="r-0123456789ab", steps_total=100, slots_total=4)
+    state.set_peers([PeerSeen(peer_id="a", role="composer", phase="training", step=40, slots=(0, 1, 2))])
+    with StatusServer(state) as server:
+        page.open(server.url + "/status")
+        page.until("document.querySelector('#step').innerText === '40 of 100'")
+        assert "40% done" in text(page, "#tokens")
+        assert "3 / 4" in text(page, "#now")
+
+
 @pytest.mark.parametrize(("peers", "slots"), [(3, 12), (60, 384)])
 def test_every_view_is_accessible_and_fits(page: Page, peers: int, slots: int) -> None:
     state = trained(peers=peers, slots=slots)

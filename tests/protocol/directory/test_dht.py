@@ -184,10 +184,11 @@ def test_port_in_use(tmp_path: Path) -> None:
 
 def test_an_address_that_this_machine_lacks(tmp_path: Path) -> None:
     with (
-        pytest.raises(DirectoryError, match="Cannot assign requested address"),
+        pytest.raises(DirectoryError, match="Cannot assign requested address") as caught,
         running(tmp_path / "a", host="192.0.2.77"),
     ):
         pass
+    assert caught.value.fix == "listen at an address that this machine has"
 
 
 def test_one_identity_serves_one_process(tmp_path: Path) -> None:

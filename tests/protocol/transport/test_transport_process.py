@@ -38,6 +38,16 @@ def test_a_silent_host_is_replaced(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_the_host_is_out_of_the_terminals_reach(tmp_path: Path) -> None:
+    """Ctrl-C signals the whole process group, and slots are handed over through the host after that."""
+
+    async def scenario() -> None:
+        async with await Transport.start(identity_path=tmp_path / "key", run_id="run") as peer:
+            assert os.getpgid(peer.host_pid or 0) != os.getpgid(0)
+
+    run(scenario())
+
+
 def test_a_host_that_cannot_listen_says_why(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with await Transport.start(identity_path=tmp_path / "key", run_id="run") as peer:
