@@ -60,7 +60,7 @@ def test_from_the_command_line_to_a_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shoal.benchmarks.recipes", "--steps", "3", "--windows", "2", "--seeds", "2"]
     command += ["--recipes", "standard,fine-grained+sigmoid:train.bias_rate=0.001", "--out", str(tmp_path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False
+        command, capture_output=True, text=True, timeout=800, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "recipes.md").read_text() in done.stdout

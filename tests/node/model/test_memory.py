@@ -75,7 +75,7 @@ def test_memory_is_the_designs_formula(composers: int) -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     seen = json.loads(run.stdout.splitlines()[-1])

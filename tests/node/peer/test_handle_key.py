@@ -86,7 +86,7 @@ def test_a_new_key_is_on_the_disk_before_a_run_is_founded_with_it(
     assert synced == [tmp_path / "handle.key.tmp", tmp_path]
 
 
-@pytest.mark.parametrize("damaged", [b"", HANDLE_KEY[:-1], HANDLE_KEY + b"1"])
+@pytest.mark.parametrize("damaged", [b"", HANDLE_KEY[:-1], HANDLE_KEY + b"1"], ids=["empty", "short", "long"])
 def test_nothing_is_founded_with_a_damaged_key(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "handle.key"
     path.write_bytes(damaged)

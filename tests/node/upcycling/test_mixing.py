@@ -117,7 +117,8 @@ def test_what_cannot_be_mixed_says_why(tmp_path: Path, capsys: pytest.CaptureFix
         mix([small, large], tmp_path / "mix", top_k=1, merge="mean", seed=0)
     with pytest.raises(ConfigError, match="a seed and a branch"):
         mix([small], tmp_path / "mix", top_k=1, merge="mean", seed=0)
-    assert main(["branch", str(small), str(tmp_path / "out"), "--only", "router", "--steps", "1"]) == 2
+    told = ["branch", str(small), str(tmp_path / "out"), "--only", "router", "--steps", "1", "--context-length", "64"]
+    assert main(told) == 2
     assert "has no routers" in capsys.readouterr().err
 
 
