@@ -16,10 +16,32 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..node.learning.composer import Composer
 from ..node.learning.owning import ExpertOwner
+
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _added_product(into: Shape, a: Shape, b: Shape, *_: object, **__: object) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+# What torch's counter has no formula for, and passes over without a word.
+_MISSING = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.addmm_: _added_product,
+}
 
 _NOT_HELD = (types.ModuleType, types.FunctionType, types.MethodType, type)  # code, and the text behind `next_batch`
 
@@ -35,10 +57,12 @@ class Flops:
 def counting() -> Iterator[Flops]:
     """Counts all that torch multiplies in the block on this thread: forward, backward, fits, sketches, merges.
 
-    What works element by element (activations, optimizers, codecs) is not counted; at experts' sizes it is little.
+    Attention is counted over all pairs of a window's tokens, masked ones too, as torch counts it on a GPU. What works
+    element by element (activations, optimizers, codecs) is not counted, nor are factorisations (a delta's of low rank,
+    the rebuilding of gradient sketches); at experts' sizes it is little.
     """
     flops = Flops()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_MISSING) as counter:
         yield flops
     flops.total = counter.get_total_flops()
 

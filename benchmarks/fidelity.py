@@ -136,7 +136,7 @@ class WatchedComposer(Composer):
 
     watches: Sequence[Watch] = ()
 
-    def _observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
+    def observe(self, layer: int, slot: int, x_ND: Tensor, gate_N: Tensor) -> None:
         if slot in SLOTS:
             for each in self.watches:
                 each.publishers[layer, slot].observe(x_ND, gate_N)

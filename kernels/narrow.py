@@ -6,7 +6,7 @@ gate-weighted mean of its squared contribution. Every peer makes the first stand
 the choice must not depend on how a machine sums floats: norms are computed in integers (`_square_norms`).
 
 Fit: minimise Σ w² ||E(x) - S(x)||² over replayed rows, w the gate, by an AdamW of its own. (Trained inside the model,
-with its optimizer and its gradient clip, stand-ins were useless: docs/design.md, section 16.)
+with its optimizer and its gradient clip, stand-ins were useless.)
 
 Delta: fitted - published of each matrix in rank-R int8 factors that expand to the same bits everywhere (lowrank.py).
 `published` is the sum of what was sent, so whatever rank and rounding cut off is still in the next difference: that

@@ -24,10 +24,10 @@ from .optimizer import checked_state, group_of, put_state, take_state
 
 
 def composer_tensors(composer: Composer) -> dict[str, Tensor]:
-    """Copies of everything, by name."""
+    """Copies of everything, by name, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in composer.backbone.items():
-        tensors[f"backbone.{name}"] = parameter.detach().clone()
+        tensors[f"backbone.{name}"] = parameter.detach().to("cpu", copy=True)
         for key, value in take_state(composer.optimizer, parameter).items():
             tensors[f"optimizer.{name}.{key}"] = value
     for index, (common, momentum) in enumerate(zip(composer.common, composer.momentum, strict=True)):

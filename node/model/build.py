@@ -218,8 +218,8 @@ def build_model(
     for depth, shard in enumerate(shards[: len(private)]):
         for number in range(shape.num_experts):
             shard.adopt(number, *start.private(depth, number))
-    for shard in shards[len(private) :]:
-        for slot in range(shape.num_experts):
+    for slot in range(shape.num_experts):  # not layer by layer: a start may have to read all of a slot for one expert
+        for shard in shards[len(private) :]:
             if slot in held:
                 shard.adopt(slot, *start.expert(shard.layer, slot))
             else:

@@ -24,7 +24,7 @@ from .standin_choice import Option, choose
 Place = tuple[int, int]  # slot, position
 
 WORTH = 0.9  # another choice is made if the error falls to this part of what it was, at least
-JUDGED_ROWS = 16  # of fewer held-out rows all rows judge
+FEWEST_HELD_OUT = 16  # where fewer rows are held out, all rows judge
 
 
 class Chooser:
@@ -107,7 +107,7 @@ class Chooser:
     def _try(self, publisher: Publisher, expert: OwnedExpert, routed: int) -> list[Option]:
         """Every form's cost and error on the rows of late, of which there were `routed`."""
         x_ND, gate_N = publisher.replay.held_out_rows()
-        if len(x_ND) < JUDGED_ROWS:
+        if len(x_ND) < FEWEST_HELD_OUT:
             x_ND, gate_N = publisher.replay.all_rows()
         wanted_ND = run_expert(x_ND, *float_weights(expert), self._shape.act)
         options = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from shoal.benchmarks.costs import counting, expert_bytes, held_bytes, peak_bytes, state_bytes
 from shoal.benchmarks.results import Result, markdown
+from shoal.kernels.gradient_sketch import GradientSketcher, Projections
 from shoal.node.learning.composer import Composer
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import Manifest
@@ -17,6 +18,28 @@ def test_products_are_counted_forward_and_backward() -> None:
     with counting() as flops:
         (x @ w).relu().sum().backward()
     assert flops.total == 3 * 2 * 7 * 5 * 3
+
+
+def test_attention_is_counted_forward_and_backward() -> None:
+    batch, heads, tokens, size = (random.randrange(2, 20) for _ in range(4))
+    q, k, v = torch.randn(3, batch, heads, tokens, size, requires_grad=True).unbind()
+    product = 2 * batch * heads * tokens * tokens * size
+    with counting() as flops:
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert flops.total == 2 * product, "of queries with keys, and of what comes out with values"
+    with counting() as flops:
+        attended.sum().backward()
+    assert flops.total == 5 * product, "the scores anew, and gradients to these, to queries, keys and values"
+
+
+def test_what_is_added_up_in_place_is_counted() -> None:
+    rows, hidden, width, rank = random.randrange(1, 50), random.randrange(6, 20), random.randrange(4, 20), 3
+    sketcher = GradientSketcher(Projections(hidden, width, rank, seed=0))
+    with counting() as flops:
+        sketcher.add(*(torch.randn(rows, size) for size in (hidden, hidden, width, 2 * width)))
+    # Of each matrix leftᵀ right: right Ω and leftᵀ with it, of k columns; Ψ leftᵀ and right with it, of 2k rows.
+    sides = ((2 * width, hidden), (hidden, width))
+    assert flops.total == sum(2 * rows * 3 * rank * (long + short) for long, short in sides)
 
 
 def test_every_storage_is_held_once_and_code_holds_nothing() -> None:

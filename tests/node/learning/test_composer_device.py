@@ -91,7 +91,8 @@ def test_what_its_rows_teach_is_collected_on_the_cpu(pair: tuple[Composer, Compo
 def test_a_checkpoint_goes_from_one_device_to_the_other(pair: tuple[Composer, Composer]) -> None:
     cpu, gpu = pair
     gpu.train_step()
-    tensors = {name: value.cpu() for name, value in composer_tensors(gpu).items()}
+    tensors = composer_tensors(gpu)
+    assert {value.device.type for value in tensors.values()} == {"cpu"}, "it is held until it has been written"
     again = composer_of(cpu.manifest, owned=(), device="cuda")
     restore_backbone(again, tensors, {"step": gpu.step, "tokens": gpu.tokens})
     for name, parameter in again.backbone.items():
