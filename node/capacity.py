@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from ..kernels.bases import Bases
+from ..kernels.copies import JUDGED_ROWS
 from ..kernels.lora import lora_bytes
 from .config import DEVICE, PeerConfig
 from .errors import ConfigError
@@ -38,7 +39,6 @@ BACKBONE_BYTES = 6 * 4  # a weight: master, two moments (Muon: at most), gradien
 BASE_BYTES = 2 + 4  # a weight of a base
 LOGITS_BYTES = 3 * 4  # one: itself, its softmax, its gradient
 NARROW_BYTES = 4 * 4  # a weight of a narrow stand-in: published, fitted, two moments
-COPY_REPLAY_ROWS = 256  # inputs kept by an expert whose stand-in is a copy
 DENSE_COPIES = 24  # of one expert at once, with what the allocator does not give back: measured, 10 to 22
 SLACK = 1.15  # dense copies of one expert while it is stepped or published, the allocator, snapshots being packed
 FREE_SHARE = 0.8  # of what is free now
@@ -88,7 +88,7 @@ def slot_bytes(shape: ExpertShape, standin: StandInSpec, device: torch.device, m
         beside = weights * max(COPY_BYTES, standin.bytes_per_weight / 4 * NARROW_BYTES)
     else:
         beside = weights * (NARROW_BYTES * standin.width_fraction if fitted else COPY_BYTES)
-    rows = 2 * standin.replay_rows if fitted else min(standin.replay_rows, COPY_REPLAY_ROWS)
+    rows = 2 * standin.replay_rows if fitted else min(standin.replay_rows, JUDGED_ROWS)
     trained, kept = weights, 0
     if mode is not None and mode.mode == "lora":
         kept, trained = lora_bytes(shape.hidden, shape.width, mode.rank)

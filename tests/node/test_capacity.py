@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from shoal.kernels.standin import initial_standin, make_publisher
 from shoal.node import capacity
 from shoal.node.capacity import (
     capacity_of,
@@ -74,6 +75,13 @@ def test_a_composer_claims_what_fits_beside_backbone_and_standins(kind: str, tmp
     assert fits(2.5 * each, role="worker") == 2
     with pytest.raises(ConfigError, match="not one slot"):
         fits(0.5 * each, role="worker")
+
+
+def test_of_a_copys_rows_those_count_that_its_publisher_keeps() -> None:
+    standin = initial_standin("lowbit", torch.randn(8, 6), torch.randn(6, 4), 0)
+    kept = make_publisher(standin, replay_rows=2048, generator=torch.Generator()).replay.capacity
+    fewer, just, more = (slot_bytes(LARGE, StandInSpec(replay_rows=rows), GPU) for rows in (kept // 2, kept, 2048))
+    assert fewer < just == more
 
 
 def test_on_a_gpu_no_checkpoint_takes_room_and_narrow_standins_cost_more() -> None:
