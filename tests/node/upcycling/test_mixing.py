@@ -159,7 +159,7 @@ def test_a_mixture_is_better_than_its_seed_and_each_branch(kinds: dict[str, Path
     domains = [option for data in kinds.values() for option in ("--domain", str(data))]
     mixed = tmp_path / "mixed"
     assert main(["mix", str(mixed), str(seed), *map(str, branches), "--top-k", "2", *domains]) == 0
-    tuned = learn(mixed, "tuned", union, 40, "--only", "router")
+    tuned = learn(mixed, "tuned", union, 160, "--only", "router")
     losses = {path.name: loss(path) for path in (seed, *branches, mixed, tuned)}
     print(losses)
     others = min(losses[path.name] for path in (seed, *branches))
