@@ -85,7 +85,3 @@ class SurrogateBook(Generic[S]):
         """By slot the latest epoch known here, for `ownership.Watch.recall`."""
         followed = {slot: max(s.epoch, s.point.epoch) for slot, s in self.subscribers.items()}
         return followed | {slot: publisher.epoch for slot, publisher in self.publishers.items()}
-
-    def behind(self) -> list[int]:
-        """Slots whose owner is known to have another state than the copy here."""
-        return [slot for slot, subscriber in self.subscribers.items() if subscriber.behind]
