@@ -15,10 +15,11 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta
 
-from .envelope import PeerId, decode_payload
+from .envelope import ENVELOPE_OVERHEAD, PeerId, decode_payload
 from .errors import Refused
+from .transport.limits import MAX_PUBLISH_BYTES
 
-MAX_GOSSIP_BYTES = 900_000  # gossipsub refuses RPCs over 1 MiB; the rest is for the envelope and for framing
+MAX_GOSSIP_BYTES = MAX_PUBLISH_BYTES - ENVELOPE_OVERHEAD  # what is published is the payload in its envelope
 MAX_SKETCH_BYTES = 64 * 1024 * 1024 - 4096  # a call's body of 64 MiB; the rest is for the envelope
 MAX_SLOTS = 1 << 16
 MAX_LAYERS = 512
