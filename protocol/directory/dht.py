@@ -224,12 +224,11 @@ def visible_addresses(dht: hivemind.DHT, *, timeout_seconds: float = 60.0) -> li
 
 def refusals(dht: RunDHT, *, timeout_seconds: float = 10.0) -> Counter[str]:
     """How many records of others this node's DHT process has refused to store or believe, by reason. Blocks."""
-    counted: Counter[str] = _ask(dht, read_refusals, timeout_seconds)
+    counted: Counter[str] = _ask(dht, _read_refusals, timeout_seconds)
     return counted
 
 
-async def read_refusals(dht: RunDHT, _node: DHTNode) -> Counter[str]:
-    """For `dht.run_coroutine`: runs in the DHT process."""
+async def _read_refusals(dht: RunDHT, _node: DHTNode) -> Counter[str]:
     return dht._validator.refusals
 
 

@@ -23,7 +23,7 @@ from ..envelope import Envelope
 from ..errors import BadSignature, DirectoryError, Refused
 from ..identity import Identity
 from .clocks import Clocks
-from .dht import RunDHT, read_refusals, require_alive
+from .dht import RunDHT, require_alive
 from .meeting_again import meet_again
 from .records import (
     MANIFEST_SUBKEY,
@@ -206,13 +206,6 @@ class Directory:
         ask = partial(reroute, peer=peer, address=address)
         done: bool = await self._ask(lambda: self._dht.run_coroutine(ask, return_future=True))
         return done
-
-    async def stored_refusals(self) -> Counter[str]:
-        """Records that this node's DHT process has refused to store or believe, by reason. Empty for a foreign DHT."""
-        if not isinstance(self._dht, RunDHT):
-            return Counter()
-        counted: Counter[str] = await self._ask(lambda: self._dht.run_coroutine(read_refusals, return_future=True))
-        return counted
 
     async def _put(self, record: Record) -> bytes:
         sealed = seal_record(self._identity, self.run_id, record)
