@@ -188,7 +188,7 @@ async def _say_hello(links: Links, config: PeerConfig) -> None:
         issued_at=now,
         expires_at=now + links.record_seconds,
     )
-    await links.directory.put_peer(record)
+    await links.directory.put(record)
 
 
 async def _manifest(directory: Directory, run_id: str) -> bytes:

@@ -197,9 +197,7 @@ def test_a_stopped_dht_process_is_an_error_with_a_deadline(tmp_path: Path) -> No
                 # The pipe holds what a stalled process does not take: sending never blocks.
                 large = leases(identity, *((slot, MAX_EPOCH) for slot in range(4096)), issued=time.time())
                 started = time.monotonic()
-                for result in await asyncio.gather(
-                    *(directory.put_lease(large) for _ in range(6)), return_exceptions=True
-                ):
+                for result in await asyncio.gather(*(directory.put(large) for _ in range(6)), return_exceptions=True):
                     assert isinstance(result, DirectoryError)
                 assert time.monotonic() - started < 5
                 assert directory.failures["timeout"] >= 6
