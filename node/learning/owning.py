@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from ..slots.slot_state import SlotTensors, optimizer_state, under, weights_as_t
 from ..standins.standin_owner import StandInOwner
 from .expert_mode import SAVED, ExpertMode
 from .optimizer import checked_state, experts_group, learning_rate, put_state
+
+Owner = TypeVar("Owner", bound="ExpertOwner")  # a composer or a worker
 
 
 class ExpertOwner(StandInOwner):
