@@ -40,7 +40,7 @@ Owner = TypeVar("Owner", bound="ExpertOwner")  # a composer or a worker
 class ExpertOwner(StandInOwner):
     """Holds the experts of `owned` slots. All of it belongs to the training thread."""
 
-    optimizer: torch.optim.Optimizer  # group 0 takes the experts
+    optimizer: torch.optim.Optimizer  # `experts_group` of it takes the experts
     processes = 1  # that compute a step together on this machine
 
     def __init__(self, manifest: Manifest, *, fit_seed: int, mode: ExpertMode | None = None) -> None:
