@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...protocol.addresses import Address, Reach
-from ...protocol.directory.dht import start_dht
+from ...protocol.directory.dht import start_dht, visible_addresses
 from ...protocol.directory.directory import Directory
 from ...protocol.identity import Identity
 from ...protocol.transport.client import Transport
@@ -244,8 +244,6 @@ class _Peer:
         return Run(run_id, verify(signed, run_id), signed)
 
     async def _connect(self, dht: hivemind.DHT, run: Run) -> tuple[Links, Membership, Library]:
-        from ...protocol.directory.dht import visible_addresses
-
         config = self.config
         self.state.enter(Phase.JOINING, "starting the transport")
         transport = await Transport.start(
