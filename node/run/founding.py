@@ -59,18 +59,10 @@ def new_manifest(
     name = name or preset_name
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
         raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
+    if model is not None and seed is not None:
+        raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
     parts = preset(preset_name)
-    train = parts.train
-    if train.optimizer == "muon" and (model is not None or seed is not None):
-        # Its rate is one for the preset's own model, from nothing.
-        train = msgspec.structs.replace(train, optimizer="adamw", learning_rate=TrainSpec().learning_rate)
-    if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
-        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
-    if min_composers < 1:
-        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
-    train = msgspec.structs.replace(train, min_composers=min_composers)
+    train = _training(parts.train, steps, min_composers, of_preset=model is None and seed is None)
     make_data_dir(config.data_dir)
     manifest = Manifest(
         name=name,
@@ -89,12 +81,41 @@ def new_manifest(
         ownership=OwnershipSpec(lease_seconds=lease_seconds),
         privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
     )
-    if model is not None and seed is not None:
-        raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
     if settings:
         manifest = with_settings(manifest, settings)
     if model is not None:
         _check_positions(manifest.model.config, manifest, model)
+    _require_possible(manifest)
+    if sketch_budget is not None:
+        try:
+            manifest = within_budget(manifest, sketch_budget)
+        except ValueError as error:
+            raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
+        manifest = with_settings(manifest, settings)  # what was said in so many words holds
+    if seed is not None:
+        manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
+    stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
+    return msgspec.structs.replace(manifest, model=stated)
+
+
+def _training(train: TrainSpec, steps: int | None, min_composers: int, *, of_preset: bool) -> TrainSpec:
+    """The preset's, for so many steps and composers.
+
+    `of_preset` trains its own model from nothing: Muon's learning rate is one for that only.
+    """
+    if train.optimizer == "muon" and not of_preset:
+        train = msgspec.structs.replace(train, optimizer="adamw", learning_rate=TrainSpec().learning_rate)
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
+        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
+    if min_composers < 1:
+        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
+    return msgspec.structs.replace(train, min_composers=min_composers)
+
+
+def _require_possible(manifest: Manifest) -> None:
+    """Raise ConfigError for a lease, private layers or a bias rate that this run cannot have."""
     lease_seconds = manifest.ownership.lease_seconds
     if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise ConfigError(
@@ -111,16 +132,6 @@ def new_manifest(
             "train.bias_rate is set, and routers of this family have no selection biases",
             fix="leave it at 0, or take a model of a family like glm4_moe or deepseek_v3",
         )
-    if sketch_budget is not None:
-        try:
-            manifest = within_budget(manifest, sketch_budget)
-        except ValueError as error:
-            raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
-        manifest = with_settings(manifest, settings)  # what was said in so many words holds
-    if seed is not None:
-        manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
-    stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
-    return msgspec.structs.replace(manifest, model=stated)
 
 
 def _config_in(path: Path) -> dict[str, Any]:
