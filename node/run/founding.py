@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -24,6 +24,9 @@ from ..sketches.sketch_choice import within_budget
 from ..slots.handle_key import found_key
 from ..storage.presence import make_data_dir
 from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, TrainSpec, with_settings
+
+if TYPE_CHECKING:
+    from ..seed.split import Checkpoint
 
 # Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
 MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
@@ -85,15 +88,23 @@ def new_manifest(
         manifest = with_settings(manifest, settings)
     if model is not None:
         _check_positions(manifest.model.config, manifest, model)
-    _require_possible(manifest)
+    _check_lease(manifest)
+    checkpoint = None
+    if seed is not None:
+        checkpoint = _checkpoint_for(manifest, seed)
+        manifest = _of_checkpoint(manifest, checkpoint, seed)
+    _check_model(manifest)
     if sketch_budget is not None:
         try:
             manifest = within_budget(manifest, sketch_budget)
         except ValueError as error:
             raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
-        manifest = with_settings(manifest, settings)  # what was said in so many words holds
-    if seed is not None:
-        manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
+        # What was said in so many words holds.
+        manifest = with_settings(manifest, [setting for setting in settings if setting.startswith("sketch.")])
+    if checkpoint is not None:
+        start = checkpoint.split(config.data_dir / "seed", manifest.standin, progress)
+        begun = msgspec.structs.replace(manifest.model, start=start, bases=checkpoint.most_bases)
+        manifest = msgspec.structs.replace(manifest, model=begun)
     stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
     return msgspec.structs.replace(manifest, model=stated)
 
@@ -114,14 +125,18 @@ def _training(train: TrainSpec, steps: int | None, min_composers: int, *, of_pre
     return msgspec.structs.replace(train, min_composers=min_composers)
 
 
-def _require_possible(manifest: Manifest) -> None:
-    """Raise ConfigError for a lease, private layers or a bias rate that this run cannot have."""
+def _check_lease(manifest: Manifest) -> None:
+    """Raises ConfigError for leases that are too short or too long."""
     lease_seconds = manifest.ownership.lease_seconds
     if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise ConfigError(
             f"lease_seconds = {lease_seconds:g} is not possible",
             fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
         )
+
+
+def _check_model(manifest: Manifest) -> None:
+    """Raises ConfigError for private layers or a bias rate that this model cannot have."""
     if manifest.model.private_layers:
         try:
             built_expert_shape(manifest.model)
@@ -160,8 +175,8 @@ def _check_positions(config: Mapping[str, Any], manifest: Manifest, where: Path)
         )
 
 
-def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:
-    """The same run, of the checkpoint's model and tokenizer, with its parts in `folder`."""
+def _checkpoint_for(manifest: Manifest, seed: Path) -> Checkpoint:
+    """The checkpoint in `seed`. Raises ConfigError if this run cannot start from it."""
     from ..seed.split import Checkpoint
 
     if manifest.model.private_layers:
@@ -177,10 +192,12 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
         )
     if checkpoint.tokenizer:
         _check_tokenizer(checkpoint.tokenizer, checkpoint.vocabulary, seed)
-    start = checkpoint.split(folder, manifest.standin, progress)
-    model = msgspec.structs.replace(
-        manifest.model, config=checkpoint.config(), start=start, bases=checkpoint.most_bases
-    )
+    return checkpoint
+
+
+def _of_checkpoint(manifest: Manifest, checkpoint: Checkpoint, seed: Path) -> Manifest:
+    """The same run, of the checkpoint's model and tokenizer."""
+    model = msgspec.structs.replace(manifest.model, config=checkpoint.config())
     tokenizer: Literal["bytes", "seed"] = "seed" if checkpoint.tokenizer else "bytes"
     data = msgspec.structs.replace(manifest.data, tokenizer=tokenizer)
     manifest = msgspec.structs.replace(manifest, model=model, data=data)
