@@ -51,8 +51,9 @@ from .serving import Library
 if TYPE_CHECKING:
     import hivemind
 
+    from ..run.manifest import Run
     from .background import NetworkThread
-    from .peer import Run, StopRequest
+    from .peer import StopRequest
 
 log = get_logger(__name__)
 
