@@ -7,6 +7,7 @@ through their HTTP endpoints, like any operator.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,8 @@ from rich.live import Live
 from rich.table import Table
 
 from .config import ENV_PREFIX
-from .watching.status import DIRECT, speed_text
+from .errors import NoPeerHere
+from .watching.status import fetch_status, speed_text
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -55,11 +57,8 @@ class Peer:
         code = self.process.poll()
         if code is not None:
             raise DemoFailed(f"{self.name} ended with exit code {code}; its log: {self.log}\n{_tail(self.log)}")
-        try:
-            with DIRECT.open(f"{self.url}/status.json", timeout=HTTP_SECONDS) as answer:
-                self.status = json.load(answer)
-        except (OSError, ValueError):  # ValueError: no address yet, or no JSON
-            return
+        with contextlib.suppress(NoPeerHere):
+            self.status = fetch_status(self.url, timeout_seconds=HTTP_SECONDS)
 
     def get(self, key: str, default: Any = None) -> Any:
         return default if self.status is None else self.status.get(key, default)
