@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .codecs import Int8Rows, quantise_rows, tensor_bytes
 from .interface import check_tensor
-from .lowbit import BLOCK, LowbitStandIn
+from .lowbit import BLOCK, LowbitStandIn, nf4_blocks
 from .ternary import Ternary, masters_from, ternarise, ternary_nbytes
 
 FORMATS = ("float32", "bfloat16", "int8", "nf4", "ternary")  # the first byte is the place in this list: append only
@@ -75,7 +75,8 @@ def decode_expert(data: bytes, hidden: int, width: int, *, masters: bool = False
         raise ValueError(f"{len(data)} bytes are not a {hidden} x {width} expert as {fmt}")
     if fmt == "nf4":
         raw = torch.frombuffer(bytearray(data[1:]), dtype=torch.uint8)
-        codes, absmax = torch.split(raw, [_nf4_blocks(hidden, width) * BLOCK // 2, 4 * _nf4_blocks(hidden, width)])
+        blocks = nf4_blocks(hidden, width)
+        codes, absmax = torch.split(raw, [blocks * BLOCK // 2, 4 * blocks])
         tensors = {"codes": codes, "absmax": absmax.clone().view(torch.float32), "size": torch.tensor([hidden, width])}
         decoded = LowbitStandIn(tensors).dense()
     else:
@@ -111,7 +112,7 @@ def encoded_nbytes(fmt: str, hidden: int, width: int) -> int:
     if hidden < 1 or width < 1:
         raise ValueError(f"size {hidden} x {width} is not that of an expert")
     if fmt == "nf4":
-        return 1 + _nf4_blocks(hidden, width) * (BLOCK // 2 + 4)
+        return 1 + nf4_blocks(hidden, width) * (BLOCK // 2 + 4)
     return 1 + _matrix_nbytes(fmt, 2 * width, hidden) + _matrix_nbytes(fmt, hidden, width)
 
 
@@ -130,10 +131,6 @@ def _matrix_nbytes(fmt: str, rows: int, columns: int) -> int:
     if fmt == "ternary":
         return ternary_nbytes(rows, columns)
     return rows * columns * _DTYPES[fmt].itemsize
-
-
-def _nf4_blocks(hidden: int, width: int) -> int:
-    return -(-3 * hidden * width // BLOCK)
 
 
 def _index(fmt: str) -> int:

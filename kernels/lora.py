@@ -29,8 +29,9 @@ from torch import Tensor
 from .bnb import functional as bnb
 from .experts import OwnedExpert
 from .interface import check_tensor
+from .lowbit import BLOCK, nf4_blocks
 
-BLOCK, NESTED_BLOCK = 64, 256
+NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Nf4Base:
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], hidden: int, width: int) -> Self:
         """Raises ValueError: not the state of an expert of this size."""
-        blocks = math.ceil(3 * hidden * width / BLOCK)
+        blocks = nf4_blocks(hidden, width)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "codes": (torch.uint8, (blocks * BLOCK // 2,)),
             "absmax": (torch.uint8, (blocks,)),
@@ -211,7 +212,7 @@ class LoraExpert(OwnedExpert):
 
 def lora_bytes(hidden: int, width: int, rank: int) -> tuple[int, int]:
     """Bytes of one expert's base, and weights in its factors."""
-    blocks = math.ceil(3 * hidden * width / BLOCK)
+    blocks = nf4_blocks(hidden, width)
     base = blocks * BLOCK // 2 + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4
     return base, rank * (hidden + 2 * width + width + hidden)
 

@@ -42,6 +42,11 @@ _NEXT: Tensor = torch.cat([_BOUNDS, torch.tensor([torch.inf])])[_LOW]  # the bou
 _LOW_CODES: Tensor = _LOW.to(torch.uint8)
 
 
+def nf4_blocks(hidden: int, width: int) -> int:
+    """Blocks that an expert's weights take in one flat array; the last is filled up with zeros."""
+    return -(-3 * hidden * width // BLOCK)
+
+
 class LowbitStandIn(CopyStandIn):
     """NF4 copy. State: codes uint8 (blocks * 32), absmax float32 (blocks), size int64 [D, F]."""
 
@@ -113,7 +118,7 @@ class LowbitStandIn(CopyStandIn):
         hidden, width = tensors["size"].tolist()
         if not (0 < hidden < 1 << 24 and 0 < width < 1 << 24):
             raise ValueError(f"size {hidden} x {width} is not that of an expert")
-        blocks = -(-3 * hidden * width // BLOCK)
+        blocks = nf4_blocks(hidden, width)
         check_tensor("codes", tensors["codes"], torch.uint8, (blocks * BLOCK // 2,))
         check_tensor("absmax", tensors["absmax"], torch.float32, (blocks,))
         if bool((tensors["absmax"] < 0).any()):

@@ -1,12 +1,14 @@
 """How many slots fit into a peer's memory.
 
-A slot's experts cost, for each weight, the master, moments and a gradient in float32, and what its
-stand-in takes: a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
+A slot's experts cost, for each weight, the master, moments and a gradient in float32. Low-rank factors cost that too,
+and are few; the 4-bit weights beside them, and weights that are frozen, have neither moments nor gradients.
+
+A stand-in costs a copy's bits, or a narrow one's weights twice, with two moments, and the inputs that it is fitted to.
 While that is fitted beside training, it and its inputs are there twice, and a copy of the experts.
+
 Where experts are trained on the CPU, a checkpoint being written is another copy of all but the gradients in the same
-memory. Low-rank factors cost that too, and are few; the 4-bit weights beside them, and weights that are frozen, have
-neither moments nor gradients. A composer holds the backbone and all stand-ins beside its slots, sketches that wait for
-owners, and what a batch leaves behind for the backward pass, of which the largest tensors, the logits, are counted.
+memory. A composer holds the backbone and all stand-ins beside its slots, sketches that wait for owners, and what a
+batch leaves behind for the backward pass, of which the largest tensors, the logits, are counted.
 """
 
 from __future__ import annotations

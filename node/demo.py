@@ -7,16 +7,16 @@ through their HTTP endpoints, like any operator.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from rich.live import Live
 from rich.table import Table
 
 from .config import ENV_PREFIX
-from .watching.status import DIRECT, speed_text
+from .errors import NoPeerHere
+from .watching.status import fetch_status, speed_text
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 10.0
@@ -56,18 +57,15 @@ class Peer:
         code = self.process.poll()
         if code is not None:
             raise DemoFailed(f"{self.name} ended with exit code {code}; its log: {self.log}\n{_tail(self.log)}")
-        try:
-            url = json.loads((self.folder / "peer.json").read_text())["url"]
-            with DIRECT.open(f"{url}/status.json", timeout=HTTP_SECONDS) as answer:
-                self.status = json.load(answer)
-        except (OSError, ValueError, KeyError, urllib.error.URLError):
-            return
+        with contextlib.suppress(NoPeerHere):
+            self.status = fetch_status(self.url, timeout_seconds=HTTP_SECONDS)
 
     def get(self, key: str, default: Any = None) -> Any:
         return default if self.status is None else self.status.get(key, default)
 
     @property
     def url(self) -> str:
+        """Where its status and metrics are; empty as long as it is not up."""
         try:
             return str(json.loads((self.folder / "peer.json").read_text())["url"])
         except (OSError, ValueError, KeyError):
@@ -246,8 +244,6 @@ class Demo:
         return result
 
     def _report(self, checkpoint: Path, lone: dict[str, Any], composers: Sequence[Peer]) -> None:
-        import math
-
         from transformers.utils import logging as transformers_logging
 
         from .learning.evaluate import continuation, evaluate_checkpoint
@@ -334,13 +330,6 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-@contextmanager
-def _folder(wanted: Path | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="shoal-demo-")) if wanted is None else wanted
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-
-
 def main() -> None:
     """Run the demo; exit code 1 with the reason if any part of it fails."""
     parser = argparse.ArgumentParser(prog="./dev demo", description=__doc__)
@@ -359,16 +348,17 @@ def main() -> None:
         parser.error(f"--dir {arguments.dir} is no empty folder: name a new one")
     console = Console()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that it stops its peers then too
-    with _folder(arguments.dir) as folder:
-        demo = Demo(arguments, folder, console)
-        try:
-            demo.run()
-        except DemoFailed as error:
-            console.print("[bold red]demo failed:[/]", end=" ")
-            console.print(str(error), markup=False, highlight=False)  # the end of a log: brackets are no markup
-            sys.exit(1)
-        finally:
-            demo.stop()
+    folder: Path = arguments.dir or Path(tempfile.mkdtemp(prefix="shoal-demo-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    demo = Demo(arguments, folder, console)
+    try:
+        demo.run()
+    except DemoFailed as error:
+        console.print("[bold red]demo failed:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)  # the end of a log: brackets are no markup
+        sys.exit(1)
+    finally:
+        demo.stop()
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def plan_of(
     mode.require_rank(shape.hidden, shape.width)
     spec, outer = manifest.standin, manifest.outer
     top_k = experts_per_token(manifest.model)
-    backbone = sum(_numel(size) for size in backbone_shapes(manifest.model).values())
+    backbone = sum(math.prod(size) for size in backbone_shapes(manifest.model).values())
     slot_weights = 3 * shape.hidden * shape.width * shape.num_layers
     standin = standin_bytes(shape, spec)
     slot = slot_bytes(shape, spec, torch.device(device), mode)
@@ -92,13 +92,6 @@ def plan_of(
         ),
         rounds_per_token=rounds,
     )
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    total = 1
-    for length in size:
-        total *= length
-    return total
 
 
 def _gib_from_tokens(_: object, tokens: Sequence[Any]) -> float:

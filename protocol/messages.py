@@ -15,10 +15,11 @@ from typing import Annotated, ClassVar, TypeVar
 import msgspec
 from msgspec import Meta
 
-from .envelope import PeerId, decode_payload
+from .envelope import ENVELOPE_OVERHEAD, PeerId, decode_payload
 from .errors import Refused
+from .transport.limits import MAX_PUBLISH_BYTES
 
-MAX_GOSSIP_BYTES = 900_000  # gossipsub refuses RPCs over 1 MiB; the rest is for the envelope and for framing
+MAX_GOSSIP_BYTES = MAX_PUBLISH_BYTES - ENVELOPE_OVERHEAD  # what is published is the payload in its envelope
 MAX_SKETCH_BYTES = 64 * 1024 * 1024 - 4096  # a call's body of 64 MiB; the rest is for the envelope
 MAX_SLOTS = 1 << 16
 MAX_LAYERS = 512
@@ -29,7 +30,7 @@ MAX_AUDITED_PAST = 64  # versions of a stand-in that these were taken at
 
 Slot = Annotated[int, Meta(ge=0, lt=MAX_SLOTS)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 48)]
-Sequence = Annotated[int, Meta(ge=0, lt=1 << 48)]  # of an epoch-independent count of a slot's deltas
+Seq = Annotated[int, Meta(ge=0, lt=1 << 48)]  # of an epoch-independent count of a slot's deltas
 Step = Annotated[int, Meta(ge=0, lt=1 << 48)]  # of the sender's inner steps
 Fragment = Annotated[int, Meta(ge=0, lt=1 << 16)]
 Round = Annotated[int, Meta(ge=0, lt=1 << 48)]
@@ -60,7 +61,7 @@ class SurrogateDelta(Message, frozen=True):
 
     slot: Slot
     epoch: Epoch
-    seq: Sequence  # goes up by one per delta and over changes of owner; not by announcements
+    seq: Seq  # goes up by one per delta and over changes of owner; not by announcements
     step: Step  # of the owner, when it fitted the delta
     layers: Annotated[tuple[bytes, ...], Meta(max_length=MAX_LAYERS)]  # one per MoE layer; none in an announcement
     digest: Digest16  # of the slot's published state once this is applied
@@ -141,7 +142,7 @@ class StandInSnapshot(Message, frozen=True):
 
     slot: Slot
     epoch: Epoch
-    seq: Sequence
+    seq: Seq
     layers: Annotated[tuple[bytes, ...], Meta(min_length=1, max_length=MAX_LAYERS)]  # StandIn.to_bytes(), per MoE layer
     digest: Digest16  # of `layers`
 
@@ -182,7 +183,7 @@ class SlotSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     slot: Slot
     epoch: Epoch  # of the lease that the handles are of
-    seq: Sequence  # of the stand-ins that ran when the rows were made
+    seq: Seq  # of the stand-ins that ran when the rows were made
     experts: Annotated[tuple[ExpertSketch, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
 
     def __post_init__(self) -> None:
@@ -265,7 +266,7 @@ class AuditRecord(Message, frozen=True):
 
     slot: Slot
     epoch: Epoch
-    seq: Sequence  # of the stand-ins that were published when the step was taken
+    seq: Seq  # of the stand-ins that were published when the step was taken
     step: Step  # of the owner, by which the learning rate goes
     learning_rate: Annotated[float, Meta(ge=0.0, le=1e6)]
     clip: Annotated[float, Meta(gt=0.0, le=1.0)]  # what the mean gradient was multiplied by

@@ -68,7 +68,8 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, menu: Menu) -> 
             for expert in record.experts
         ]
         owned = replay.experts_of(0)
-        before = [[tensor.detach().clone() for tensor in (*expert.trained, *expert.dense())] for expert in owned]
+        trained_before = [[tensor.detach().clone() for tensor in expert.trained] for expert in owned]
+        weights_before = [_copied(expert.dense()) for expert in owned]
         if record.seq in known.published:
             published = known.published[record.seq]
             if any(published.get(expert.handle, expert.standin) != expert.standin for expert in record.experts):
@@ -79,20 +80,20 @@ def judge(record: AuditRecord, manifest: Manifest, known: Known, menu: Menu) -> 
             found = replay.take(sketches)
             if found is not Finding.PASSED:
                 return found
-            for old, mine, their in zip(before, owned, after, strict=True):
-                pairs = zip(old[:-2], mine.trained, their.trained, strict=True)
+            for before, mine, their in zip(trained_before, owned, after, strict=True):
+                triples = zip(before, mine.trained, their.trained, strict=True)
                 if not _same_base(mine, their):
                     return Finding.WRONG_UPDATE
-                if not all(_same_update(*each, manifest.trust.tolerance) for each in pairs):
+                if not all(_same_update(*each, manifest.trust.tolerance) for each in triples):
                     return Finding.WRONG_UPDATE
         newest = known.published[max(known.published)] if known.published else {}
         for position, expert in enumerate(record.experts):
             standins = [menu.load(newest.get(expert.handle, expert.standin))]
             standins += replay.versions[position][1:]
             x_ND = torch.cat([torch.empty(0, replay.shape.hidden), *(s.x.dense() for s in sketches[position])])
-            computed = [(before[position][-2], before[position][-1]), after[position].dense()]
+            computed = [weights_before[position], after[position].dense()]
             for standin in standins:
-                fidelities = [_fidelity(x_ND, weights, standin, manifest, replay.shape.act) for weights in computed]
+                fidelities = [_fidelity(x_ND, weights, standin, replay.shape.act) for weights in computed]
                 if max(fidelities) < manifest.trust.min_fidelity:
                     return Finding.POOR_STANDIN
     except (ShoalError, ValueError):
@@ -117,11 +118,16 @@ def judge_weights(state: SlotState, manifest: Manifest, published: Sequence[byte
                 check_tensor("weights", tensor, torch.float32, size)
             nothing = torch.empty(0, shape.hidden)
             # These are what the expert computes with already.
-            if _fidelity(nothing, weights, menu.load(data), manifest, shape.act) < (manifest.trust.min_fidelity):
+            if _fidelity(nothing, weights, menu.load(data), shape.act) < manifest.trust.min_fidelity:
                 return Finding.POOR_STANDIN
     except (Refused, ValueError, KeyError):
         return Finding.MALFORMED
     return Finding.PASSED
+
+
+def _copied(weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    gate_up, down = weights
+    return gate_up.detach().clone(), down.detach().clone()
 
 
 def _same_base(mine: OwnedExpert, their: OwnedExpert) -> bool:
@@ -219,7 +225,7 @@ def _same_update(before: Tensor, mine: Tensor, theirs: Tensor, tolerance: float)
 
 
 @torch.no_grad()
-def _fidelity(x_ND: Tensor, weights: tuple[Tensor, Tensor], standin: StandIn, manifest: Manifest, act: str) -> float:
+def _fidelity(x_ND: Tensor, weights: tuple[Tensor, Tensor], standin: StandIn, act: str) -> float:
     """1 - ||E(x) - S(x)|| / ||E(x)||, of what the expert computes with; 1 where it cannot be told."""
     if len(x_ND) < MIN_ROWS and standin.kind in COPIES:
         rng = torch.Generator().manual_seed(0)

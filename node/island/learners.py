@@ -48,7 +48,7 @@ from ..run.manifest import StandInSpec
 from .leader import BROKEN, Island
 from .merging import trained_of
 from .orders import Setup, Slot
-from .replica import Answer, Replica, fill, flat, numel
+from .replica import Answer, Replica, experts_in, fill, flat, numel
 from .rows import Rows, Wanted, give_also, wanted_by
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class LearnerReplica(Replica):
             batch, swarm_counts=order.swarm_counts, balance_coef=train.balance_coef, z_coef=train.z_coef
         )
         torch.autograd.backward(losses.total)
-        for parameter in self._experts(self.owned & order.frozen):
+        for parameter in experts_in(self.model.shards, self.owned & order.frozen):
             parameter.grad = None
         loss = losses.lm.item()
         rate = learning_rate(train, order.step + number)
@@ -231,13 +231,9 @@ class LearnerReplica(Replica):
             balance_biases(biases, losses.counts, train.bias_rate, swarm_counts_LE=order.swarm_counts)
         return loss
 
-    def _experts(self, slots: set[int]) -> list[nn.Parameter]:
-        trained = (t for slot in sorted(slots) for expert in self.model.experts_of(slot) for t in expert.trained)
-        return list(trained)  # type: ignore[arg-type]  # what a shard holds are parameters
-
     def _change(self, order: Block) -> None:
         """Slots come and go, with their part of the optimizer."""
-        for parameter in (gone := self._experts(self.owned & order.slots.keys())):
+        for parameter in (gone := experts_in(self.model.shards, self.owned & order.slots.keys())):
             self._optimizer.state.pop(parameter, None)
         held = {id(parameter) for parameter in gone}
         group = experts_group(self._optimizer)
@@ -246,7 +242,7 @@ class LearnerReplica(Replica):
         for name, moments in order.backbone_moments.items():
             self._put(self.model.backbone[name], moments)
         for slot, of_slot in order.expert_moments.items():
-            experts = self._experts({slot})
+            experts = experts_in(self.model.shards, {slot})
             group["params"].extend(experts)
             for parameter, moments in zip(experts, of_slot, strict=True):
                 self._put(parameter, moments)

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 NextBatch = Callable[[], Tensor]
 
-# Lowbit copies need replay rows only to measure fidelity; every fourth step keeps them fresh at a quarter of the cost.
-LOWBIT_OBSERVE_EVERY = 4
+# Copies need replay rows only to measure fidelity; every fourth step keeps them fresh at a quarter of the cost.
+OBSERVE_COPIES_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Composer(ExpertOwner):
         return self.step // every > (self.step - self._taken) // every
 
     def inner_step(self) -> StepReport:
-        """One: forward, backward, clip, AdamW."""
+        """One: forward, backward, clip, update."""
         self.compute()
         if self.on_computed is not None:
             self.on_computed(self)
@@ -174,7 +174,7 @@ class Composer(ExpertOwner):
     @property
     def observing(self) -> bool:
         """Whether stand-ins are shown the rows of the next step."""
-        return not self.manifest.standin.whole or self.step % LOWBIT_OBSERVE_EVERY == 0
+        return not self.manifest.standin.whole or self.step % OBSERVE_COPIES_EVERY == 0
 
     def compute_alone(self) -> Computed:
         """Of one batch, by this process."""
@@ -197,7 +197,7 @@ class Composer(ExpertOwner):
         )
 
     def apply(self) -> StepReport:
-        """The second half: take in the sketches that have come, clip, AdamW."""
+        """The second half: take in the sketches that have come, clip, update."""
         assert self._computed is not None
         (loss, tokens, _, processes, _), seconds = self._computed
         self._computed = None

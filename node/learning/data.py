@@ -96,9 +96,8 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
                 f"no text at {source!r}: it does not exist", fix="point --data at a text file or a folder of them"
             )
         paths = [root] if root.is_file() else files_in(root, lambda name: name.startswith("."))
-    documents: dict[
-        bytes, Document
-    ] = {}  # by digest: the same text twice would otherwise be on both sides of the split
+    # By digest: the same text twice would otherwise be on both sides of the split.
+    documents: dict[bytes, Document] = {}
     read, binary = 0, 0
     for path in paths:
         text = read_text(path, max_bytes - read)
@@ -125,9 +124,8 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
         (held if int.from_bytes(document.digest[:8]) < boundary else train).append(document)
     if not train:
         raise DataError(f"no text at {source!r}", fix="point --data at a UTF-8 text file or a folder of them")
-    if (
-        not held and len(train) > 1
-    ):  # a handful of documents: the lowest hash is held out, so that there is an evaluation
+    # Of a handful of documents none may have fallen there: the lowest hash is held out, so that there is an evaluation.
+    if not held and len(train) > 1:
         held.append(train.pop(0))
     if not held:
         raise DataError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..model.init import expert_shape
 from ..run.manifest import Manifest, verify
 from .composer import Composer
 from .data import Batches, load_corpus, seed_of_peer
@@ -16,18 +17,13 @@ from .evaluate import HELDOUT_SEED, heldout_loss
 
 def train_alone(manifest: Manifest, batches: Batches, progress: Path | None = None) -> Composer:
     """Train the full model for the run's steps on one composer's batches; `progress` tells in JSON how far it is."""
-    composer = Composer(manifest, owned=range(_num_slots(manifest)), next_batch=batches.next)
+    slots = range(expert_shape(manifest.model).num_experts)
+    composer = Composer(manifest, owned=slots, next_batch=batches.next)
     while composer.step < manifest.train.steps:
         report = composer.train_step()
         if progress is not None and composer.step % 20 == 0:
             progress.write_text(json.dumps({"step": composer.step, "loss": report.loss}))
     return composer
-
-
-def _num_slots(manifest: Manifest) -> int:
-    from ..model.init import expert_shape
-
-    return expert_shape(manifest.model).num_experts
 
 
 def main() -> None:

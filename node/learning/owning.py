@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,13 @@ from ..standins.standin_owner import StandInOwner
 from .expert_mode import SAVED, ExpertMode
 from .optimizer import checked_state, experts_group, learning_rate, put_state
 
+Owner = TypeVar("Owner", bound="ExpertOwner")  # a composer or a worker
+
 
 class ExpertOwner(StandInOwner):
     """Holds the experts of `owned` slots. All of it belongs to the training thread."""
 
-    optimizer: torch.optim.Optimizer  # group 0 takes the experts
+    optimizer: torch.optim.Optimizer  # `experts_group` of it takes the experts
     processes = 1  # that compute a step together on this machine
 
     def __init__(self, manifest: Manifest, *, fit_seed: int, mode: ExpertMode | None = None) -> None:

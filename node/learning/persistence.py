@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..slots.slot_state import SlotTensors
+from ..slots.slot_state import SlotTensors, under
 from .composer import Composer
 from .optimizer import checked_state, group_of, put_state, take_state
 
@@ -53,7 +53,7 @@ def restore_backbone(composer: Composer, tensors: Mapping[str, Tensor], meta: Ma
     for name, parameter in composer.backbone.items():
         group = group_of(optimizer, parameter)
         _check(f"backbone.{name}", tensors, parameter.shape)
-        states[name] = checked_state(optimizer, group, parameter.shape, _under(f"optimizer.{name}.", tensors))
+        states[name] = checked_state(optimizer, group, parameter.shape, under(f"optimizer.{name}.", tensors))
     for index, fragment in enumerate(composer.fragments):
         for kind in ("common", "momentum"):
             _check(f"{kind}.{index}", tensors, torch.Size([fragment.numel]))
@@ -85,10 +85,6 @@ def _check(name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> None:
     saved = tensors.get(name)
     if saved is None or saved.shape != shape or not bool(torch.isfinite(saved).all()):
         raise ValueError(f"the checkpoint does not hold this model's {name}, or it is not finite")
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def has_backbone(tensors: Mapping[str, Tensor]) -> bool:

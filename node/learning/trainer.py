@@ -15,10 +15,9 @@ from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 from ..standins.fitting import FitThread
-from .owning import ExpertOwner
+from .owning import Owner
 
 T = TypeVar("T")
-O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 # How long an idle trainer (not yet started, or finished) sleeps before it looks at its stop flag again, in seconds.
 IDLE_SECONDS = 0.2
@@ -26,7 +25,7 @@ IDLE_SECONDS = 0.2
 NICENESS = 5  # of the training thread, as `nice` counts: it gets a third of what others that want the core get
 
 
-class Trainer(Generic[O]):
+class Trainer(Generic[Owner]):
     """Has a composer or a worker. `run` blocks the calling thread; the other methods may be called from any.
 
     Args:
@@ -34,19 +33,19 @@ class Trainer(Generic[O]):
         on_step: called with its report after every step, on the training thread; must not block.
     """
 
-    def __init__(self, owner: O, on_step: Callable[[O, Any], None]) -> None:
+    def __init__(self, owner: Owner, on_step: Callable[[Owner, Any], None]) -> None:
         self._owner = owner
         self._on_step = on_step
         self._served_seconds = 0.0
         self.fits = FitThread()
         self.held = False  # no steps are taken meanwhile; for the training thread only
-        self._mailbox: queue.SimpleQueue[tuple[Callable[[O], Any], Future[Any] | None]] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[tuple[Callable[[Owner], Any], Future[Any] | None]] = queue.SimpleQueue()
         self._training = threading.Event()
         self._stop = threading.Event()
         self._closed = False
         self._closing = threading.Lock()
 
-    def ask(self, work: Callable[[O], T]) -> Future[T]:
+    def ask(self, work: Callable[[Owner], T]) -> Future[T]:
         """Run `work(owner)` between two steps. The future carries its result, error, or cancellation at the end."""
         future: Future[T] = Future()
         with self._closing:
@@ -56,7 +55,7 @@ class Trainer(Generic[O]):
             self._mailbox.put((work, future))
         return future
 
-    def require(self, work: Callable[[O], None]) -> None:
+    def require(self, work: Callable[[Owner], None]) -> None:
         """Run `work(owner)` between two steps, as a part of training: an error in it ends `run`."""
         with self._closing:
             if not self._closed:

@@ -28,7 +28,7 @@ Scoring = Literal["softmax", "sigmoid"]
 # Where families keep the module that yields the router logits.
 _ROUTER_NAMES = ("gate", "router")
 
-
+# What a config.json says of the file it came with, or of one use of the model.
 _BESIDE_THE_MODEL = (
     "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", "use_cache", "id2label",
     "label2id",

@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     import hivemind
 
     from ..island.leader import Island
-    from .peer import Run, StopRequest
+    from ..run.manifest import Run
+    from .peer import StopRequest
 
 log = get_logger(__name__)
 
@@ -96,8 +97,7 @@ class ComposerPeer:
         self.island: Island | None = None
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
         # Before others know of this peer: text is what is wrong most often. After what forks, which would keep it.
-        text = config.data if config.data != "stdlib" else run.manifest.data.corpus
-        self.corpus: Corpus | None = load_corpus(text)
+        self.corpus: Corpus | None = load_corpus(config.data if config.data != "stdlib" else run.manifest.data.corpus)
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
         """Train until told to stop; returns the exit code."""

@@ -17,7 +17,7 @@ from ...protocol import messages
 from ...protocol.averaging.rounds import quorum
 from ...protocol.directory import standing
 from ...protocol.directory.directory import Directory
-from ...protocol.directory.records import RECORD_TYPES, LeaseRecord, PeerRecord, VoteRecord, seal_record
+from ...protocol.directory.records import RECORD_TYPES, PeerRecord, Record, VoteRecord, seal_record
 from ...protocol.directory.view import View
 from ...protocol.envelope import ENVELOPE_OVERHEAD, Envelope, open_sealed, seal
 from ...protocol.errors import BadSignature, DirectoryError, PeerUnreachable, Refused, TransportError
@@ -120,20 +120,15 @@ class Links:
         """By voter, what composers hold of a fragment."""
         return standing.votes_of(self.view(), fragment)
 
-    async def announce(self, record: PeerRecord | LeaseRecord | VoteRecord) -> None:
+    async def announce(self, record: Record) -> None:
         """Publish a record of ours: by gossip for those who are here, in the directory for all who come."""
         sealed = seal_record(self.identity, self.run_id, record)
         self.spawn(self._put(record))
         await self._publish(NEWS_TOPIC, "news", sealed)
 
-    async def _put(self, record: PeerRecord | LeaseRecord | VoteRecord) -> None:
+    async def _put(self, record: Record) -> None:
         try:
-            if isinstance(record, VoteRecord):
-                await self.directory.put_vote(record)
-            elif isinstance(record, LeaseRecord):
-                await self.directory.put_lease(record)
-            else:
-                await self.directory.put_peer(record)
+            await self.directory.put(record)
         except DirectoryError as error:
             log.warning("directory.put_failed", record=record.kind, error=str(error))
 

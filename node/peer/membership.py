@@ -33,7 +33,11 @@ class Membership:
         capacity: slots this peer can own.
         transport_addrs, dht_addrs: where others reach it.
         known: takes down whom this peer meets.
-        handlers: what to do with messages that are not directory records, by their type; each gets (sender, message).
+
+    Attributes:
+        on_deltas, on_counts, on_round_open, on_sketch_open, on_accusation: what to do with gossip of that type; each
+            gets (sender, message). Where there is none the message is passed over.
+        on_records: called when gossip brought the directory a record that it did not have.
     """
 
     def __init__(

@@ -21,11 +21,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...protocol.addresses import Address, Reach
-from ...protocol.directory.dht import start_dht
+from ...protocol.directory.dht import start_dht, visible_addresses
 from ...protocol.directory.directory import Directory
 from ...protocol.identity import Identity
 from ...protocol.transport.client import Transport
@@ -35,7 +34,7 @@ from ..errors import RunNotFound
 from ..logs import get_logger
 from ..run.invite import Invite
 from ..run.kept_manifests import asked_otherwise, founded_before, keep_manifest
-from ..run.manifest import Manifest, run_id_of, sign, verify
+from ..run.manifest import Manifest, Run, read_signed, sign
 from ..slots.handle_key import fetch_key, kept_key
 from ..storage.known_peers import KnownPeers
 from ..storage.last_ports import keep_ports, with_last_ports
@@ -61,15 +60,6 @@ log = get_logger(__name__)
 
 IDLE_SECONDS = 0.5
 ALONE_SECONDS = 10.0  # a founder that comes back looks so long for the peers that it knew
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run this peer is in, as verified."""
-
-    run_id: str
-    manifest: Manifest
-    signed: bytes
 
 
 def run_peer(config: PeerConfig, manifest_to_found: Manifest | None) -> int:
@@ -219,9 +209,8 @@ class _Peer:
             log.info("run.resumed", run_id=known.run_id)
             if otherwise := asked_otherwise(known.manifest, manifest):
                 log.warning("run.not_changed", run_id=known.run_id, facts=", ".join(otherwise))
-            return Run(known.run_id, known.manifest, known.signed)
-        signed = sign(self.identity, manifest)
-        return Run(run_id_of(manifest), manifest, signed)
+            return known
+        return read_signed(sign(self.identity, manifest))
 
     def _fetch_manifest(self, dht: hivemind.DHT, run_id: str) -> Run:
         """Ask the DHT until the run's manifest comes; everything in it is checked before it is believed."""
@@ -240,12 +229,9 @@ class _Peer:
                 fix="check the invite; if the run is over or its peers are all gone, ask its founder for a new one",
             )
 
-        signed = asyncio.run(ask())
-        return Run(run_id, verify(signed, run_id), signed)
+        return read_signed(asyncio.run(ask()), run_id)
 
     async def _connect(self, dht: hivemind.DHT, run: Run) -> tuple[Links, Membership, Library]:
-        from ...protocol.directory.dht import visible_addresses
-
         config = self.config
         self.state.enter(Phase.JOINING, "starting the transport")
         transport = await Transport.start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,15 @@ SERVED_BYTES = 1 << 30  # of whole slots that anybody reads, of handovers, and o
 COPIES_MADE = 2  # times its bytes a resource takes while it is made: tensors, their encoding, the message around them
 
 
+@dataclass(frozen=True)
+class _Shelves:
+    """What only a composer has to give."""
+
+    trainer: Trainer[Composer]
+    common: CommonState
+    exchange: Exchange
+
+
 class Library:
     """Answers fetches. A bootstrap peer has the manifest only."""
 
@@ -52,7 +62,7 @@ class Library:
         self._slots, self._handovers, self._rest = Room(SERVED_BYTES), Room(SERVED_BYTES), Room(SERVED_BYTES)
         self.handle_key: bytes | None = None
         self.seed: SeedAtHome | None = None
-        self._shelves: tuple[Trainer[Composer], CommonState, Exchange] | None = None
+        self._shelves: _Shelves | None = None
         self._keeper: SlotKeeper[Any] | None = None
         self._desk: AuditDesk | None = None
 
@@ -60,7 +70,7 @@ class Library:
         self, trainer: Trainer[Composer], common: CommonState, exchange: Exchange, keeper: SlotKeeper[Composer]
     ) -> None:
         """From now on answer for a composer too."""
-        self._shelves = (trainer, common, exchange)
+        self._shelves = _Shelves(trainer, common, exchange)
         self._keeper = keeper
 
     def stock_slots(self, keeper: SlotKeeper[Worker], desk: AuditDesk) -> None:
@@ -88,7 +98,7 @@ class Library:
         if wanted.index is None:
             return None
         if wanted.kind is ResourceKind.BACKBONE and self._shelves is not None:
-            held = self._shelves[1].held
+            held = self._shelves.common.held
             return held[wanted.index] if wanted.index < len(held) else None
         return self._keeper.held.get(wanted.index) if wanted.kind in _OF_SLOTS and self._keeper is not None else None
 
@@ -109,7 +119,7 @@ class Library:
         if kind in _OF_SLOTS:
             whole = 0 if self._keeper is None else self._keeper.max_slot_bytes
             return whole // 4 if kind is ResourceKind.STANDIN else whole
-        return 0 if self._shelves is None or index is None else self._shelves[1].max_bytes(index)
+        return 0 if self._shelves is None or index is None else self._shelves.common.max_bytes(index)
 
     async def _find(self, wanted: Wanted, requester: str) -> Resource | None:
         kind, index = wanted.kind, wanted.index
@@ -138,12 +148,12 @@ class Library:
             return None if self._desk is None else await self._desk.serve(index, *wanted.pair, requester)
         if self._shelves is None:
             return None
-        trainer, common, exchange = self._shelves
+        shelves = self._shelves
         if kind is ResourceKind.HANDLES:
             assert wanted.pair is not None
-            table = exchange.layers.handles.table(index, *wanted.pair, exchange.layers.num_layers)
-            return Resource(messages.encode(table))
-        if index >= len(common.held):
+            layers = shelves.exchange.layers
+            return Resource(messages.encode(layers.handles.table(index, *wanted.pair, layers.num_layers)))
+        if index >= len(shelves.common.held):
             return None
 
         def state(composer: Composer) -> tuple[Tensor, Tensor]:
@@ -152,7 +162,7 @@ class Library:
                 return local, torch.zeros_like(local)
             return composer.common[index], composer.momentum[index]  # replaced as a whole, never written to
 
-        fragment, momentum = await asyncio.wrap_future(trainer.ask(state))
+        fragment, momentum = await asyncio.wrap_future(shelves.trainer.ask(state))
         return Resource(await asyncio.to_thread(fragment_to_bytes, fragment, momentum))
 
     def _part(self, number: int | None) -> Resource | None:

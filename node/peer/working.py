@@ -51,8 +51,9 @@ from .serving import Library
 if TYPE_CHECKING:
     import hivemind
 
+    from ..run.manifest import Run
     from .background import NetworkThread
-    from .peer import Run, StopRequest
+    from .peer import StopRequest
 
 log = get_logger(__name__)
 
@@ -235,18 +236,18 @@ class WorkerPeer:
 
     def _after_step(self, worker: Worker, report: WorkReport) -> None:
         began = time.perf_counter()
-        every = self.facts.manifest.standin.publish_every
+        publish_every = self.facts.manifest.standin.publish_every
         # Counted here: the schedule's step may jump, and stands still at the end, while some composers train on.
         sketch = self.facts.manifest.sketch
         steps = sketch.gradient_every if sketch.kind == "gradient" else sketch.every
         self._unpublished.update(dict.fromkeys(report.slots, steps))
-        due = [slot for slot in report.slots if self._unpublished[slot] >= every]
+        due = [slot for slot in report.slots if self._unpublished[slot] >= publish_every]
         if due:
             self.publishing.publish(worker, due)
             for slot in due:
                 del self._unpublished[slot]
-        every = self.config.checkpoint_every or CHECKPOINT_EVERY
-        if worker.step - self._saved_step >= every and not self.writer.busy:
+        checkpoint_every = self.config.checkpoint_every or CHECKPOINT_EVERY
+        if worker.step - self._saved_step >= checkpoint_every and not self.writer.busy:
             self._saved_step = worker.step
             self.writer.write_soon(*self._checkpoint_of(worker), self.links.loop)
         if report.skipped:

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -24,6 +24,9 @@ from ..sketches.sketch_choice import within_budget
 from ..slots.handle_key import found_key
 from ..storage.presence import make_data_dir
 from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, TrainSpec, with_settings
+
+if TYPE_CHECKING:
+    from ..seed.split import Checkpoint
 
 # Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
 MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
@@ -59,18 +62,10 @@ def new_manifest(
     name = name or preset_name
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
         raise ConfigError(f"name = {name!r} is not possible", fix="use up to 32 of a-z, 0-9 and -, not - first")
+    if model is not None and seed is not None:
+        raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
     parts = preset(preset_name)
-    train = parts.train
-    if train.optimizer == "muon" and (model is not None or seed is not None):
-        # Its rate is one for the preset's own model, from nothing.
-        train = msgspec.structs.replace(train, optimizer="adamw", learning_rate=TrainSpec().learning_rate)
-    if steps is not None:
-        if steps < 1:
-            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
-        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
-    if min_composers < 1:
-        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
-    train = msgspec.structs.replace(train, min_composers=min_composers)
+    train = _training(parts.train, steps, min_composers, of_preset=model is None and seed is None)
     make_data_dir(config.data_dir)
     manifest = Manifest(
         name=name,
@@ -89,18 +84,59 @@ def new_manifest(
         ownership=OwnershipSpec(lease_seconds=lease_seconds),
         privacy=PrivacySpec(handle_key_digest=key_digest(found_key(config.handle_key_path)).hex()),
     )
-    if model is not None and seed is not None:
-        raise ConfigError("both --model and --seed name a model", fix="leave one of both out")
     if settings:
         manifest = with_settings(manifest, settings)
     if model is not None:
         _check_positions(manifest.model.config, manifest, model)
+    _check_lease(manifest)
+    checkpoint = None
+    if seed is not None:
+        checkpoint = _checkpoint_for(manifest, seed)
+        manifest = _of_checkpoint(manifest, checkpoint, seed)
+    _check_model(manifest)
+    if sketch_budget is not None:
+        try:
+            manifest = within_budget(manifest, sketch_budget)
+        except ValueError as error:
+            raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
+        # What was said in so many words holds.
+        manifest = with_settings(manifest, [setting for setting in settings if setting.startswith("sketch.")])
+    if checkpoint is not None:
+        start = checkpoint.split(config.data_dir / "seed", manifest.standin, progress)
+        begun = msgspec.structs.replace(manifest.model, start=start, bases=checkpoint.most_bases)
+        manifest = msgspec.structs.replace(manifest, model=begun)
+    stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
+    return msgspec.structs.replace(manifest, model=stated)
+
+
+def _training(train: TrainSpec, steps: int | None, min_composers: int, *, of_preset: bool) -> TrainSpec:
+    """The preset's, for so many steps and composers.
+
+    `of_preset` trains its own model from nothing: Muon's learning rate is one for that only.
+    """
+    if train.optimizer == "muon" and not of_preset:
+        train = msgspec.structs.replace(train, optimizer="adamw", learning_rate=TrainSpec().learning_rate)
+    if steps is not None:
+        if steps < 1:
+            raise ConfigError(f"steps = {steps} is not possible", fix="give a number of at least 1")
+        train = msgspec.structs.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, steps // 10))
+    if min_composers < 1:
+        raise ConfigError(f"min_composers = {min_composers} is not possible", fix="give a number of at least 1")
+    return msgspec.structs.replace(train, min_composers=min_composers)
+
+
+def _check_lease(manifest: Manifest) -> None:
+    """Raises ConfigError for leases that are too short or too long."""
     lease_seconds = manifest.ownership.lease_seconds
     if not MIN_LEASE_SECONDS <= lease_seconds <= MAX_LEASE_SECONDS:
         raise ConfigError(
             f"lease_seconds = {lease_seconds:g} is not possible",
             fix=f"give seconds from {MIN_LEASE_SECONDS:g} to {MAX_LEASE_SECONDS:g}",
         )
+
+
+def _check_model(manifest: Manifest) -> None:
+    """Raises ConfigError for private layers or a bias rate that this model cannot have."""
     if manifest.model.private_layers:
         try:
             built_expert_shape(manifest.model)
@@ -111,16 +147,6 @@ def new_manifest(
             "train.bias_rate is set, and routers of this family have no selection biases",
             fix="leave it at 0, or take a model of a family like glm4_moe or deepseek_v3",
         )
-    if sketch_budget is not None:
-        try:
-            manifest = within_budget(manifest, sketch_budget)
-        except ValueError as error:
-            raise ConfigError(f"the sketch budget is too small: {error}", fix="give --sketch-budget more") from None
-        manifest = with_settings(manifest, settings)  # what was said in so many words holds
-    if seed is not None:
-        manifest = _from_checkpoint(manifest, seed, config.data_dir / "seed", progress)
-    stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
-    return msgspec.structs.replace(manifest, model=stated)
 
 
 def _config_in(path: Path) -> dict[str, Any]:
@@ -149,8 +175,8 @@ def _check_positions(config: Mapping[str, Any], manifest: Manifest, where: Path)
         )
 
 
-def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Callable[[int, int], None]) -> Manifest:
-    """The same run, of the checkpoint's model and tokenizer, with its parts in `folder`."""
+def _checkpoint_for(manifest: Manifest, seed: Path) -> Checkpoint:
+    """The checkpoint in `seed`. Raises ConfigError if this run cannot start from it."""
     from ..seed.split import Checkpoint
 
     if manifest.model.private_layers:
@@ -166,10 +192,12 @@ def _from_checkpoint(manifest: Manifest, seed: Path, folder: Path, progress: Cal
         )
     if checkpoint.tokenizer:
         _check_tokenizer(checkpoint.tokenizer, checkpoint.vocabulary, seed)
-    start = checkpoint.split(folder, manifest.standin, progress)
-    model = msgspec.structs.replace(
-        manifest.model, config=checkpoint.config(), start=start, bases=checkpoint.most_bases
-    )
+    return checkpoint
+
+
+def _of_checkpoint(manifest: Manifest, checkpoint: Checkpoint, seed: Path) -> Manifest:
+    """The same run, of the checkpoint's model and tokenizer."""
+    model = msgspec.structs.replace(manifest.model, config=checkpoint.config())
     tokenizer: Literal["bytes", "seed"] = "seed" if checkpoint.tokenizer else "bytes"
     data = msgspec.structs.replace(manifest.data, tokenizer=tokenizer)
     manifest = msgspec.structs.replace(manifest, model=model, data=data)

@@ -155,7 +155,7 @@ async def _gather(
             loop=asyncio.get_running_loop(),
             record_seconds=manifest.ownership.lease_seconds,
         )
-        await _say_hello(links, config)
+        await _say_hello(links)
         key = await fetch_key(links, [config.data_dir / f"handle-{run_id}.key"], seconds=FIND_SECONDS)
         whole = await _fetch_all(links, Handles(key), progress)
         if manifest.data.tokenizer != "seed":
@@ -165,7 +165,7 @@ async def _gather(
         return replace(whole, tokenizer=seed.store.need(TOKENIZER))
 
 
-async def _say_hello(links: Links, config: PeerConfig) -> None:
+async def _say_hello(links: Links) -> None:
     """The run's composers tell its handle key to peers that they see in the directory."""
     now = links.clock()
     record = PeerRecord(
@@ -188,7 +188,7 @@ async def _say_hello(links: Links, config: PeerConfig) -> None:
         issued_at=now,
         expires_at=now + links.record_seconds,
     )
-    await links.directory.put_peer(record)
+    await links.directory.put(record)
 
 
 async def _manifest(directory: Directory, run_id: str) -> bytes:

@@ -7,14 +7,13 @@ take the place of another, whose invites would lead nowhere then.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from ..logs import get_logger
 from ..storage.whole_file import write_whole
-from .manifest import Manifest, read_signed
+from .manifest import Manifest, Run, read_signed
 from .manifest_errors import ManifestError, ProtocolMismatch, UnknownFields
 
 log = get_logger(__name__)
@@ -22,15 +21,6 @@ log = get_logger(__name__)
 ONE_FOR_ALL = "manifest.signed"  # what earlier versions wrote: the manifest of the last run
 _PREFIX, _SUFFIX = "manifest-", ".signed"
 _DIGEST = "[0-9a-f]" * 12  # the end of a run id
-
-
-@dataclass(frozen=True)
-class KeptManifest:
-    """A manifest as it lies on disk, verified."""
-
-    run_id: str
-    manifest: Manifest
-    signed: bytes
 
 
 def manifest_file(data_dir: Path, run_id: str) -> Path:
@@ -59,19 +49,18 @@ def asked_otherwise(known: Manifest, asked: Manifest) -> list[str]:
     ]
 
 
-def founded_before(data_dir: Path, founder: str, name: str) -> KeptManifest | None:
+def founded_before(data_dir: Path, founder: str, name: str) -> Run | None:
     """The newest run of that name that the peer `founder` founded on this directory.
 
     Raises:
         ManifestError: there is none, and a file that may have been of it cannot be read.
     """
-    found: list[KeptManifest] = []
+    found: list[Run] = []
     unreadable: list[tuple[Path, OSError | ManifestError]] = []
     for path in [*sorted(data_dir.glob(f"{_PREFIX}{name}-{_DIGEST}{_SUFFIX}")), data_dir / ONE_FOR_ALL]:
         run_id = None if path.name == ONE_FOR_ALL else path.name[len(_PREFIX) : -len(_SUFFIX)]
         try:
-            signed = path.read_bytes()
-            known = read_signed(signed, run_id)
+            known = read_signed(path.read_bytes(), run_id)
         except FileNotFoundError:
             continue
         except (OSError, ManifestError) as error:
@@ -79,7 +68,7 @@ def founded_before(data_dir: Path, founder: str, name: str) -> KeptManifest | No
             unreadable.append((path, error))
             continue
         if known.manifest.founder == founder and known.manifest.name == name:
-            found.append(KeptManifest(known.run_id, known.manifest, signed))
+            found.append(known)
     if found:
         return max(found, key=lambda kept: kept.manifest.created_at)
     if unreadable:

@@ -212,12 +212,13 @@ class Manifest(Spec, frozen=True, kw_only=True):
     trust: TrustSpec = TrustSpec()
 
 
-@dataclass(frozen=True, kw_only=True)
-class SignedManifest:
-    """A manifest that its founder has signed, verified."""
+@dataclass(frozen=True)
+class Run:
+    """A run, by the manifest that its founder has signed, verified."""
 
-    manifest: Manifest
     run_id: str
+    manifest: Manifest
+    signed: bytes  # as it is stored and sent
 
 
 class _Header(msgspec.Struct):
@@ -283,7 +284,7 @@ def verify(signed: bytes, expected_run_id: str | None = None) -> Manifest:
     return read_signed(signed, expected_run_id).manifest
 
 
-def read_signed(signed: bytes, expected_run_id: str | None = None) -> SignedManifest:
+def read_signed(signed: bytes, expected_run_id: str | None = None) -> Run:
     """Check a signed manifest: size, hash, signature, protocol version, fields; in that order.
 
     Args:
@@ -322,7 +323,7 @@ def read_signed(signed: bytes, expected_run_id: str | None = None) -> SignedMani
     run_id = f"{manifest.name}-{manifest_digest(data)}"
     if expected_run_id not in (None, run_id):
         raise ManifestTampered(f"this manifest is of the run {run_id}, not {expected_run_id}", fix=_ASK_AGAIN)
-    return SignedManifest(manifest=manifest, run_id=run_id)
+    return Run(run_id, manifest, signed)
 
 
 def _decode(data: bytes) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -71,16 +72,9 @@ def max_part_bytes(manifest: Manifest) -> int:
     """No part of the seed is larger."""
     shape, backbone = expert_shape(manifest.model), backbone_shapes(manifest.model)
     slot = 4 * 3 * shape.hidden * shape.width * shape.num_layers
-    weights = sum(_numel(size) for size in backbone.values())
+    weights = sum(math.prod(size) for size in backbone.values())
     bases = 2 * 3 * shape.hidden * shape.width * shape.num_experts // 2  # of a layer: at most half as many as experts
     return max(4 * weights, 2 * slot, bases, MAX_TOKENIZER_BYTES) + HEADER_BYTES
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def start_of(

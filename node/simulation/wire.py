@@ -17,7 +17,6 @@ from ..model.cut import backbone_fragments, cadences
 from ..model.init import expert_shape
 from ..model.presets import preset
 from ..run.manifest import Manifest, OwnershipSpec
-from ..sketches.sketch_choice import traffic_of
 from ..standins.standin_menu import menu_of
 
 PEER_ID = "12D3KooW" + "A" * 44
@@ -61,7 +60,6 @@ class Wire:
         counts: what composers gossip about routing with every publication.
         opening: a RoundOpen.
         facts: of one member of a round.
-        sketches: that a composer sends for the slots of others in one inner step, all rows of them.
         gradient: one interval's gradient sketches of all slots, in int8, for the same tokens as a `gradient_every`.
     """
 
@@ -85,7 +83,6 @@ class Wire:
         self.counts = len(messages.encode(ExpertCounts(1 << 12, counts))) + ENVELOPE_OVERHEAD
         self.opening = len(messages.encode(RoundOpen(1 << 12, 0, 0, 1 << 12))) + ENVELOPE_OVERHEAD
         self.facts = MAX_FACTS_BYTES
-        self.sketches = traffic_of(manifest).row_bytes(manifest.sketch)
         rank = min(manifest.sketch.rank, shape.hidden, shape.width)
         self.gradient = float(sketch_numel(shape.hidden, shape.width, rank) * shape.num_layers * shape.num_experts)
 

@@ -6,13 +6,13 @@ is one vector whoever brought what; a vector that does not rebuild to a gradient
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Generic
 
 from torch import Tensor
 
 from ...kernels.gradient_sketch import Projections
 from ...protocol.averaging.sketch_averaging import credited_tokens
-from ..learning.owning import ExpertOwner
+from ..learning.owning import Owner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..peer.links import Links
@@ -24,18 +24,16 @@ from .gradient_rounds import GradientRounds
 
 log = get_logger(__name__)
 
-O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
-
-class GradientReceiver(Generic[O]):
+class GradientReceiver(Generic[Owner]):
     """One owner's, a composer's or a worker's."""
 
     def __init__(
         self,
         links: Links,
-        trainer: Trainer[O],
-        publishing: Publishing[O],
-        keeper: SlotKeeper[O],
+        trainer: Trainer[Owner],
+        publishing: Publishing[Owner],
+        keeper: SlotKeeper[Owner],
         form: GradientForm,
         rounds: GradientRounds,
     ) -> None:
@@ -63,7 +61,7 @@ class GradientReceiver(Generic[O]):
     # -- training thread -------------------------------------------------------------------------------------------
 
     def _learn(
-        self, owner: O, slot: int, epoch: int, interval: int, mean: Tensor, tokens: float, step: int, opener: str
+        self, owner: Owner, slot: int, epoch: int, interval: int, mean: Tensor, tokens: float, step: int, opener: str
     ) -> None:
         if slot not in owner.owned or self._keeper.held.get(slot) != epoch:
             self._links.state.count(Count.REFUSALS, "sketch-not-owner")  # it has changed hands meanwhile

@@ -33,7 +33,7 @@ from .gradient_collecting import GradientForm
 if TYPE_CHECKING:
     import hivemind
 
-    from ..peer.peer import Run
+    from ..run.manifest import Run
 
 log = get_logger(__name__)
 

@@ -21,7 +21,7 @@ from ...kernels.sketch import row_bytes
 from ..model.init import expert_shape, experts_per_token
 from ..run.manifest import Manifest, SketchSpec
 
-LEAST_ROWS = 0.01  # share of the rows that must fit
+LEAST_ROWS = 0.01  # share of the rows that must fit for rows to be chosen
 LEAST_RANK = 4  # of gradient sketches; intervals are stretched to make room for it
 LONGEST_INTERVAL = 100  # inner steps
 
@@ -55,24 +55,21 @@ class Traffic:
         return times * self.num_slots * self.num_layers * sketch_numel(self.hidden, self.width, rank)
 
 
-def choose_sketches(
-    spec: SketchSpec, traffic: Traffic, *, budget_bytes: int, gradients: bool, least_rows: float = LEAST_ROWS
-) -> SketchSpec:
+def choose_sketches(spec: SketchSpec, traffic: Traffic, *, budget_bytes: int, gradients: bool) -> SketchSpec:
     """`spec` with the kind, and its size, that fits a budget.
 
     Args:
         budget_bytes: that a composer may send for sketches in one inner step, on average.
         gradients: whether the run's stand-ins allow gradient sketches; else it is rows, however few.
-        least_rows: the share of the rows that must fit for rows to be chosen.
 
     Raises:
-        ValueError: the budget holds neither so many rows nor a gradient sketch of any use.
+        ValueError: the budget holds neither that share of the rows nor a gradient sketch of any use.
     """
     if budget_bytes < 1:
         raise ValueError(f"{budget_bytes} bytes a step hold no sketch")
     if traffic.row_bytes(spec) > budget_bytes:
         spec = min(spec, msgspec.structs.replace(spec, codec="int4"), key=traffic.row_bytes)
-    if not gradients or budget_bytes >= least_rows * traffic.row_bytes(spec):
+    if not gradients or budget_bytes >= LEAST_ROWS * traffic.row_bytes(spec):
         return msgspec.structs.replace(spec, kind="rows", budget_bytes=budget_bytes * spec.every)
     useful = min(LEAST_RANK, largest_rank(traffic.hidden, traffic.width))
     steps = max(spec.gradient_every, -(-int(traffic.gradient_bytes(useful)) // budget_bytes))

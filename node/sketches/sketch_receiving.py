@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic
 
 from ...kernels.sketch import RowSketch
 from ...protocol import messages
@@ -17,7 +17,7 @@ from ...protocol.envelope import ENVELOPE_OVERHEAD, open_sealed
 from ...protocol.errors import BadSignature, Refused
 from ...protocol.experts.sketches import Held, Rules, SketchInbox
 from ...protocol.messages import MAX_SKETCH_BYTES, SketchBatch
-from ..learning.owning import ExpertOwner
+from ..learning.owning import Owner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..peer.links import Links
@@ -27,17 +27,21 @@ from ..watching.state import Count
 
 log = get_logger(__name__)
 
-O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 QUEUE_BYTES = 64 * 1024 * 1024
 MAX_ROWS = 1 << 16  # of one expert in one sketch
 
 
-class SketchReceiver(Generic[O]):
+class SketchReceiver(Generic[Owner]):
     """Answers calls named `sketch-batch`."""
 
     def __init__(
-        self, links: Links, trainer: Trainer[O], publishing: Publishing[O], keeper: SlotKeeper[O], owner: O
+        self,
+        links: Links,
+        trainer: Trainer[Owner],
+        publishing: Publishing[Owner],
+        keeper: SlotKeeper[Owner],
+        owner: Owner,
     ) -> None:
         self._links, self._trainer = links, trainer
         self._publishing, self._keeper = publishing, keeper
@@ -108,7 +112,7 @@ class SketchReceiver(Generic[O]):
 
     # -- training thread -------------------------------------------------------------------------------------------
 
-    def drain(self, owner: O) -> None:
+    def drain(self, owner: Owner) -> None:
         """Let the owner hear what has come."""
         self._asked_to_drain = False  # first, so that what comes from now on asks again
         held = self._held()

@@ -105,9 +105,8 @@ class CopyStore:
             await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
             partial.replace(path)
         finally:
-            partial.unlink(
-                missing_ok=True
-            )  # a full disk is tried again and again: half-written ones would keep it full
+            # A full disk is tried again and again: half-written ones would keep it full.
+            partial.unlink(missing_ok=True)
         self._saved.pop(slot, None)
         self.held[slot] = snapshot.copy
         if snapshot.published is not None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 from ...protocol import messages, resources
 from ...protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord
@@ -39,7 +39,7 @@ from ...protocol.experts.ownership import (
 from ...protocol.messages import SlotState, SurrogateDelta
 from ...protocol.transport.downloads import Resource
 from ...protocol.transport.fetches import Turns
-from ..learning.owning import ExpertOwner
+from ..learning.owning import Owner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..peer.links import Links
@@ -54,14 +54,13 @@ from .slot_state import SlotTensors
 
 log = get_logger(__name__)
 
-O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 SNAPSHOT_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 65_536  # whoever takes a slot more slowly does not get it frozen
 PARALLEL_FETCHES, FROM_ONE_PEER = 4, 2  # whole slots: who sends slowly must not keep this peer from taking others
 
 
-class SlotKeeper(Generic[O]):
+class SlotKeeper(Generic[Owner]):
     """Holds this peer's slots. Runs on the asyncio loop; the trainer's thread only sees `adopt` and `release`.
 
     Args:
@@ -74,8 +73,8 @@ class SlotKeeper(Generic[O]):
     def __init__(
         self,
         links: Links,
-        trainer: Trainer[O],
-        exchange: Publishing[O],
+        trainer: Trainer[Owner],
+        exchange: Publishing[Owner],
         *,
         capacity: int,
         num_slots: int,
@@ -273,7 +272,7 @@ class SlotKeeper(Generic[O]):
         if slot in self._granted:
             self._granted.pop(slot).cancel()
 
-        def release(owner: O) -> tuple[SlotTensors | None, Published | None]:
+        def release(owner: Owner) -> tuple[SlotTensors | None, Published | None]:
             tensors = None if self._leaving else self._exchange.snapshot(owner, slot, held)
             published = self._exchange.published(owner, slot)
             self._exchange.release(owner, slot)
@@ -303,7 +302,7 @@ class SlotKeeper(Generic[O]):
             raise Refused("not-granted", f"slot {slot} is not {requester}'s to have")
         full = self._links.manifest.ownership.handover == "full"
 
-        def freeze(owner: O) -> None:
+        def freeze(owner: Owner) -> None:
             owner.freeze(slot)
             if not full:  # what is published may be all that travels
                 self._exchange.publish_now(owner, [slot])

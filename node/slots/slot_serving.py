@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Generic, TypeVar
+from typing import Generic
 
 from ...protocol import messages
 from ...protocol.errors import Refused
 from ...protocol.experts.ownership import Copy
 from ...protocol.messages import SlotState, StandInSnapshot
 from ...protocol.transport.downloads import Resource
-from ..learning.owning import ExpertOwner
+from ..learning.owning import Owner
 from ..learning.trainer import Trainer
 from ..peer.links import Links
 from ..standins.publishing import Published, Publishing
@@ -20,10 +20,8 @@ from .copies import CopyStore
 from .slot_formats import packed
 from .slot_state import SlotTensors
 
-O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
-
-class SlotServing(Generic[O]):
+class SlotServing(Generic[Owner]):
     """Answers for a keeper. Nothing is encoded on the trainer's thread, nor on the loop.
 
     Args:
@@ -33,8 +31,8 @@ class SlotServing(Generic[O]):
     def __init__(
         self,
         links: Links,
-        trainer: Trainer[O],
-        exchange: Publishing[O],
+        trainer: Trainer[Owner],
+        exchange: Publishing[Owner],
         copies: CopyStore,
         holding: Callable[[], tuple[Mapping[int, int], int]],
     ) -> None:
@@ -71,11 +69,11 @@ class SlotServing(Generic[O]):
             return None
         return await self._resource(slot, Copy(rebuilt[1].point.epoch, 0), *rebuilt, full=False)
 
-    async def _held(self, slot: int, part: Callable[[O, int, int], SlotTensors], *, full: bool) -> Resource | None:
+    async def _held(self, slot: int, part: Callable[[Owner, int, int], SlotTensors], *, full: bool) -> Resource | None:
         held, step = self._holding()
         copy = Copy(held[slot], step)
 
-        def take(owner: O) -> tuple[SlotTensors, Published | None] | None:
+        def take(owner: Owner) -> tuple[SlotTensors, Published | None] | None:
             if slot not in owner.owned:
                 return None  # let go of meanwhile
             return part(owner, slot, copy.epoch), self._exchange.published(owner, slot)

@@ -56,9 +56,11 @@ class Chooser:
                 del of_place[place]
 
     def next_forms(
-        self, experts: Mapping[int, Sequence[OwnedExpert]], publishers: Mapping[int, Sequence[Publisher]],
+        self,
+        experts: Mapping[int, Sequence[OwnedExpert]],
+        publishers: Mapping[int, Sequence[Publisher]],
         check: Callable[[], None] = lambda: None,
-    ) -> dict[Place, Form]:  # fmt: skip
+    ) -> dict[Place, Form]:
         """Which of `experts` are to have another form from now on; what was chosen for others waits for their turn.
         Called for each publication; tries what is due.
 
@@ -128,9 +130,8 @@ class Chooser:
         if form.kind != NarrowStandIn.kind:
             return self._menu.make(form, *float_weights(expert))
         rows: tuple[Tensor, Tensor] = publisher.replay.fitting_rows()
-        start = NarrowStandIn.of(
-            *float_weights(expert), form.size, rows if len(rows[0]) else None, self._shape.act
-        )  # fmt: skip
+        seen = rows if len(rows[0]) else None
+        start = NarrowStandIn.of(*float_weights(expert), form.size, seen, self._shape.act)
         fit = NarrowPublisher(
             start,
             publisher.replay,

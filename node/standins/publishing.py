@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from ...protocol.errors import ShoalError
 from ...protocol.experts.surrogate_book import SurrogateBook
 from ...protocol.experts.surrogates import SEED, Point, SlotPublisher, state_digest
 from ...protocol.messages import StandInSnapshot, SurrogateDelta
-from ..learning.owning import ExpertOwner
+from ..learning.owning import Owner
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..peer.links import DELTA_TOPIC, Links
@@ -38,7 +38,6 @@ from .publication import Publication
 
 log = get_logger(__name__)
 
-O = TypeVar("O", bound=ExpertOwner)  # noqa: E741 - the owner's type
 
 # Times that slots may fall due again before the fits that they wait for have begun; then training waits too. Else a
 # machine without a core to spare would go on with stand-ins of any age, and so would everybody who runs them.
@@ -66,14 +65,14 @@ class Published:
         return StandInSnapshot(self.slot, self.point.epoch, self.point.seq, layers, state_digest(self.layers))
 
 
-class Publishing(Generic[O]):
+class Publishing(Generic[Owner]):
     """One owner's slots.
 
     Args:
         menu: of the run's stand-ins. A peer's of another form is as good as malformed.
     """
 
-    def __init__(self, links: Links, trainer: Trainer[O], order: SlotOrder, menu: Menu) -> None:
+    def __init__(self, links: Links, trainer: Trainer[Owner], order: SlotOrder, menu: Menu) -> None:
         self._links, self._trainer, self.order = links, trainer, order
         self._load = menu.load
         self._book: SurrogateBook[StandIn] = SurrogateBook(self._load)
@@ -94,7 +93,7 @@ class Publishing(Generic[O]):
         publisher = self._book.publishers.get(slot)
         return None if publisher is None else publisher.point
 
-    def publish(self, owner: O, slots: Collection[int] | None = None) -> None:
+    def publish(self, owner: Owner, slots: Collection[int] | None = None) -> None:
         """Publish all owned slots, or these: here and now, or beside training if that takes long.
 
         What falls due while a publication is being made is published when that is done, once; training waits for it
@@ -118,18 +117,18 @@ class Publishing(Generic[O]):
                 lambda made: self._trainer.require(lambda owner: self._made(owner, publication, made))
             )
 
-    def publish_now(self, owner: O, slots: Collection[int]) -> None:
+    def publish_now(self, owner: Owner, slots: Collection[int]) -> None:
         """Publish these before the next step. What is being made of them is not published any more."""
         publication = self._begin(owner, slots)
         with _diverging():
             publication.make()
         self._finish(owner, publication)
 
-    def _begin(self, owner: O, slots: Collection[int]) -> Publication:
+    def _begin(self, owner: Owner, slots: Collection[int]) -> Publication:
         self.updates = {slot: owner.updates(slot) for slot in owner.owned}
         return owner.begin_publication(slots)
 
-    def _made(self, owner: O, publication: Publication, made: Future[float]) -> None:
+    def _made(self, owner: Owner, publication: Publication, made: Future[float]) -> None:
         """On the training thread, between steps. An error in what was made ends the training, as one in a step does."""
         self._making, self._skipped, self._trainer.held = None, 0, False
         with _diverging():
@@ -138,7 +137,7 @@ class Publishing(Generic[O]):
         late, self._late = self._late & set(owner.published_by_default()), set()
         self.publish(owner, late)
 
-    def _finish(self, owner: O, publication: Publication) -> None:
+    def _finish(self, owner: Owner, publication: Publication) -> None:
         deltas = []
         for slot, made in owner.finish_publication(publication).items():
             publisher = self._book.publishers[slot]
@@ -159,7 +158,7 @@ class Publishing(Generic[O]):
 
     def adopt(
         self,
-        owner: O,
+        owner: Owner,
         slot: int,
         epoch: int,
         tensors: SlotTensors | None,
@@ -201,16 +200,16 @@ class Publishing(Generic[O]):
     def _own(self, slot: int, epoch: int, point: Point) -> SlotPublisher:
         return self._book.own(slot, epoch, point)
 
-    def release(self, owner: O, slot: int) -> None:
+    def release(self, owner: Owner, slot: int) -> None:
         """Stop owning a slot."""
         del self._book.publishers[slot]
         owner.release(slot)
 
-    def snapshot(self, owner: O, slot: int, epoch: int) -> SlotTensors:
+    def snapshot(self, owner: Owner, slot: int, epoch: int) -> SlotTensors:
         """An owned slot in full, in the wire's order."""
         return self.to_wire(slot, epoch, owner.snapshot(slot))
 
-    def weights(self, owner: O, slot: int, epoch: int) -> SlotTensors:
+    def weights(self, owner: Owner, slot: int, epoch: int) -> SlotTensors:
         """What an owned slot computes with, in the wire's order."""
         return self.to_wire(slot, epoch, owner.weights(slot))
 
@@ -218,7 +217,7 @@ class Publishing(Generic[O]):
         """Tensors by position, in the wire's order of an epoch."""
         return renamed(tensors, inverse(self.order.outward(slot, epoch)))
 
-    def published(self, owner: O, slot: int) -> Published | None:
+    def published(self, owner: Owner, slot: int) -> Published | None:
         """What this peer holds of a slot's stand-ins; None if it holds nothing."""
         publisher = self._book.publishers.get(slot)
         if publisher is None:
@@ -227,7 +226,7 @@ class Publishing(Generic[O]):
         order = self.order.outward(slot, point.epoch)
         return Published(slot, point, tuple(copy(standins[position]) for position in order))
 
-    def _announcements(self, owner: O) -> list[SurrogateDelta]:
+    def _announcements(self, owner: Owner) -> list[SurrogateDelta]:
         return [p.announce(owner.step, owner.standins(slot)) for slot, p in self._book.publishers.items()]
 
     # -- asyncio loop ----------------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ class Publishing(Generic[O]):
                 break
         return time.monotonic() - began
 
-    def rebuilt(self, owner: O, slot: int) -> tuple[SlotTensors, Published] | None:
+    def rebuilt(self, owner: Owner, slot: int) -> tuple[SlotTensors, Published] | None:
         """A state for a slot that nobody holds, in the wire's order of what is published; None if there is none."""
         return None
 

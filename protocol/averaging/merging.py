@@ -59,17 +59,15 @@ class Facts:
     norms: tuple[float, ...] = ()  # for `radial.combine`
 
 
-def weights(
-    facts: Sequence[Claims], cap: float = WEIGHT_CAP, weighting: Weighting = Weighting.PROGRESS
-) -> dict[str, float]:
-    """Weight by peer id, at most `cap` times the lower median of the members that have tokens.
+def weights(facts: Sequence[Claims], weighting: Weighting = Weighting.PROGRESS) -> dict[str, float]:
+    """Weight by peer id, at most WEIGHT_CAP times the lower median of the members that have tokens.
 
     Who claims one token has finished: it is there for its vote, and its zeros must neither be in the average nor in
     the median, or they would undo what those learn that are still training. It weighs nothing beside others that have
     more.
 
     The lower median is one member's own number. With two members it is the smaller one, so that neither can outweigh
-    the other by more than `cap`; a mean of the two would follow a liar anywhere. Raises ValueError on no members,
+    the other by more than that; a mean of the two would follow a liar anywhere. Raises ValueError on no members,
     duplicates, counts below 1 (tokens: below 0 if the weighting has receivers), or if nobody has tokens.
     """
     fewest = 0 if weighting.receivers else 1
@@ -86,7 +84,7 @@ def weights(
     counted = sorted(value for value in raw.values() if value)
     if not counted:
         raise ValueError("no members with tokens")
-    limit = cap * counted[(len(counted) - 1) // 2]
+    limit = WEIGHT_CAP * counted[(len(counted) - 1) // 2]
     return {peer_id: min(value, limit) for peer_id, value in raw.items()}
 
 

@@ -37,8 +37,9 @@ from hivemind.utils.multiaddr import Multiaddr
 from ..addresses import Address, farthest_first
 from ..errors import ClockOff, DirectoryEnded, DirectoryError
 from ..identity import Identity
+from ..process_death import end_with_parent
 from .bootstrap import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, answering
-from .p2pd import EXIT_DAEMON_DIED, BootstrapFailed, Daemon, DaemonOptions, die_with
+from .p2pd import EXIT_DAEMON_DIED, BootstrapFailed, Daemon, DaemonOptions
 from .validator import RecordValidator
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class RunDHT(hivemind.DHT):  # type: ignore[misc]  # hivemind has no type inform
     def run(self) -> None:
         """The DHT process."""
         _forget_signal_handlers()
-        die_with(self._parent_pid)
+        end_with_parent(self._parent_pid, signal.SIGKILL)
         lock = None
         try:
             lock = _lock_identity(self._options.identity_path)
@@ -224,12 +225,11 @@ def visible_addresses(dht: hivemind.DHT, *, timeout_seconds: float = 60.0) -> li
 
 def refusals(dht: RunDHT, *, timeout_seconds: float = 10.0) -> Counter[str]:
     """How many records of others this node's DHT process has refused to store or believe, by reason. Blocks."""
-    counted: Counter[str] = _ask(dht, read_refusals, timeout_seconds)
+    counted: Counter[str] = _ask(dht, _read_refusals, timeout_seconds)
     return counted
 
 
-async def read_refusals(dht: RunDHT, _node: DHTNode) -> Counter[str]:
-    """For `dht.run_coroutine`: runs in the DHT process."""
+async def _read_refusals(dht: RunDHT, _node: DHTNode) -> Counter[str]:
     return dht._validator.refusals
 
 

@@ -23,7 +23,7 @@ from ..envelope import Envelope
 from ..errors import BadSignature, DirectoryError, Refused
 from ..identity import Identity
 from .clocks import Clocks
-from .dht import RunDHT, read_refusals, require_alive
+from .dht import RunDHT, require_alive
 from .meeting_again import meet_again
 from .records import (
     MANIFEST_SUBKEY,
@@ -101,21 +101,17 @@ class Directory:
         self._strongest: dict[int, LeaseClaim] = {}  # by slot
         self._started_at = clock()
 
-    async def put_peer(self, record: PeerRecord) -> bytes:
-        """Publish this peer's state. Returns the sealed record, for gossip."""
-        return await self._put(record)
+    async def put(self, record: Record) -> None:
+        """Publish a record of this peer, in the place of its earlier one.
 
-    async def put_lease(self, record: LeaseRecord) -> bytes:
-        """Publish or renew all slots that this peer owns. Returns the sealed record, for gossip.
-
-        Later records replace earlier ones whole: a slot left out is given up. Keep `expires_at` growing, or the DHT
-        prefers the older record until that one expires (those who got the newer by gossip are not fooled).
+        The later replaces the earlier whole: a slot that a lease record leaves out is given up. Keep `expires_at`
+        growing, or the DHT prefers the older record until that one expires (those who got the newer by gossip are not
+        fooled).
         """
-        return await self._put(record)
-
-    async def put_vote(self, record: VoteRecord) -> bytes:
-        """Publish this peer's digest of a fragment. Returns the sealed record, for gossip."""
-        return await self._put(record)
+        sealed = seal_record(self._identity, self.run_id, record)
+        subkey = record.subkey(self._identity.peer_id)
+        self._keep(_Cached(record, self._identity.peer_id, sealed), subkey)
+        await self._store(record.kind, subkey, sealed, record.expires_at)
 
     async def put_manifest(self, sealed: bytes) -> None:
         """Keep the signed manifest in the DHT for ten more minutes; any peer may. Raises as `open_manifest` does."""
@@ -206,20 +202,6 @@ class Directory:
         ask = partial(reroute, peer=peer, address=address)
         done: bool = await self._ask(lambda: self._dht.run_coroutine(ask, return_future=True))
         return done
-
-    async def stored_refusals(self) -> Counter[str]:
-        """Records that this node's DHT process has refused to store or believe, by reason. Empty for a foreign DHT."""
-        if not isinstance(self._dht, RunDHT):
-            return Counter()
-        counted: Counter[str] = await self._ask(lambda: self._dht.run_coroutine(read_refusals, return_future=True))
-        return counted
-
-    async def _put(self, record: Record) -> bytes:
-        sealed = seal_record(self._identity, self.run_id, record)
-        subkey = record.subkey(self._identity.peer_id)
-        self._keep(_Cached(record, self._identity.peer_id, sealed), subkey)
-        await self._store(record.kind, subkey, sealed, record.expires_at)
-        return sealed
 
     async def _store(self, kind: str, subkey: str, sealed: bytes, expires_at: float) -> None:
         stored = await self._ask(

@@ -7,13 +7,11 @@ started here and hivemind attaches to its control socket.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections import deque
@@ -23,13 +21,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import DirectoryError
+from ..process_death import end_with_parent
 
 logger = logging.getLogger(__name__)
 
 EXIT_DAEMON_DIED = 70  # the DHT process ends with it when its daemon has gone
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _MAX_UNIX_PATH = 100  # the kernel's 108, less what hivemind appends
 
 
@@ -43,19 +40,6 @@ class DaemonOptions:
     bootstrap: Sequence[str]  # multiaddrs with /p2p/<peer id>; one of them must answer
     map_port: bool  # ask the home router to forward the port (UPnP, NAT-PMP), and probe reachability
     client: bool  # route through others, serve nobody
-
-
-def die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent has gone, however that went. Linux only, else does nothing.
-
-    Must run in the child. The signal is tied to the parent's *thread* that made the child: that must be a lasting one.
-    """
-    if _libc is None:
-        return
-    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:  # it went before the kernel was told
-        os._exit(1)
 
 
 class Daemon:
@@ -87,7 +71,7 @@ class Daemon:
             errors="replace",
             env={"GOLOG_LOG_LEVEL": "error"} | os.environ,
             process_group=0,
-            preexec_fn=lambda: die_with(parent_pid),  # safe: no other thread runs here
+            preexec_fn=lambda: end_with_parent(parent_pid, signal.SIGKILL),  # safe: no other thread runs here
         )
         self._reader = threading.Thread(target=self._read, name="p2pd-output", daemon=True)
         self._reader.start()

@@ -5,7 +5,7 @@ the sha1 of the key only. The run's keys are few and known, so their hashes are 
 records pass. All other keys belong to hivemind (groups of averagers looking for each other): small, short-lived,
 opaque.
 
-Refusals are counted in the process that refuses, which is the DHT's: `protocol.dht.refusals` fetches them.
+Refusals are counted in the process that refuses, which is the DHT's: `dht.refusals` fetches them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ class View:
     peers: Mapping[str, PeerRecord] = field(default_factory=dict)  # by peer id
     leases: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot; the one owner of each
     votes: Mapping[int, Mapping[str, VoteRecord]] = field(default_factory=dict)  # by fragment, then voter
-    known_epochs: Mapping[int, int] = field(default_factory=dict)  # by slot; the highest ever seen, live or not
     distrusted: frozenset[str] = frozenset()  # peers whose leases were left out
     last_holders: Mapping[int, LeaseClaim] = field(default_factory=dict)  # by slot without owner; who held it last
     absent: Mapping[str, PeerRecord] = field(default_factory=dict)  # by peer id; ran out a short time ago
@@ -104,6 +103,5 @@ def resolve(
         leases=owners,
         votes=by_fragment,
         distrusted=distrusted,
-        known_epochs={slot: claim.epoch for slot, claim in strongest.items()},
         last_holders={slot: claim for slot, claim in strongest.items() if slot not in owners},
     )

@@ -115,11 +115,6 @@ class SlotPublisher:
         """Where the slot stands, without a delta. Send after taking over and when no delta is due for long."""
         return SurrogateDelta(self.slot, self.epoch, self.seq, step, (), state_digest(published))
 
-    def snapshot(self, published: Sequence[StandIn]) -> StandInSnapshot:
-        """Answer to `standin/<slot>`."""
-        layers = tuple(layer.to_bytes() for layer in published)
-        return StandInSnapshot(self.slot, self.epoch, self.seq, layers, state_digest(published))
-
 
 class SlotSubscriber(Generic[S]):
     """One slot's stand-ins on a peer that does not own it.
@@ -260,11 +255,6 @@ class SlotSubscriber(Generic[S]):
         self._asked_at = None
         self._advance()
         self._note(now, progress=True)
-
-    def snapshot(self) -> StandInSnapshot:
-        """The copy held here, for this peer's own checkpoint."""
-        layers = tuple(layer.to_bytes() for layer in self.layers)
-        return StandInSnapshot(self.slot, self.point.epoch, self.point.seq, layers, state_digest(self.layers))
 
     def _wait_for_turn(self, point: Point, delta: SurrogateDelta) -> None:
         self._target = max(self._target, point)

@@ -78,11 +78,6 @@ class Supervisor:
         """Process id of the host that runs now."""
         return self._host.pid if self._host is not None else None
 
-    @property
-    def running(self) -> HostProcess | None:
-        """The host that runs now."""
-        return self._host
-
     async def host(self) -> HostProcess:
         """The running host; waits through a restart. Raises TransportError when there will be none."""
         await self._up.wait()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from shoal.kernels.bnb import functional as bnb
 from shoal.kernels.experts import FrozenExpert, OwnedExpert, run_expert
-from shoal.kernels.lora import BLOCK, LoraExpert, Nf4Base, lora_bytes
+from shoal.kernels.lora import LoraExpert, Nf4Base, lora_bytes
+from shoal.kernels.lowbit import BLOCK
 from shoal.kernels.routed import apply_experts
 from torch import Tensor
 

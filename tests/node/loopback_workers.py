@@ -16,10 +16,10 @@ from shoal.node.config import PeerConfig
 from shoal.node.learning.worker import Worker
 from shoal.node.peer.links import Links
 from shoal.node.peer.membership import Membership
-from shoal.node.peer.peer import Run, StopRequest
+from shoal.node.peer.peer import StopRequest
 from shoal.node.peer.serving import Library
 from shoal.node.peer.working import WorkerPeer
-from shoal.node.run.manifest import Manifest, OwnershipSpec, SketchSpec
+from shoal.node.run.manifest import Manifest, OwnershipSpec, Run, SketchSpec
 from shoal.node.slots.slot_state import SlotTensors
 from shoal.node.storage.known_peers import KnownPeers
 from shoal.node.watching.state import Phase

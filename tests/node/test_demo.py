@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,31 @@ def test_peers_are_asked_directly_whatever_proxy_the_environment_names(
         peer = Peer("composer-0", process, tmp_path, tmp_path / "log")
         peer.poll()
         assert peer.get("role") == "composer"
+
+
+def test_a_peer_that_ends_amid_its_answer_keeps_its_last_status(tmp_path: Path) -> None:
+    class Half(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b'{"role": ')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    waits = [sys.executable, "-c", "input()"]
+    with (
+        HTTPServer(("127.0.0.1", 0), Half) as server,
+        subprocess.Popen(waits, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process,
+    ):
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        (tmp_path / "peer.json").write_text(json.dumps({"url": f"http://127.0.0.1:{server.server_port}"}))
+        peer = Peer("composer-0", process, tmp_path, tmp_path / "log", status={"phase": "training"})
+        peer.poll()
+        thread.join()
+        assert peer.get("phase") == "training"
 
 
 def test_peers_do_not_take_the_settings_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 
+from shoal.protocol.experts.surrogates import SlotPublisher, StandIn, state_digest
+from shoal.protocol.messages import StandInSnapshot
+
 LAYERS = 2
 
 
@@ -32,6 +35,12 @@ def load(data: bytes) -> FakeStandIn:
 
 def seeded() -> list[FakeStandIn]:
     return [FakeStandIn(bytes([layer]) * 32) for layer in range(LAYERS)]
+
+
+def snapshot_of(publisher: SlotPublisher, published: Sequence[StandIn]) -> StandInSnapshot:
+    """What an owner answers to who fetches its stand-ins."""
+    layers = tuple(layer.to_bytes() for layer in published)
+    return StandInSnapshot(publisher.slot, publisher.epoch, publisher.seq, layers, state_digest(published))
 
 
 def states(layers: Sequence[FakeStandIn]) -> list[bytes]:

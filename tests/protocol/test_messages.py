@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.protocol import messages, resources
+from shoal.protocol.envelope import seal
 from shoal.protocol.errors import Refused
+from shoal.protocol.identity import Identity
 from shoal.protocol.messages import (
     Accusation,
     AuditedExpert,
@@ -37,6 +39,7 @@ from shoal.protocol.messages import (
     encode,
 )
 from shoal.protocol.resources import Resource, ResourceKind, parse_resource
+from shoal.protocol.transport.limits import MAX_PUBLISH_BYTES
 
 DELTA = SurrogateDelta(3, 2, 17, 136, (b"ab", b"c"), bytes(range(16)), (0.5, 0.25))
 SNAPSHOT = StandInSnapshot(3, 2, 17, (b"one", b"two"), bytes(range(16)))
@@ -215,6 +218,15 @@ def test_a_delta_too_long_for_gossip_is_announced() -> None:
     (batch,) = batches([DELTA, long])
     assert batch.deltas == (DELTA, long.announcement())
     assert batch.deltas[1].is_announcement
+
+
+def test_the_fullest_batch_can_be_published_in_its_envelope() -> None:
+    spare = messages.MAX_GOSSIP_BYTES - len(encode(DeltaBatch((DELTA,))))
+    deltas = [msgspec.structs.replace(DELTA, layers=(bytes(spare - by), b"c")) for by in range(8)]
+    fullest = max(len(encode(batch)) for delta in deltas for batch in batches([delta]))
+    assert fullest > messages.MAX_GOSSIP_BYTES - 8, "the test does not fill a batch"
+    sealed = seal(Identity.generate(), "demo-0123456789ab", DeltaBatch.kind, bytes(fullest))
+    assert len(sealed) <= MAX_PUBLISH_BYTES
 
 
 # Names of resources ---------------------------------------------------------------------------------------------------

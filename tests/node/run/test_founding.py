@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from shoal.node import cli, logs
 from shoal.node.config import PeerConfig
@@ -13,6 +14,7 @@ from shoal.node.learning.tokenizer import byte_tokenizer
 from shoal.node.model.init import backbone_shapes
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import Manifest
+from shoal.node.sketches.sketch_choice import within_budget
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -195,3 +197,34 @@ def test_found_chooses_sketches_by_what_may_be_sent(
     err = capsys.readouterr().err
     assert "rank 4 need" in err
     assert "--sketch-budget" in err
+
+
+def biased_checkpoint(folder: Path) -> None:
+    """Of another size than the presets, with routers that select by more than their scores."""
+    sizes = {
+        "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+        "num_key_value_heads": 4, "intermediate_size": 24, "moe_intermediate_size": 24, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "first_k_dense_replace": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model("glm4_moe", **sizes, eos_token_id=None, pad_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def test_a_budget_is_spent_on_the_checkpoints_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    biased_checkpoint(tmp_path)
+    assert cli.main(["found", "--seed", str(tmp_path), "--sketch-budget", "4000"]) == 0
+    (manifest,) = seen
+    unchosen = msgspec.structs.replace(manifest, sketch=preset("tiny").sketch)
+    assert manifest.sketch == within_budget(unchosen, 4000).sketch
+
+
+def test_a_bias_rate_needs_the_checkpoints_routers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seen: list[Manifest] = []
+    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest) or 0)
+    biased_checkpoint(tmp_path)
+    assert cli.main(["found", "--seed", str(tmp_path), "--set", "train.bias_rate=0.001"]) == 0, capsys.readouterr().err
+    assert [manifest.train.bias_rate for manifest in seen] == [0.001]

@@ -45,8 +45,8 @@ async def scenario(folder: Path, a: RunDHT, b: RunDHT) -> None:
     here, there = Directory(a, mine, RUN), Directory(b, theirs, RUN)
     here_addresses, there_addresses = [await asyncio.to_thread(visible_addresses, dht) for dht in (a, b)]
     assert await there.meet_again() == [], "nobody is known"
-    await here.put_peer(peer_record(mine, dht_addrs=here_addresses))
-    await there.put_peer(peer_record(theirs, dht_addrs=there_addresses))
+    await here.put(peer_record(mine, dht_addrs=here_addresses))
+    await there.put(peer_record(theirs, dht_addrs=there_addresses))
     assert set((await there.read()).peers) == {mine.peer_id, theirs.peer_id}
     assert await there.meet_again() == [], "nobody is missing"
 
@@ -54,7 +54,7 @@ async def scenario(folder: Path, a: RunDHT, b: RunDHT) -> None:
     await b.run_coroutine(partial(lose, peer=mine.peer_id), return_future=True)
     key = record_key(RUN, "peer")
     later = peer_record(mine, dht_addrs=here_addresses, step=7, issued_at=time.time() + 1, expires_at=time.time() + 61)
-    await here.put_peer(later)
+    await here.put(later)
     assert (await there.read()).peers[mine.peer_id].step == 0, f"b still finds what a stores under {key!r}"
 
     assert await there.meet_again() == [mine.peer_id]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fake_standins import LAYERS, FakeStandIn, load, seeded, states
+from fake_standins import LAYERS, FakeStandIn, load, seeded, snapshot_of, states
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from shoal.protocol.experts.surrogate_book import SurrogateBook
@@ -76,7 +76,7 @@ class Swarm:
         for need in self.books[name].needs(self.now):
             publisher = self.books[need.from_peer].publishers.get(need.slot)
             if publisher is not None:
-                self.books[name].install(need.from_peer, publisher.snapshot(self.layers[need.from_peer]), self.now)
+                self.books[name].install(need.from_peer, snapshot_of(publisher, self.layers[need.from_peer]), self.now)
 
     def check(self) -> None:
         """Nobody ever holds a state that was not published under the name it has there."""

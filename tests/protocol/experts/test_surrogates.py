@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from fake_standins import LAYERS, FakeStandIn, load, seeded, states
+from fake_standins import LAYERS, FakeStandIn, load, seeded, snapshot_of, states
 from shoal.kernels.experts import DenseExpert
 from shoal.kernels.standin import initial_standin, make_publisher, standin_from_bytes
 from shoal.protocol.errors import Refused
@@ -80,7 +80,7 @@ def test_a_gap_is_fetched_after_patience_and_again_after_retry() -> None:
     assert subscriber.need(103.0) == Need(0, "owner")
     assert subscriber.need(112.9) is None
     assert subscriber.need(113.0) == Need(0, "owner")
-    subscriber.install("owner", owner.publisher.snapshot(owner.layers), 114.0)
+    subscriber.install("owner", snapshot_of(owner.publisher, owner.layers), 114.0)
     assert states(subscriber.layers) == states(owner.layers)
     assert subscriber.need(1e9) is None
 
@@ -88,7 +88,7 @@ def test_a_gap_is_fetched_after_patience_and_again_after_retry() -> None:
 def test_a_snapshot_is_followed_by_the_deltas_that_wait() -> None:
     owner, subscriber = Owner(), subscribed()
     owner.publish()
-    snapshot = owner.publisher.snapshot(owner.layers)
+    snapshot = snapshot_of(owner.publisher, owner.layers)
     for _ in range(2):
         subscriber.receive("owner", owner.publish(), 0.0)
     subscriber.install("owner", snapshot, 1.0)
@@ -125,7 +125,7 @@ def test_all_layers_or_none(wrong: str) -> None:
     assert states(subscriber.layers) == before
     assert subscriber.point == SEED
     assert subscriber.need(0.0) == Need(0, "owner")  # at once: waiting does not help
-    subscriber.install("owner", owner.publisher.snapshot(owner.layers), 0.0)
+    subscriber.install("owner", snapshot_of(owner.publisher, owner.layers), 0.0)
     assert states(subscriber.layers) == states(owner.layers)
 
 
@@ -153,7 +153,7 @@ def test_too_many_waiting_deltas() -> None:
 
 
 def bad_snapshots(owner: Owner) -> list[tuple[str, str, StandInSnapshot]]:
-    good = owner.publisher.snapshot(owner.layers)
+    good = snapshot_of(owner.publisher, owner.layers)
     one, two = good.layers
     return [
         ("not-owner", "mallory", good),
@@ -199,7 +199,7 @@ def test_a_new_owner_goes_on_from_what_it_holds() -> None:
     assert informed.need(0.0) == Need(0, "heir")  # it is on the dead owner's branch
     assert late.need(3.0) == Need(0, "heir")
     for subscriber in (informed, late):
-        subscriber.install("heir", successor.publisher.snapshot(successor.layers), 4.0)
+        subscriber.install("heir", snapshot_of(successor.publisher, successor.layers), 4.0)
         assert states(subscriber.layers) == states(successor.layers)
         subscriber.receive("heir", successor.publish(), 5.0)
         assert states(subscriber.layers) == states(successor.layers)
@@ -300,7 +300,7 @@ def test_real_stand_ins_with_a_lost_delta(kind: str) -> None:
         if round_number < 2:
             assert state_digest(subscriber.layers) == state_digest(published), f"seed {seed}"
     assert subscriber.need(100.0) == Need(0, "owner")
-    subscriber.install("owner", slot.snapshot(published), 100.0)
+    subscriber.install("owner", snapshot_of(slot, published), 100.0)
     assert subscriber.point == Point(1, 4)
     assert state_digest(subscriber.layers) == state_digest(published), f"seed {seed}"
     copies = zip(subscriber.layers, published, strict=True)
