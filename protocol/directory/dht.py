@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -31,6 +32,7 @@ from typing import Any
 
 import hivemind
 from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P
 from hivemind.utils import MPFuture
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -178,6 +180,7 @@ def start_dht(
         raise RuntimeError("start_dht forks a child that dies with the calling thread: call it from the main thread")
     _claim_no_event_loop()
     _free_future_lock()
+    _keep_sockets_together()
     own_id = Identity.load_or_create(identity_path).peer_id
     peers = [peer for peer in initial_peers if not peer.endswith(f"/p2p/{own_id}")]
     listen = f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"
@@ -315,6 +318,11 @@ def _claim_no_event_loop() -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.set_event_loop(None)
+
+
+def _keep_sockets_together() -> None:
+    """hivemind puts its own into /tmp, whatever TMPDIR says. For this process and its forks, averagers among them."""
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{tempfile.gettempdir()}/hivemind-"
 
 
 def _free_future_lock() -> None:
