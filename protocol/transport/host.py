@@ -22,6 +22,7 @@ from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.exceptions import SwarmException
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
@@ -71,6 +72,7 @@ class Host:
         libp2p_host.set_stream_handler(TProtocol(wire.PROTOCOL), self._server.handle)
         libp2p_host.set_stream_handler(TProtocol(call_wire.PROTOCOL), self._receiver.handle)
         self._isolate_streams()
+        self._let_go_of_connections()
 
     async def run(self, start: ipc.Start) -> None:
         """Answer commands until the trainer is gone or says Stop."""
@@ -181,6 +183,22 @@ class Host:
                 await stream.reset()
 
         swarm.set_stream_handler(handle)
+
+    def _let_go_of_connections(self) -> None:
+        """Have the task of a connection that was accepted end with it.
+
+        py-libp2p lets it wait for the host's end. It holds one of `max_connections` places, so that after as many
+        connections, however short, nobody would get in any more.
+        """
+        swarm = self._host.get_network()
+        inner = swarm.upgrade_inbound_raw_conn
+
+        async def upgrade(raw: Any, address: Multiaddr) -> None:
+            connection = await inner(raw, address)
+            await connection.event_closed.wait()
+            raise SwarmException("the connection has ended")
+
+        swarm.upgrade_inbound_raw_conn = upgrade
 
 
 async def main(descriptor: int) -> None:
