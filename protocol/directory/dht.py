@@ -49,8 +49,10 @@ _DAEMON_START_SECONDS = 180.0  # it takes less than one, and much longer where o
 _MAX_BOOTSTRAP = 8  # peers to join by: more make the start slower, not surer
 _REQUEST_PIPE_BYTES = 1 << 20  # the most that Linux grants without privileges
 _LOCK_SECONDS = 2.0
-# Caches would answer with old records, and push copies of whole dictionaries to neighbours with every read.
+# Caches would answer with old records, and push copies of whole dictionaries to neighbours with every read. Who shares
+# what searches find keeps a note of every key that was ever searched for, and each round of averagers has a key.
 _NODE_OPTIONS = {
+    "reuse_get_requests": False,
     "cache_locally": False,
     "cache_on_store": False,
     "cache_nearest": 0,
