@@ -36,7 +36,7 @@ from .channel import Channel, TrainerGone
 from .fetching import Fetcher
 from .gossip import Gossip, Router
 from .inbox import GossipCounts
-from .links import Links, Unreachable, parse
+from .links import Links, NoConnector, Unreachable, parse
 from .receiving import Receiver
 from .serving import Server
 from .sockets import WatchedTCP, port_is_free
@@ -262,6 +262,7 @@ def _build(identity: Identity, start: ipc.Start) -> Any:
     )
     swarm: Any = host.get_network()
     swarm.retry_config = RetryConfig(max_retries=0)
+    swarm.auto_connector = NoConnector(swarm)
     assert str(host.get_id()) == identity.peer_id
     return host
 
