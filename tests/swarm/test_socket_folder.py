@@ -27,7 +27,7 @@ def test_a_killed_peers_sockets_go_when_it_starts_again_and_who_leaves_takes_its
         def start() -> Peer:
             options = ["--preset", "tiny", "--min-composers", "1", "--role", "composer", "--host", "127.0.0.1"]
             peer = swarm.launch("founder", ["found", *options, "--threads", "1"], TMPDIR=short)
-            swarm.wait_for("it trains", lambda: peer.phase == "training", START_SECONDS)
+            swarm.wait_for("it trains", lambda: peer.phase == "training", 3 * START_SECONDS)
             return peer
 
         killed = start()
