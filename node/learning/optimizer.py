@@ -16,7 +16,7 @@ from ...protocol.averaging.fragments import tier_of
 from ..run.manifest import TrainSpec
 
 _BLOCK = 256  # of the 8-bit optimizer's scales
-_MAX_STEP = 1 << 24  # float32 counts no further
+_MAX_STEP = 1 << 24  # float32 counts no further; from long before that on, moments are not corrected any more
 _ROUNDING = 1.01  # of float32, over many steps
 _UNDERFLOW = 1e-18  # squares of what is smaller are lost in float32
 _RATIO = "rate_ratio"  # of a group: its learning rate, over the schedule's
@@ -139,8 +139,9 @@ def checked_state(
     if not orthogonal and not quantised:
         _check_moments(state[first], state[second], *group["betas"])
     step = state["step"]
-    if step.numel() != 1 or not 1 <= float(step) <= _MAX_STEP:
+    if step.numel() != 1 or not 1 <= float(step) < math.inf:
         raise ValueError("the optimizer's step is not one number from 1 up")
+    step = step.clamp(max=_MAX_STEP)
     if not eight_bit:
         return {**state, "step": step.to(torch.float32).reshape(())}
     checked: dict[str, Tensor | int] = {**state, "step": int(step)}

@@ -39,6 +39,7 @@ from ..slots.handle_key import fetch_key, kept_key
 from ..storage.known_peers import KnownPeers
 from ..storage.last_ports import keep_ports, with_last_ports
 from ..storage.presence import announce_here, hold_data_dir
+from ..storage.socket_folder import own_sockets
 from ..watching.http import StatusServer
 from ..watching.state import PeerState, Phase
 from ..watching.status import print_invite
@@ -77,6 +78,7 @@ def run_peer(config: PeerConfig, manifest_to_found: Manifest | None) -> int:
     state = PeerState(config.role)
     with (
         hold_data_dir(config.data_dir),
+        own_sockets(),
         StatusServer(state, host=config.http_host, port=config.http_port) as server,
         announce_here(config.data_dir, server.url),
         _stop_signals() as stop,

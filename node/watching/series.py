@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 
 SECONDS_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 VERSION_BOUNDS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0)
@@ -67,28 +68,45 @@ class History:
         self._capacity = capacity
         self._stride = 1  # pushes per point
         self._points: list[tuple[float, ...]] = []
-        self._pending: list[tuple[float, ...]] = []
+        self._begun = _Point(width)
 
     def push(self, *values: float) -> None:
         assert len(values) == self._width
-        self._pending.append(values)
-        if len(self._pending) < self._stride:
+        self._begun.add(values)
+        if self._begun.pushes < self._stride:
             return
-        self._points.append(_mean(self._pending))
-        self._pending.clear()
+        self._points.append(self._begun.mean())
+        self._begun = _Point(self._width)
         if len(self._points) == self._capacity:
             self._points = [_mean(self._points[i : i + 2]) for i in range(0, self._capacity, 2)]
             self._stride *= 2
 
     def columns(self) -> list[list[float]]:
         """One list per number of the point, oldest first; the unfinished last point is included."""
-        points = [*self._points, _mean(self._pending)] if self._pending else self._points
+        points = [*self._points, self._begun.mean()] if self._begun.pushes else self._points
         return [[point[i] for point in points] for i in range(self._width)]
 
 
-def _mean(points: list[tuple[float, ...]]) -> tuple[float, ...]:
-    means = []
-    for column in zip(*points, strict=True):
-        known = [value for value in column if math.isfinite(value)]
-        means.append(sum(known) / len(known) if known else math.nan)
-    return tuple(means)
+class _Point:
+    """One in the making: sums, for it may become of millions of pushes."""
+
+    def __init__(self, width: int) -> None:
+        self.pushes = 0
+        self._sums, self._known = [0.0] * width, [0] * width
+
+    def add(self, values: tuple[float, ...]) -> None:
+        self.pushes += 1
+        for i, value in enumerate(values):
+            if math.isfinite(value):
+                self._sums[i] += value
+                self._known[i] += 1
+
+    def mean(self) -> tuple[float, ...]:
+        return tuple(total / n if n else math.nan for total, n in zip(self._sums, self._known, strict=True))
+
+
+def _mean(points: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    whole = _Point(len(points[0]))
+    for point in points:
+        whole.add(point)
+    return whole.mean()

@@ -133,6 +133,9 @@ class RoundMatchmaking(Matchmaking):  # type: ignore[misc]  # hivemind is untype
                 return await self.look_for_group(search)
             finally:
                 await cancel_and_wait(grace)
+                # For each follower hivemind has left a task that waits to be one itself, as who always leads never is.
+                self.was_accepted_to_group.set()
+                self.was_accepted_to_group.clear()
 
     async def _start_after_grace(self, search: Search) -> None:
         """Start the group that this peer leads, if it does, without those for whom hivemind would wait on."""

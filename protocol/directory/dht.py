@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -31,6 +32,7 @@ from typing import Any
 
 import hivemind
 from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P
 from hivemind.utils import MPFuture
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -48,8 +50,10 @@ _DAEMON_START_SECONDS = 180.0  # it takes less than one, and much longer where o
 _MAX_BOOTSTRAP = 8  # peers to join by: more make the start slower, not surer
 _REQUEST_PIPE_BYTES = 1 << 20  # the most that Linux grants without privileges
 _LOCK_SECONDS = 2.0
-# Caches would answer with old records, and push copies of whole dictionaries to neighbours with every read.
+# Caches would answer with old records, and push copies of whole dictionaries to neighbours with every read. Who shares
+# what searches find keeps a note of every key that was ever searched for, and each round of averagers has a key.
 _NODE_OPTIONS = {
+    "reuse_get_requests": False,
     "cache_locally": False,
     "cache_on_store": False,
     "cache_nearest": 0,
@@ -179,6 +183,7 @@ def start_dht(
         raise RuntimeError("start_dht forks a child that dies with the calling thread: call it from the main thread")
     _claim_no_event_loop()
     _free_future_lock()
+    _keep_sockets_together()
     own_id = Identity.load_or_create(identity_path).peer_id
     peers = [peer for peer in initial_peers if not peer.endswith(f"/p2p/{own_id}")]
     listen = f"/ip{6 if ':' in host else 4}/{host}/tcp/{port}"
@@ -315,6 +320,11 @@ def _claim_no_event_loop() -> None:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.set_event_loop(None)
+
+
+def _keep_sockets_together() -> None:
+    """hivemind puts its own into /tmp, whatever TMPDIR says. For this process and its forks, averagers among them."""
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{tempfile.gettempdir()}/hivemind-"
 
 
 def _free_future_lock() -> None:

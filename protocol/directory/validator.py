@@ -35,6 +35,7 @@ from .records import (
 MAX_FOREIGN_BYTES = 1024  # value and subkey; hivemind stores a flag under a peer id
 MAX_FOREIGN_RECORDS = 1 << 17  # at a time: hivemind's storage has no bound of its own
 _FOREIGN_LOOK_SECONDS = 1.0  # between looks for expired ones, while there are as many
+_FEW_FOREIGN = 1024  # beyond it, expired ones are looked for whenever there are twice as many as after the last look
 _REMEMBERED_RECORDS = 8192  # by digest: a few MB, whatever the records weigh
 
 _bytes_decoder = msgspec.msgpack.Decoder(bytes)
@@ -52,6 +53,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
         self._opened: OrderedDict[bytes, float | None] = OrderedDict()
         self._foreign: dict[bytes, float] = {}  # by digest of key and subkey, when each expires
         self._looked_at = 0.0
+        self._look_beyond = _FEW_FOREIGN
         self._kinds = {
             DHTID.generate(source=record_key(run_id, kind)).to_bytes(): kind for kind in (*RECORD_TYPES, "manifest")
         }
@@ -90,10 +92,11 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]  # hivemind ha
     def _count_foreign(self, record: DHTRecord, now: float) -> None:
         """Raises Refused(`full`) for one too many."""
         place = _digest(record.key, record.subkey)
-        if place not in self._foreign and len(self._foreign) >= MAX_FOREIGN_RECORDS:
+        if place not in self._foreign and len(self._foreign) >= min(self._look_beyond, MAX_FOREIGN_RECORDS):
             if abs(now - self._looked_at) >= _FOREIGN_LOOK_SECONDS:
                 self._looked_at = now
                 self._foreign = {known: until for known, until in self._foreign.items() if until > now}
+                self._look_beyond = max(_FEW_FOREIGN, 2 * len(self._foreign))
             if len(self._foreign) >= MAX_FOREIGN_RECORDS:
                 raise Refused("full", f"{len(self._foreign)} records are under keys that are not the run's")
         self._foreign[place] = max(record.expiration_time, self._foreign.get(place, 0.0))

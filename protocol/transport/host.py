@@ -22,6 +22,7 @@ from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.exceptions import SwarmException
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
@@ -35,7 +36,7 @@ from .channel import Channel, TrainerGone
 from .fetching import Fetcher
 from .gossip import Gossip, Router
 from .inbox import GossipCounts
-from .links import Links, Unreachable, parse
+from .links import Links, NoConnector, Unreachable, parse
 from .receiving import Receiver
 from .serving import Server
 from .sockets import WatchedTCP, port_is_free
@@ -71,6 +72,7 @@ class Host:
         libp2p_host.set_stream_handler(TProtocol(wire.PROTOCOL), self._server.handle)
         libp2p_host.set_stream_handler(TProtocol(call_wire.PROTOCOL), self._receiver.handle)
         self._isolate_streams()
+        self._let_go_of_connections()
 
     async def run(self, start: ipc.Start) -> None:
         """Answer commands until the trainer is gone or says Stop."""
@@ -182,6 +184,22 @@ class Host:
 
         swarm.set_stream_handler(handle)
 
+    def _let_go_of_connections(self) -> None:
+        """Have the task of a connection that was accepted end with it.
+
+        py-libp2p lets it wait for the host's end. It holds one of `max_connections` places, so that after as many
+        connections, however short, nobody would get in any more.
+        """
+        swarm = self._host.get_network()
+        inner = swarm.upgrade_inbound_raw_conn
+
+        async def upgrade(raw: Any, address: Multiaddr) -> None:
+            connection = await inner(raw, address)
+            await connection.event_closed.wait()
+            raise SwarmException("the connection has ended")
+
+        swarm.upgrade_inbound_raw_conn = upgrade
+
 
 async def main(descriptor: int) -> None:
     """Serve one trainer. Returns when told to stop; raises TrainerGone when it is gone."""
@@ -244,6 +262,7 @@ def _build(identity: Identity, start: ipc.Start) -> Any:
     )
     swarm: Any = host.get_network()
     swarm.retry_config = RetryConfig(max_retries=0)
+    swarm.auto_connector = NoConnector(swarm)
     assert str(host.get_id()) == identity.peer_id
     return host
 

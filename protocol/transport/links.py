@@ -14,6 +14,7 @@ from typing import Any
 import trio
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
@@ -54,6 +55,19 @@ def parse(addrs: Sequence[str]) -> tuple[str, list[Multiaddr]]:
     if len(peers) != 1:
         raise ValueError(f"addresses of {len(peers)} different peers in one list")
     return peers.pop(), bare
+
+
+class NoConnector(AutoConnector):
+    """In place of py-libp2p's own, which dials whoever it ever heard of, until half of `max_connections` are taken.
+
+    Those are peers that have left, and those that we hung up on.
+    """
+
+    async def maybe_connect(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def record_disconnect(self, peer_id: ID) -> None:
+        pass  # only whoever dials has to know
 
 
 class Links:
@@ -154,6 +168,7 @@ class Links:
                     await self._changed.setdefault(peer_id, trio.Event()).wait()
                 pause = min(2 * pause, self._limits.redial_max_seconds)
         self._staying.discard(peer_id)
+        self._changed.pop(peer_id, None)
 
     def _wake(self, peer_id: str) -> None:
         event = self._changed.pop(peer_id, None)
@@ -175,6 +190,14 @@ class Links:
             self._up.discard(peer_id)
             await self._send(ipc.PeerDown(peer_id))
         self._wake(peer_id)
+        self._forget_strangers()
+
+    def _forget_strangers(self) -> None:
+        """py-libp2p keeps addresses, keys and protocols of everybody who was ever connected."""
+        store = self._host.get_peerstore()
+        for peer in set(store.peer_ids()) - {self._host.get_id()}:
+            if not self._swarm.get_connections(peer):
+                store.clear_peerdata(peer)
 
     async def opened_stream(self, _network: Any, _stream: Any) -> None:
         await trio.lowlevel.checkpoint()

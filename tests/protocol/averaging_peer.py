@@ -15,6 +15,7 @@ import threading
 from multiprocessing.connection import Client
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from shoal.protocol.averaging.allreduce import TruthfulRunner
@@ -60,6 +61,15 @@ class FrozenProcess(AveragerProcess):
         await asyncio.Event().wait()
 
 
+class CountingProcess(AveragerProcess):
+    """Says how many tasks wait, after a search, for what can only come in one."""
+
+    async def _run_order(self, order):
+        report = await super()._run_order(order)
+        waiting = len(self._matchmakings[0].was_accepted_to_group._waiters)
+        return msgspec.structs.replace(report, detail=str(waiting))
+
+
 class SendsNan:
     """Sends what the real one refuses to send."""
 
@@ -78,13 +88,19 @@ class Freeloads:
 def faulty(kind, fault):
     """`kind`, or what a peer with this fault has in its place."""
     bases = {"nan": (SendsNan,), "freeloader": (Freeloads,)}.get(fault, ())
-    processes = {"liar": LiarProcess, "nan": NanProcess, "frozen": FrozenProcess, "frozen client": FrozenProcess}
+    processes = {
+        "liar": LiarProcess,
+        "nan": NanProcess,
+        "frozen": FrozenProcess,
+        "frozen client": FrozenProcess,
+        "counting": CountingProcess,
+    }
     process = processes.get(fault, AveragerProcess)
     return type(kind.__name__, (*bases, kind), {"process_type": process})
 
 
 # The group's RPCs are named after the class.
-for process_type in (LiarProcess, NanProcess, FrozenProcess):
+for process_type in (LiarProcess, NanProcess, FrozenProcess, CountingProcess):
     process_type.__name__ = AveragerProcess.__name__
 
 

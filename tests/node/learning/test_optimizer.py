@@ -168,6 +168,21 @@ def test_before_the_first_step_there_is_no_state(kind: str) -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_an_expert_that_was_trained_for_weeks_is_taken(kind: str) -> None:
+    weights = parameters(SHAPES[1])
+    optimizer = make_optimizer(TrainSpec(optimizer=kind), weights)
+    gradients = [[torch.randn_like(w) for w in weights.values()]]
+    steps(optimizer, weights, gradients)
+    counted = optimizer.state[weights["matrix"]]["step"]  # a tensor, or a number that grows beyond what float32 counts
+    optimizer.state[weights["matrix"]]["step"] = counted + (1 << 24) + 8
+    taken = checked(optimizer, weights["matrix"], take_state(optimizer, weights["matrix"]))
+    assert int(taken["step"]) == 1 << 24
+    put_state(optimizer, weights["matrix"], taken)
+    steps(optimizer, weights, gradients)
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
 def first_float(state: dict[str, Tensor], value: float) -> None:
     name = next(n for n, t in state.items() if t.is_floating_point() and t.numel() > 1)
     state[name].view(-1)[0] = value
@@ -178,6 +193,7 @@ BAD: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "a tensor too many": lambda s: s.update(extra=torch.zeros(())),
     "no step": lambda s: s.pop("step"),
     "step 0": lambda s: s.update(step=torch.tensor(0.0)),
+    "step infinity": lambda s: s.update(step=torch.tensor(math.inf)),
     "step NaN": lambda s: s.update(step=torch.tensor(math.nan)),
     "many steps": lambda s: s.update(step=torch.ones(3)),
     "NaN": lambda s: first_float(s, math.nan),

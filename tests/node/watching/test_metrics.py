@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import re
 import shutil
@@ -231,6 +232,16 @@ def test_history_covers_everything_in_bounded_memory(pushes: int) -> None:
     if pushes > 1:
         assert first[0] < pushes / 3
         assert first[-1] >= pushes * 0.7
+
+
+def test_a_point_of_many_steps_takes_no_more_memory_than_one_of_few() -> None:
+    history = History(3, capacity=8)
+    sizes = []
+    for i in range(20_000):
+        history.push(float(i), 1.0, math.nan)
+        if i % 500 == 0:
+            sizes.append(len(pickle.dumps(history)))
+    assert max(sizes) < 1000
 
 
 def test_writing_and_reading_from_many_threads_loses_nothing() -> None:

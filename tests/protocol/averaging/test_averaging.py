@@ -283,3 +283,13 @@ def test_a_killed_parent_leaves_nothing_and_a_killed_averager_is_noticed(swarm):
     assert second.next("error", 5)[0] == "AveragerEnded"
     second.submit(np.zeros(1000), expected=2)
     assert second.next("error", 5)[0] == "AveragerEnded"
+
+
+def test_of_searches_that_are_over_no_task_is_left(swarm):
+    peers = swarm.start(2, faults=dict.fromkeys(range(2), "counting"))
+    for round in range(2):
+        for peer in peers:
+            peer.submit(np.zeros(1000), round=round)
+        outcomes = [peer.outcome() for peer in peers]
+        assert statuses(outcomes) == ["complete"] * 2, reasons(outcomes)
+        assert [outcome["detail"] for outcome in outcomes] == ["0", "0"]  # one of them has led

@@ -305,6 +305,18 @@ def test_the_dht_process_cleans_up_when_terminated(tmp_path: Path) -> None:
         assert not path.exists()
 
 
+async def searches_kept(_dht: RunDHT, node: Any) -> int:
+    return len(node.pending_get_requests)
+
+
+def test_of_searches_that_are_over_no_note_is_kept(tmp_path: Path) -> None:
+    """Every round of averagers searches for a key of its own, for weeks."""
+    with running(tmp_path / "a") as dht:
+        for number in range(20):
+            assert dht.get(f"averager.0b{number:b}", latest=True) is None
+        assert dht.run_coroutine(searches_kept) == 0
+
+
 def test_addresses() -> None:
     for good in ("/ip4/1.2.3.4/tcp/5", f"/ip6/::1/tcp/5/p2p/{STRANGER}", f"/dns4/example.org/tcp/1/p2p/{STRANGER}"):
         assert str(Address.parse(good)) == good

@@ -52,3 +52,16 @@ def test_records_that_are_not_the_runs_are_bounded_in_number(monkeypatch: pytest
     assert checked.refusals == {"full": 1}
     now += 13  # four have expired
     assert sum(checked.validate(foreign(number, now + 500)) for number in range(10, 20)) == 4
+
+
+def test_of_records_that_are_not_the_runs_few_expired_ones_are_kept() -> None:
+    """Averagers look for each other under a new key in every round, for weeks."""
+    now = 1000.0
+    checked = RecordValidator(RUN, clock=lambda: now)
+    most = 0
+    for number in range(20_000):
+        now += 0.1
+        key = DHTID.generate(source=f"group {number}").to_bytes()
+        assert checked.validate(DHTRecord(key, b"member", b"yes", now + 30))
+        most = max(most, len(checked._foreign))
+    assert most <= 1100

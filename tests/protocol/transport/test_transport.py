@@ -127,3 +127,17 @@ def test_a_host_that_keeps_dying_is_fatal(tmp_path: Path) -> None:
                 await peer.publish("x", b"")
 
     run(scenario())
+
+
+def test_connections_that_have_ended_take_no_places(tmp_path: Path) -> None:
+    """A peer lives for weeks, and others come and go."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path, 2, max_connections=3) as (host, visitor):
+            for _ in range(8):
+                await visitor.connect(host.addrs)
+                await until(lambda: host.connected_peers() == {visitor.peer_id}, "the visitor")
+                await visitor.disconnect(host.peer_id)
+                await until(lambda: not host.connected_peers(), "the visitor to leave")
+
+    run(scenario())
