@@ -48,7 +48,7 @@ class Seed:
 
     def start(self, composer: Composer, owned: Collection[int]) -> None:
         """Make a composer that owns nothing go on from here: `owned` in full, stand-ins of all others."""
-        composer.start_at(self.step)
+        composer.go_to(self.step)
         for index, flat in enumerate(self.backbone):
             composer.reset_fragment(index, flat.clone(), torch.zeros_like(flat))
         menu = composer.menu

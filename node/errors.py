@@ -44,7 +44,7 @@ class RunNotFound(ShoalError):
 
 
 class IdentityInUse(ShoalError):
-    """Another process uses this data directory, and so this peer's identity."""
+    """Another peer uses this data directory, or a copy of it, and so this peer's identity."""
 
     code = "SHOAL-225"
 

@@ -284,10 +284,12 @@ class Composer(ExpertOwner):
         self.common, self.momentum, self.lost = common, momentum, dict(lost)
         self._since_commit = [(step - steps, tokens - more) for steps, more in unmerged]
 
-    def start_at(self, step: int) -> None:
-        """Begin a run that others have trained for `step` steps: the schedule goes on from there."""
-        self.step = step
-        self._since_commit = [(step, self.tokens) for _ in self.fragments]
+    def go_to(self, step: int) -> None:
+        """Go on at a later step of the schedule, where others are. What is unmerged, and under way, stays as it is."""
+        passed, self.step = step - self.step, step
+        self._since_commit = [(since + passed, tokens) for since, tokens in self._since_commit]
+        for entered in [*self._rounds.values(), *self._doubtful.values()]:
+            entered.steps += passed
 
     def steps_since_commit(self, index: int) -> int:
         """The first of `unmerged`."""

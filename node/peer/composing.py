@@ -28,7 +28,7 @@ from ..learning.tokenizer import Encoder
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..model.cut import backbone_fragments, cadences
-from ..run.joining import catch_up, swarm_step
+from ..run.joining import catch_up, go_to_the_swarms_step
 from ..run.manifest_errors import ManifestError
 from ..seed.joining import SeedAtHome, start_of
 from ..seed.store import TOKENIZER
@@ -237,12 +237,13 @@ class ComposerPeer:
             self.links, self.trainer, self.common, self.exchange, lambda what: self.state.enter(Phase.SYNCING, what)
         )
         await self.keeper.recall()
-        await self._start_where_the_swarm_is()
+        await go_to_the_swarms_step(self.links, self.trainer)
         self.state.enter(Phase.READY)
         await self.member.announce()
 
     async def _take_part(self, stop: StopRequest) -> None:
         tasks = [asyncio.create_task(w) for w in self._work()]
+        awake, lease = True, self.facts.manifest.ownership.lease_seconds
         try:
             while not stop.requested:
                 self._set_phase()
@@ -250,6 +251,9 @@ class ComposerPeer:
                 for task in done:
                     task.result()  # they end by failing only; that ends the peer, with the reason
                 self._check()
+                slept, awake = not awake, self.links.directory.clocks.right(lease)
+                if slept and awake:  # the others have gone on
+                    await go_to_the_swarms_step(self.links, self.trainer)
             await self._leave(tasks[0])
         finally:
             for task in tasks:
@@ -258,17 +262,6 @@ class ComposerPeer:
 
     def _work(self) -> list[Coroutine[Any, Any, None]]:
         return [self.keeper.run(), self.outer.run(), self.exchange.run(), self.auditor.run()]
-
-    async def _start_where_the_swarm_is(self) -> None:
-        step = swarm_step(self.links)
-
-        def align(composer: Composer) -> None:
-            if composer.step < step:
-                log.info("joining.late", step=step)
-                composer.start_at(step)
-                self.state.resume(step=step)
-
-        await asyncio.wrap_future(self.trainer.ask(align))
 
     def _set_phase(self) -> None:
         """Wait for company, train, be finished."""

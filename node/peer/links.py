@@ -25,9 +25,10 @@ from ...protocol.identity import Identity
 from ...protocol.relay.shortcuts import Shortcuts
 from ...protocol.transport.client import Transport
 from ...protocol.transport.downloads import Download, Resource
+from ..errors import IdentityInUse
 from ..logs import get_logger
 from ..run.manifest import Manifest
-from ..watching.state import Count, PeerState
+from ..watching.state import Count, PeerState, Phase
 
 log = get_logger(__name__)
 
@@ -176,12 +177,24 @@ class Links:
                 self._failure = error
 
     def check(self) -> None:
-        """Raise the reason why this peer cannot go on, if there is one: failed vital work, a DHT or transport gone."""
+        """Raise the reason why this peer cannot go on, if there is one: failed vital work, a DHT or transport gone.
+
+        Nor can it join where another peer with its key is: neither would know what the other has said in its name.
+        """
         if self._failure is not None:
             raise self._failure
+        if self.directory.refusals["identity-in-use"] and self.state.phase in (Phase.JOINING, Phase.SYNCING):
+            raise self.double()
         self.directory.require_alive()
         if self.transport.fatal.is_set():
             raise TransportError(f"the transport keeps dying: {self.transport.fatal_reason}", fix="restart this peer")
+
+    def double(self) -> IdentityInUse:
+        """The error that another running peer has this one's key."""
+        return IdentityInUse(
+            f"another running peer has this one's key and name, {self.peer_id}: its data directory is a copy",
+            fix="stop one of the two; to make it a peer of its own, delete identity.key in its data directory",
+        )
 
     async def read_directory(self) -> None:
         """Look into the DHT; gossip may have missed something. A failure is logged: what is known here stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from ... import __version__
@@ -23,6 +24,7 @@ log = get_logger(__name__)
 MAX_NEIGHBOURS = 32  # connections that this peer keeps up by itself; gossip passes messages on to the others
 MANIFEST_EVERY_SECONDS = 120.0  # any peer keeps the manifest alive in the DHT
 RECONNECT_SECONDS = 5.0
+DOUBLE_SECONDS = 60.0  # that somebody else has this peer's key is told so often
 MEET_SECONDS = 5.0  # between looks for peers that the DHT has lost sight of
 
 
@@ -61,6 +63,8 @@ class Membership:
         self._known = known
         self._clock_report = ClockReport(links.directory.clocks, links.state)
         self._cut_off_since: float | None = None  # of the loop's clock
+        self._doubles = 0  # records of another peer with our key, when that was last told
+        self._doubles_told = -math.inf  # of the loop's clock
         self._dialling: set[str] = set()
         self._kept: set[str] = set()  # peers that the transport was told to stay connected to
         self.on_deltas: Callable[[str, DeltaBatch], None] | None = None
@@ -156,6 +160,7 @@ class Membership:
                 self._known.meet({p: r.dht_addrs for p, r in peers.items() if p != self._links.peer_id})
             self._connect_to_strangers()
             self._look_round()
+            self._tell_of_double()
             self._show()
             await self._links.news.wait(changed, min(1.0, interval))
 
@@ -220,6 +225,14 @@ class Membership:
         elif not sight.cut_off and self._cut_off_since is not None:
             log.info("swarm.in_sight", live=sight.live, silent=sight.silent, seconds=round(now - self._cut_off_since))
             self._cut_off_since = None
+
+    def _tell_of_double(self) -> None:
+        heard, now = self._links.directory.refusals["identity-in-use"], self._links.loop.time()
+        if heard > self._doubles and now >= self._doubles_told + DOUBLE_SECONDS:
+            self._doubles, self._doubles_told = heard, now
+            error = self._links.double()
+            self._links.state.note_error(error)
+            log.error("identity.in_use", error=str(error))
 
     def _show(self) -> None:
         links = self._links

@@ -185,6 +185,7 @@ class WorkerPeer:
     async def _live(self, stop: StopRequest) -> None:
         self.state.enter(Phase.SYNCING, "reading the directory")
         await self.links.read_directory()
+        self.links.check()
         self.state.enter(Phase.READY, "waiting for experts")
         await self.member.announce()
         tasks = [asyncio.create_task(work) for work in (self.keeper.run(), self.publishing.run())]

@@ -116,6 +116,19 @@ async def _standins(links: Links, exchange: Exchange, progress: Callable[[str], 
         log.warning("joining.no_standins", slots=len(waiting), of=len(owners))
 
 
+async def go_to_the_swarms_step(links: Links, trainer: Trainer[Composer]) -> None:
+    """Who comes late, comes back or wakes goes on with the schedule where the others are."""
+    step = swarm_step(links)
+
+    def align(composer: Composer) -> None:
+        if composer.step < step:
+            log.info("joining.late", step=step)
+            composer.go_to(step)
+            links.state.resume(step=step)
+
+    await asyncio.wrap_future(trainer.ask(align))
+
+
 def swarm_step(links: Links) -> int:
     """Where the run is: the median step of the composers that train; 0 if none does."""
     links.view()

@@ -20,6 +20,7 @@ from .slot_state import SlotTensors
 log = get_logger(__name__)
 
 RETRY_SECONDS = 1.0  # after an attempt that failed
+DISK_RETRY_SECONDS = 60.0  # after a copy that came and could not be written: to fetch it again costs its owner as much
 READ_BYTES_PER_SECOND = 1 << 20  # of a slot: who waits for its holder thinks that others read as fast
 
 
@@ -82,7 +83,8 @@ class CopyStore:
 
     async def _refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
         try:
-            await self.store(slot, await fetch())
+            if not await self.store(slot, await fetch()):
+                await asyncio.sleep(DISK_RETRY_SECONDS)
         except (FetchFailed, PeerUnreachable, Refused, TransportError, ValueError, OSError) as error:
             log.warning("slot.copy_failed", slot=slot, error=str(error))
             await asyncio.sleep(RETRY_SECONDS)  # under way still: every bit of news would try it again
@@ -96,14 +98,17 @@ class CopyStore:
         if task is not None:
             task.cancel()
 
-    async def store(self, slot: int, snapshot: Snapshot) -> None:
-        """Keep a copy, in place of an older one."""
+    async def store(self, slot: int, snapshot: Snapshot) -> bool:
+        """Keep a copy, in place of an older one. Whether it could be written; if not, the older one stays."""
         path = self._path(slot)
         # A name of its own: a write whose task was cancelled goes on in its thread.
         partial = path.with_suffix(f".{next(self._stores)}.partial")
         try:
             await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
             partial.replace(path)
+        except OSError as error:
+            log.warning("slot.copy_not_written", slot=slot, folder=str(self._folder), error=str(error))
+            return False
         finally:
             # A full disk is tried again and again: half-written ones would keep it full.
             partial.unlink(missing_ok=True)
@@ -111,6 +116,7 @@ class CopyStore:
         self.held[slot] = snapshot.copy
         if snapshot.published is not None:
             self._published[slot] = snapshot.published
+        return True
 
     async def load(self, slot: int) -> Snapshot:
         """A copy that is held. Refused or OSError if it is damaged, Refused if it was replaced meanwhile."""

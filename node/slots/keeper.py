@@ -178,7 +178,7 @@ class SlotKeeper(Generic[Owner]):
             busy=self._busy,
         )
 
-    def _spawn(self, slot: int, work: Awaitable[None]) -> None:
+    def _spawn(self, slot: int, work: Awaitable[object]) -> None:
         self._copies.stop_refreshing(slot)
         self._busy.add(slot)
 
@@ -255,7 +255,7 @@ class SlotKeeper(Generic[Owner]):
 
     async def _claim_back(self, slot: int, epoch: int, snapshot: Snapshot) -> None:
         log.warning("slot.claimed_back", slot=slot, epoch=epoch, copy=str(snapshot.copy))
-        await self._copies.store(slot, snapshot)  # whatever becomes of the claim
+        await self._copies.store(slot, snapshot)  # whatever becomes of the claim; a full disk keeps nobody from it
         await self._acquire(slot, epoch, snapshot)
 
     async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:

@@ -340,7 +340,7 @@ class PeerState:
                 "started_at": self._started_at,
                 "uptime_seconds": now - self._started,
                 "heartbeat_age_seconds": now - self._beat,
-                "last_error": self._last_error,
+                "last_error": self._last_error and {**self._last_error, "seconds_ago": wall - self._last_error["at"]},
                 "step": self._step,
                 "steps_done": self._steps_done,
                 "tokens": self._tokens,

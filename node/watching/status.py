@@ -131,7 +131,8 @@ def render(status: dict[str, Any]) -> Group:
         rows.append(("clock", Text(f"{status['clock_offset_seconds']:+.0f} s against its peers'", style="bold red")))
     if status["last_error"]:
         error = status["last_error"]
-        rows.append(("last error", Text(f"{error['cause']} {error['fix'] and '- ' + error['fix']}", style="red")))
+        ago, fix = seconds_text(error["seconds_ago"]), error["fix"] and f" - {error['fix']}"
+        rows.append(("last error", Text(f"{ago} ago: {error['cause']}{fix}", style="red")))
     for name, value in rows:
         facts.add_row(name, value if isinstance(value, Text) else Text(value))
     if not status["peers"]:

@@ -102,12 +102,44 @@ def test_a_full_disk_keeps_the_old_copy_and_no_halves(tmp_path: Path) -> None:
         await store.store(2, snapshot(1))
         for number in (1, 2):  # of the writes to come
             (tmp_path / f"slot-2.{number}.partial").symlink_to("/dev/full")
-            with pytest.raises(OSError, match="No space left"):
-                await store.store(2, snapshot(2))
+            assert not await store.store(2, snapshot(2))
         assert names(tmp_path) == ["slot-2.safetensors"]
         assert equal(await store.load(2), snapshot(1))
-        await store.store(2, snapshot(3))
+        assert await store.store(2, snapshot(3))
         assert equal(await store.load(2), snapshot(3))
+
+    asyncio.run(work())
+
+
+def test_what_a_full_disk_did_not_take_is_not_fetched_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every try costs the owner a whole copy."""
+    monkeypatch.setattr(copies, "RETRY_SECONDS", 0.0)
+
+    async def work() -> None:
+        store = CopyStore(tmp_path, {})
+        fetched, again = 0, asyncio.Event()
+
+        async def fetch() -> Snapshot:
+            nonlocal fetched
+            (tmp_path / f"slot-2.{fetched}.partial").symlink_to("/dev/full")
+            fetched += 1
+            if fetched > 1:
+                again.set()
+            return snapshot(1)
+
+        async def ask() -> None:
+            while True:
+                store.refresh(2, fetch)
+                await asyncio.sleep(0.01)
+
+        asking = asyncio.create_task(ask())
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(again.wait(), 0.5)
+        assert fetched == 1
+        asking.cancel()
+        store.stop_refreshing(2)
 
     asyncio.run(work())
 

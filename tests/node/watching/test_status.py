@@ -267,6 +267,7 @@ def test_asking_at_what_is_no_address() -> None:
 
 def test_terminal_view_shows_what_matters_and_peers_cannot_style_it(state: PeerState, clock: Clock) -> None:
     state.enter(Phase.TRAINING)
+    state.note_error(PeerUnreachable("[red]nobody", fix="look"))
     for step in range(1, 51):
         clock.now += 1
         state.record_step(step=step, tokens=100, loss=2.5, seconds={})
@@ -276,14 +277,13 @@ def test_terminal_view_shows_what_matters_and_peers_cannot_style_it(state: PeerS
     evil = PeerSeen(peer_id="12D3KooWevil[/red]", role="[bold]boss", phase="training", slots=(0,), step=1234)
     state.set_peers([evil, PeerSeen(peer_id="12D3KooWme", role="composer", phase="training", slots=(1,))])
     state.count(Count.REFUSALS, "x")
-    state.note_error(PeerUnreachable("[red]nobody", fix="look"))
     state.set_clock_offset(-601.2)
     console = Console(file=io.StringIO(), width=120)
     console.print(render(state.snapshot()))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for shown in (
         "r-0123456789ab", "50 of 100 (50%)", "1 m 2 s to go", "2.5000 nats", "owns 1, stands by for 1, of 4",
-        "committed, 3 members, 12 s ago", "[bold]boss", "1,234", "(this)", "[red]nobody - look",
+        "committed, 3 members, 12 s ago", "[bold]boss", "1,234", "(this)", "1 m 2 s ago: [red]nobody - look",
         "-601 s against its peers'", "shoal://h/r?v=1",
     ):  # fmt: skip
         assert shown in text, f"{shown} not in\n{text}"

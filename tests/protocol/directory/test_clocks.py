@@ -15,6 +15,7 @@ class Machine:
         """Every second for `seconds`, from peers with clocks `ahead` by so much."""
         for _ in range(int(seconds)):
             self.true += 1
+            self.clocks.ahead()  # a peer looks every second
             for peer, by in ahead.items():
                 self.clocks.heard(peer, self.true + by)
 
@@ -69,18 +70,46 @@ def test_old_records_sent_again_make_no_clock_slow() -> None:
         machine.clocks.heard("a", machine.true - 500)
     assert machine.clocks.ahead() == {"a": 0.0}
     machine.hear(1, a=0.0)
-    machine.true += 100
+    machine.hear(100)
     assert machine.clocks.ahead() == {"a": 0.0}
+
+
+def test_what_waited_for_a_peer_to_wake_makes_no_clock_slow() -> None:
+    """Stopped and continued, as a paused container is: the wall clock and the monotonic one have both gone on."""
+    machine = Machine()
+    machine.hear(30, a=0.0, b=0.0)
+    machine.true += 360
+    for waited in range(360, 0, -4):
+        for peer in "ab":
+            machine.clocks.heard(peer, machine.true - waited)
+        assert machine.clocks.offset() is None
+        assert not machine.clocks.right(20.0)  # nobody's lease has been renewed since, as far as is known here
+    machine.hear(10, a=0.0, b=0.0)
+    assert machine.clocks.offset() == 0.0
+    assert not machine.clocks.right(20.0)
+    machine.hear(10, a=0.0, b=0.0)
+    assert machine.clocks.right(20.0)
+
+
+def test_what_a_peer_says_that_wakes_makes_its_clock_no_slow_one() -> None:
+    machine = Machine()
+    machine.hear(200, a=0.0)
+    machine.clocks.heard("asleep", machine.true - 180)
+    assert machine.clocks.ahead() == {"a": 0.0}
+    machine.hear(6, a=0.0, asleep=0.0)
+    assert machine.clocks.ahead() == {"a": 0.0, "asleep": 0.0}
 
 
 def test_who_is_silent_is_forgotten_and_invented_peers_take_no_room() -> None:
     machine = Machine()
-    for number in range(_MAX_PEERS + 5):
-        machine.clocks.heard(f"peer-{number}", machine.true + 600)
+    for _ in range(2):
+        for number in range(_MAX_PEERS + 5):
+            machine.clocks.heard(f"peer-{number}", machine.true + 600)
+        machine.true += 6
     assert len(machine.clocks.ahead()) == _MAX_PEERS
     assert not machine.clocks.right(20.0)
-    machine.true += 151
+    machine.hear(151)
     assert not machine.clocks.ahead()
-    machine.hear(1, honest=0.0)
+    machine.hear(6, honest=0.0)
     assert machine.clocks.ahead() == {"honest": 0.0}
     assert machine.clocks.right(20.0)

@@ -124,30 +124,39 @@ def test_expired_peers_and_votes_drop_out(nodes: list[Node]) -> None:
     assert not directory.view().votes
 
 
+def with_a_clock_to_set(nodes: list[Node]) -> tuple[Directory, Clock, Clock]:
+    """A directory, its wall clock and its monotonic clock."""
+    wall, monotonic = Clock(), Clock()
+    return Directory(nodes[0].dht, Identity.generate(), RUN, clock=wall, monotonic=monotonic), wall, monotonic
+
+
 def test_clock_offset(nodes: list[Node]) -> None:
-    clock = Clock()
-    directory = offline(nodes, clock)
-    assert directory.clocks.offset() is None
-    for offset in (3.0, 3.5, -100.0):  # one of them is late, or wrong
-        peer = Identity.generate()
-        directory.receive(
-            seal_record(peer, RUN, peer_record(peer, issued_at=clock.now + offset, expires_at=clock.now + offset + 200))
-        )
+    directory, wall, monotonic = with_a_clock_to_set(nodes)
+    peers = {Identity.generate(): offset for offset in (3.0, 3.5, -100.0)}  # one of them is late, or wrong
+    for _ in range(2):
+        assert directory.clocks.offset() is None
+        for peer, offset in peers.items():
+            issued = wall.now + offset
+            directory.receive(seal_record(peer, RUN, peer_record(peer, issued_at=issued, expires_at=issued + 200)))
+        wall.now += 6
+        monotonic.now += 6
     assert directory.clocks.offset() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(("ahead", "reason"), [(600.0, "expired"), (-600.0, "future")])
 def test_refused_times_tell_how_far_the_own_clock_is_off(nodes: list[Node], ahead: float, reason: str) -> None:
-    clock = Clock()
-    directory, others, now = offline(nodes, clock), [Identity.generate() for _ in range(3)], clock.now
+    directory, wall, monotonic = with_a_clock_to_set(nodes)
+    others, now = [Identity.generate() for _ in range(3)], wall.now
     for peer in others:
         assert directory.receive(seal_record(peer, RUN, peer_record(peer, issued_at=now, expires_at=now + 20)))
-    clock.now += ahead
-    for peer in others:
-        late = peer_record(peer, issued_at=now + 1, expires_at=now + 21)
-        assert not directory.receive(seal_record(peer, RUN, late))
-    assert directory.refusals == {reason: 3}
-    assert directory.clocks.offset() == pytest.approx(1 - ahead)
+    wall.now += ahead
+    for number in (1, 2):
+        for peer in others:
+            late = peer_record(peer, issued_at=now + 6 * number, expires_at=now + 6 * number + 20)
+            wall.now, monotonic.now = now + ahead + 6 * number, now + 6 * number
+            assert not directory.receive(seal_record(peer, RUN, late))
+    assert directory.refusals == {reason: 6}
+    assert directory.clocks.offset() == pytest.approx(-ahead)
     assert not directory.clocks.right(20.0)
 
 
