@@ -4,7 +4,7 @@ import time
 
 import psutil
 import pytest
-from harness import START_SECONDS, Swarm, owned_once
+from harness import START_SECONDS, Swarm, backed_up, lost, owned_once
 
 LEASE = 4.0
 ASLEEP_SECONDS = 25.0  # longer than anything else keeps a peer from looking at its clocks
@@ -15,7 +15,11 @@ pytestmark = pytest.mark.timeout(300)
 def test_a_peer_that_slept_goes_on_where_the_others_are(swarm: Swarm) -> None:
     founder = swarm.found("--steps", "100000", "--min-composers", "2", "--lease-seconds", str(LEASE))
     peers = a, b, c = [swarm.join(name, "--data-shard", f"{n}/3") for n, name in enumerate("abc")]
-    swarm.wait_for("they merge", lambda: all(p.commits() > 0 for p in peers) and owned_once(peers), 2 * START_SECONDS)
+    swarm.wait_for(
+        "they merge, and every slot has a copy",
+        lambda: all(p.commits() > 0 for p in peers) and owned_once(peers) and backed_up(peers),
+        2 * START_SECONDS,
+    )
     before, woken = a.status()["step"], [psutil.Process(a.process.pid), *a.children()]
     for process in woken:
         process.suspend()
@@ -43,3 +47,4 @@ def test_a_peer_that_slept_goes_on_where_the_others_are(swarm: Swarm) -> None:
         assert not peer.said("clock.off"), f"{peer.name} takes its clock for wrong"
         assert not peer.said("peer.clock_off"), f"{peer.name} takes another's clock for wrong"
         assert peer.status()["last_error"] is None
+    assert lost(peers) == 0
