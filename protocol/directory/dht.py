@@ -14,6 +14,7 @@ import fcntl
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import struct
@@ -50,6 +51,7 @@ _DAEMON_START_SECONDS = 180.0  # it takes less than one, and much longer where o
 _MAX_BOOTSTRAP = 8  # peers to join by: more make the start slower, not surer
 _REQUEST_PIPE_BYTES = 1 << 20  # the most that Linux grants without privileges
 _LOCK_SECONDS = 2.0
+_CLOCKS_APART = re.compile(r"local time must be within .*\(local: (?P<local>[\d.]+), peer: (?P<peer>[\d.]+)\)")
 # Caches would answer with old records, and push copies of whole dictionaries to neighbours with every read. Who shares
 # what searches find keeps a note of every key that was ever searched for, and each round of averagers has a key.
 _NODE_OPTIONS = {
@@ -297,9 +299,10 @@ def _discard(dht: RunDHT) -> None:
 def _explain(error: Exception, options: DaemonOptions) -> DirectoryError:
     text = str(error) or type(error).__name__
     asked = ", ".join(options.bootstrap)
-    if "local time must be within" in text:
+    if clocks := _CLOCKS_APART.search(text):
+        ahead = float(clocks["local"]) - float(clocks["peer"])
         return ClockOff(
-            f"this machine's clock and the swarm's are more than 3 s apart ({text})",
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of {asked}",
             fix="synchronise the clock (NTP; `timedatectl set-ntp true`), then start again",
         )
     if "can't access this node" in text:

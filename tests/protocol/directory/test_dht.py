@@ -20,7 +20,7 @@ import pytest
 from hivemind.utils import MPFuture
 from shoal.protocol.addresses import Address, Reach, farthest_first
 from shoal.protocol.directory.dht import RunDHT, refusals, require_alive, start_dht, visible_addresses
-from shoal.protocol.errors import DirectoryError, IdentityError
+from shoal.protocol.errors import ClockOff, DirectoryError, IdentityError
 from shoal.protocol.identity import Identity
 
 RUN = "demo-0123456789ab"
@@ -62,6 +62,18 @@ def socket_of(dht: RunDHT) -> Path:
     [path] = [Path(word.partition("/unix")[2]) for word in daemon_of(dht).cmdline() if "shoal-p2pd-" in word]
     assert path.is_socket()
     return path
+
+
+@pytest.mark.parametrize(("ahead", "said"), [(609.0, r"60\d s ahead of"), (-10800.0, r"108\d\d s behind")])
+def test_who_joins_by_a_wrong_clock_is_told_which_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, said: str
+) -> None:
+    with running(tmp_path / "a") as first:
+        monkeypatch.setattr(
+            "hivemind.dht.protocol.get_dht_time", lambda: time.time() + ahead
+        )  # its process inherits it
+        with pytest.raises(ClockOff, match=said), running(tmp_path / "b", initial_peers=visible_addresses(first)):
+            pass
 
 
 def test_three_nodes_find_each_other_and_leave_nothing_behind(tmp_path: Path) -> None:
