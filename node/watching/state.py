@@ -79,7 +79,6 @@ class Lease:
     epoch: int
     version: int  # the owner's step of the last snapshot
     updates: int = 0  # optimizer steps that its experts have had, under all owners
-    standbys: int = 0  # peers that hold a copy
 
 
 @dataclass(frozen=True, kw_only=True)
