@@ -89,9 +89,12 @@ class Clocks:
         return statistics.median(ahead if len(ahead) % 2 else [*ahead, 0.0])
 
     def right(self, seconds: float) -> bool:
-        """Whether others' leases may be judged by this clock: it goes with theirs, and has for `seconds` not jumped."""
+        """Whether others' leases may be judged by this clock: it goes with theirs, and has for `seconds` not jumped.
+
+        Nor for as long as it takes to hear whether it does, where that is longer.
+        """
         offset = self.offset()
-        settled = self._monotonic() - self._jumped_at >= seconds
+        settled = self._monotonic() - self._jumped_at >= max(seconds, 2 * _WAITING_SECONDS)
         return settled and (offset is None or abs(offset) <= MAX_APART_SECONDS)
 
     def _look(self) -> None:

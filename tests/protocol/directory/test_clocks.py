@@ -37,6 +37,16 @@ def test_a_clock_that_jumps_is_not_right_until_it_has_settled() -> None:
     assert machine.clocks.right(20.0)
 
 
+def test_a_short_lease_is_judged_by_no_clock_of_which_nothing_is_known() -> None:
+    machine = Machine()
+    machine.hear(30, a=0.0, b=0.0)
+    assert machine.clocks.right(4.0)
+    machine.ahead = 600.0
+    for _ in range(30):
+        machine.hear(1, a=0.0, b=0.0)
+        assert not machine.clocks.right(4.0)
+
+
 def test_a_clock_that_drifts_is_found_out_by_others() -> None:
     machine = Machine()
     for _ in range(100):
