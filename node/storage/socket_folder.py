@@ -19,15 +19,21 @@ from pathlib import Path
 
 PREFIX = "shoal-sockets-"
 LOCK = "in-use"
+_PATH_BYTES = 107  # of a socket, at most
+_BELOW_BYTES = (
+    len(PREFIX) + 8 + len("/hivemind-p2pclient-0123456789a.sock")
+)  # such a folder's name, and the longest in it
 
 
 @contextlib.contextmanager
 def own_sockets() -> Iterator[Path]:
     """Within the block Python's temporary directory, in this process and its forks, is such a folder.
 
-    It is gone when the process ends in good order, as multiprocessing's sockets serve until then.
+    It is gone when the process ends in good order, as multiprocessing's sockets serve until then. Where TMPDIR is so
+    long that the kernel would refuse sockets in it, the folder is in /tmp.
     """
-    shared = Path(tempfile.gettempdir())
+    asked = Path(tempfile.gettempdir())
+    shared = asked if len(os.fsencode(asked)) + 1 + _BELOW_BYTES <= _PATH_BYTES else Path("/tmp")
     for folder in shared.glob(f"{PREFIX}*"):
         _remove_if_left(folder)
     own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=shared))
@@ -37,7 +43,7 @@ def own_sockets() -> Iterator[Path]:
     try:
         yield own
     finally:
-        tempfile.tempdir = str(shared)
+        tempfile.tempdir = str(asked)
 
 
 def _hold(folder: Path) -> None:

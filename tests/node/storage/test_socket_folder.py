@@ -86,6 +86,21 @@ def test_a_killed_process_leaves_it_to_the_next_one_and_who_runs_keeps_it(peers:
     assert list(kept.glob("pymp-*/listener-*"))
 
 
+@pytest.mark.parametrize(("more", "inside"), [(0, True), (1, False)])
+def test_where_the_temporary_directorys_name_is_too_long_it_is_in_tmp(more: int, inside: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as short:
+        longest = 107 - len("/shoal-sockets-12345678/hivemind-p2pclient-0123456789a.sock") + more
+        peers = Peers(Path(short) / ("x" * (longest - len(short) - 1)))
+        peers.shared.mkdir()
+        with peers.processes:
+            process, own = peers.start()
+            assert own.parent == (peers.shared if inside else Path("/tmp"))
+            assert list(own.glob("pymp-*/listener-*"))
+            process.communicate()
+            assert process.returncode == 0
+            assert not own.exists()
+
+
 def test_what_is_nobodys_folder_for_sockets_stays(peers: Peers) -> None:
     others = [peers.shared / name for name in ("shoal", "shoal-sockets-new", "shoal-demo-1", "pymp-1")]
     for other in others:
