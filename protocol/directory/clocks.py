@@ -79,12 +79,12 @@ class Clocks:
         return {peer: heard.offsets[0][1] for peer, heard in known.items()}
 
     def offset(self) -> float | None:
-        """Seconds that the swarm's clocks seem ahead of ours: the median peer's. None before anything was heard.
+        """Seconds that the swarm's clocks seem ahead of ours: the median peer's. None before most of them count.
 
         Of an even number of peers ours breaks the tie: of three clocks the odd one is off.
         """
         ahead = list(self.ahead().values())
-        if not ahead:
+        if 2 * len(ahead) <= len(self._heard):
             return None
         return statistics.median(ahead if len(ahead) % 2 else [*ahead, 0.0])
 

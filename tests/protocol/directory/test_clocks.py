@@ -47,6 +47,15 @@ def test_a_short_lease_is_judged_by_no_clock_of_which_nothing_is_known() -> None
         assert not machine.clocks.right(4.0)
 
 
+def test_who_was_heard_first_is_not_taken_for_all() -> None:
+    machine = Machine()
+    machine.hear(1, a=600.0)
+    for _ in range(20):
+        machine.hear(1, a=600.0, b=0.0)
+        assert machine.clocks.offset() in (None, 0.0)
+    assert machine.clocks.offset() == 0.0
+
+
 def test_a_clock_that_drifts_is_found_out_by_others() -> None:
     machine = Machine()
     for _ in range(100):
