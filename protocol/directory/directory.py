@@ -274,7 +274,8 @@ class Directory:
 
     def _keep(self, entry: _Cached, subkey: str) -> bool:
         key = (entry.record.kind, subkey)
-        if key not in self._cache and len(self._cache) >= _MAX_CACHED:
+        ours = entry.sender == self._identity.peer_id  # always kept: what comes back must be known as ours
+        if not ours and key not in self._cache and len(self._cache) >= _MAX_CACHED:
             self.refusals["full"] += 1
             return False
         self._cache[key] = entry

@@ -219,3 +219,16 @@ def test_a_stopped_dht_process_is_an_error_with_a_deadline(tmp_path: Path) -> No
         asyncio.run(scenario())
     finally:
         dht.shutdown()
+
+
+def test_our_own_record_is_no_copys_where_others_have_filled_the_directory(
+    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.protocol.directory.directory._MAX_CACHED", 1)
+    me, other = Identity.generate(), Identity.generate()
+    directory = offline(nodes, time.time, me)
+    assert directory.receive(seal_record(other, RUN, peer_record(other)))
+    mine = peer_record(me)
+    asyncio.run(directory.put(mine))
+    assert not directory.receive(seal_record(me, RUN, mine))  # it comes back by gossip
+    assert directory.refusals["identity-in-use"] == 0
