@@ -146,11 +146,15 @@ def test_a_fetch_resumes_after_a_host_is_killed(tmp_path: Path, victim: str) -> 
 @pytest.mark.parametrize("prefix", ["true", "forged"])
 def test_what_one_peer_sent_before_it_left_is_gone_on_with_at_another(tmp_path: Path, prefix: str) -> None:
     async def scenario() -> None:
-        async with swarm(tmp_path, 3) as (leaving, staying, asker):
-            resource = Resource(os.urandom(20_000_000))
+        async with AsyncExitStack() as stack:
+            # Seconds for the rest, so that it is gone before all has been sent.
+            leaving = await started(stack, tmp_path, "leaving", pace=Pace(tmp_path, Rates(up=5_000_000)))
+            staying = await started(stack, tmp_path, "staying")
+            asker = await started(stack, tmp_path, "asker")
+            resource = Resource(os.urandom(40_000_000))
             serve(leaving, state=resource)
             serve(staying, state=resource)
-            begun, leave_at = Download(), random.randrange(2_000_000, 15_000_000)
+            begun, leave_at = Download(), random.randrange(1_000_000, 6_000_000)
             leave = asyncio.Event()
 
             async def go() -> None:
