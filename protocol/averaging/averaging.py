@@ -116,8 +116,8 @@ class Averager:
             pace=pace,
         )
         self._lock = threading.Lock()  # guards the four below, and the control pipe against interleaved writes
-        self._pending: dict[int, _Pending] = {}
-        self._busy: dict[int, int] = {}  # ticket to the fragment whose shared buffers it uses
+        self._pending: dict[int, _Pending] = {}  # by ticket, whose futures somebody waits for
+        self._busy: dict[int, _Pending] = {}  # by ticket, whose fragments' shared buffers the process may still use
         self._next_ticket = 0
         self._dead: str | None = None
         self._process.start()
@@ -183,7 +183,7 @@ class Averager:
             if self._dead is not None:
                 future.set_exception(AveragerEnded(self._dead, fix="restart this peer"))
                 return future
-            if fragment.index in self._busy.values():
+            if fragment.index in {busy.order.own.fragment for busy in self._busy.values()}:
                 raise RoundFailed(f"fragment {fragment.index} is still being averaged")
             vector = self._process.vectors[fragment.index].tensor
             if value is None:
@@ -207,8 +207,7 @@ class Averager:
                 avoid=frozenset(avoid),
                 receiver=receiver,
             )
-            self._pending[ticket] = _Pending(future, order, time.monotonic())
-            self._busy[ticket] = fragment.index
+            self._pending[ticket] = self._busy[ticket] = _Pending(future, order, time.monotonic())
             self._order("_round", msgspec.msgpack.encode(order))
         return future
 
@@ -259,8 +258,7 @@ class Averager:
                 self._resolve(msgspec.msgpack.decode(data, type=Report))
             elif ready:
                 break
-            else:
-                self._expire()
+            self._expire()
         with self._lock:
             self._dead = self._dead or f"the averager process ended (exit code {self._process.exitcode})"
             orphans = list(self._pending.values())
@@ -310,12 +308,16 @@ class Averager:
         pending.future.set_result(outcome)
 
     def _expire(self) -> None:
-        """Give up on orders that a stuck process will not answer; their fragments stay busy."""
+        """Give up on orders that a stuck process does not answer. Their fragments stay busy, as it may still go on; one
+        that has not answered after as long again never will, and is ended."""
         limit = self._times.round + GRACE_SECONDS
         now = time.monotonic()
         with self._lock:
             late = [ticket for ticket, pending in self._pending.items() if now - pending.submitted > limit]
             expired = [self._pending.pop(ticket) for ticket in late]
+            if any(now - busy.submitted > 2 * limit for busy in self._busy.values()) and self._dead is None:
+                self._dead = f"the averager process answered nothing for {2 * limit:.0f} s"
+                self._process.kill()
         for pending in expired:
             own = pending.order.own
             pending.future.set_result(

@@ -285,6 +285,19 @@ def test_a_killed_parent_leaves_nothing_and_a_killed_averager_is_noticed(swarm):
     assert second.next("error", 5)[0] == "AveragerEnded"
 
 
+def test_an_averager_that_hangs_is_given_up_and_then_ended(swarm):
+    (peer,) = swarm.start(1, matchmaking_seconds=0.5, timeout_seconds=2.5)
+    os.kill(peer.averager_pid, signal.SIGSTOP)
+    peer.submit(np.zeros(1000))
+    assert peer.outcome()["status"] == "timed_out"
+    averager = {(pid, created) for pid, created in peer.processes if pid == peer.averager_pid}
+    until(lambda: not living(averager), 30, "its end")
+    peer.submit(np.zeros(1000), round=1)
+    kind, reason = peer.next("error", 5)
+    assert kind == "AveragerEnded"
+    assert "answered nothing" in reason
+
+
 def test_of_searches_that_are_over_no_task_is_left(swarm):
     peers = swarm.start(2, faults=dict.fromkeys(range(2), "counting"))
     for round in range(2):
