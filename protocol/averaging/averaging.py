@@ -115,9 +115,10 @@ class Averager:
             robust=robust,
             pace=pace,
         )
-        self._lock = threading.Lock()  # guards the four below, and the control pipe against interleaved writes
-        self._pending: dict[int, _Pending] = {}  # by ticket, whose futures somebody waits for
-        self._busy: dict[int, _Pending] = {}  # by ticket, whose fragments' shared buffers the process may still use
+        self._lock = threading.Lock()  # guards the five below, and the control pipe against interleaved writes
+        self._pending: dict[int, _Pending] = {}
+        self._busy: dict[int, int] = {}  # ticket to the fragment whose shared buffers it uses
+        self._given_up: dict[int, float] = {}  # ticket to the monotonic seconds at which nobody waited for it any more
         self._next_ticket = 0
         self._dead: str | None = None
         self._process.start()
@@ -183,7 +184,7 @@ class Averager:
             if self._dead is not None:
                 future.set_exception(AveragerEnded(self._dead, fix="restart this peer"))
                 return future
-            if fragment.index in {busy.order.own.fragment for busy in self._busy.values()}:
+            if fragment.index in self._busy.values():
                 raise RoundFailed(f"fragment {fragment.index} is still being averaged")
             vector = self._process.vectors[fragment.index].tensor
             if value is None:
@@ -207,7 +208,8 @@ class Averager:
                 avoid=frozenset(avoid),
                 receiver=receiver,
             )
-            self._pending[ticket] = self._busy[ticket] = _Pending(future, order, time.monotonic())
+            self._pending[ticket] = _Pending(future, order, time.monotonic())
+            self._busy[ticket] = fragment.index
             self._order("_round", msgspec.msgpack.encode(order))
         return future
 
@@ -270,6 +272,7 @@ class Averager:
     def _resolve(self, report: Report) -> None:
         with self._lock:
             self._busy.pop(report.ticket)
+            self._given_up.pop(report.ticket, None)
             pending = self._pending.pop(report.ticket, None)
             if pending is None:
                 return  # it came after its time
@@ -308,14 +311,15 @@ class Averager:
         pending.future.set_result(outcome)
 
     def _expire(self) -> None:
-        """Give up on orders that a stuck process does not answer. Their fragments stay busy, as it may still go on; one
-        that has not answered after as long again never will, and is ended."""
+        """Give up on orders that a stuck process does not answer. Their fragments stay busy, as it may only have been
+        paused, with this one or without; one that has not answered after as long again never will, and is ended."""
         limit = self._times.round + GRACE_SECONDS
         now = time.monotonic()
         with self._lock:
             late = [ticket for ticket, pending in self._pending.items() if now - pending.submitted > limit]
             expired = [self._pending.pop(ticket) for ticket in late]
-            if any(now - busy.submitted > 2 * limit for busy in self._busy.values()) and self._dead is None:
+            self._given_up.update(dict.fromkeys(late, now))
+            if self._dead is None and any(now - since > limit for since in self._given_up.values()):
                 self._dead = f"the averager process answered nothing for {2 * limit:.0f} s"
                 self._process.kill()
         for pending in expired:
