@@ -8,10 +8,10 @@
     shoal-KIND         experts split among composers, stand-ins of that kind    (in one process, the node's own code)
     extreme-KIND       experts split among workers; composers own none          (the same)
 
-KIND is lowbit, narrow, ternary or chosen; ternary trains experts ternary too, whose copies are then exact. `+rows` or
-`+gradient` after it sends sketches to owners, without it there are none. `@lora` or `@frozen` after that: owners train
-low-rank factors beside 4-bit weights, or nothing; `@lora4` names a rank. Facts of the manifest that differ for one
-method alone stand behind it: `shoal-narrow+rows:sketch.kappa=0:sketch.codec=float16`.
+KIND is lowbit, narrow, ternary or chosen; ternary trains experts ternary too, whose copies are then exact. `+rows`,
+`+signs` or `+gradient` after it sends sketches to owners, without it there are none. `@lora` or `@frozen` after that:
+owners train low-rank factors beside 4-bit weights, or nothing; `@lora4` names a rank. Facts of the manifest that differ
+for one method alone stand behind it: `shoal-narrow+rows:sketch.kappa=0:sketch.codec=float16`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PLAIN = ("centralized", "lone", "diloco", "spes")
 METHODS = (*PLAIN, "shoal-lowbit", "shoal-lowbit+rows", "shoal-narrow", "shoal-narrow+rows")
 STANDINS = ("lowbit", "narrow", "ternary", "chosen")  # shared ones need a checkpoint to start from
 _METHOD = re.compile(
-    rf"(?P<plain>{'|'.join(PLAIN)})|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(STANDINS)})(\+(?P<sketch>rows|gradient))?"
+    rf"(?P<plain>{'|'.join(PLAIN)})|(?P<who>shoal|extreme)-(?P<kind>{'|'.join(STANDINS)})(\+(?P<sketch>rows|signs|gradient))?"
     r"(@(?P<mode>frozen|lora(?P<rank>\d+)?))?"
 )
 NO_TOKENS = torch.empty(0)
@@ -289,6 +289,9 @@ def _memory(swarm: InProcessSwarm) -> _Memory:
             composer.publish()
         composer.begin_round(0)
 
+    if swarm.delivery is not None and swarm.delivery.every > 1:  # in the middle of an interval
+        composer.compute()
+        composer.apply()
     state = max(state_bytes(owner, publishes=publishes) for owner in swarm.owners)
     experts = max(expert_bytes(owner, publishes=publishes) for owner in swarm.owners)
     before = state_bytes(composer, publishes=publishes)

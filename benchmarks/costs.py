@@ -91,13 +91,18 @@ def state_bytes(owner: ExpertOwner, *, publishes: bool = True) -> int:
 
 
 def expert_bytes(owner: ExpertOwner, *, publishes: bool = True) -> int:
-    """That part of `state_bytes` that is there for experts, its own and those of others."""
+    """That part of `state_bytes` that is there for experts, its own and those of others, and for sketches."""
     own = [expert for slot in owner.owned for expert in owner.experts_of(slot)]
-    held: list[object] = [own, [owner.optimizer.state.get(weight) for expert in own for weight in expert.trained]]
+    held: list[object] = [
+        own,
+        owner.shares,
+        [owner.optimizer.state.get(weight) for expert in own for weight in expert.trained],
+    ]
     if publishes:
         held += [owner.publishers, owner.past]
     if isinstance(owner, Composer):
         held += [owner.standins(slot) for slot in range(owner.num_slots) if slot not in owner.owned]
+        held.append(owner.collector)
     return held_bytes(*held)
 
 

@@ -1,6 +1,7 @@
 """Sketches between the owners of an in-process swarm, by function calls: nothing is lost or refused.
 
-Rows pass through their wire bytes. Gradient sketches are added up in float32, as averaging without a codec would.
+Those sent to owners pass through their wire bytes. Gradient sketches are added up in float32, as averaging without a
+codec would.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.sign_sketch import SignSketch
 from ..kernels.sketch import RowSketch
 from ..node.learning.composer import Composer
 from ..node.learning.owning import ExpertOwner
-from ..node.run.manifest import Manifest
+from ..node.run.manifest import ExpertShape, Manifest
 from ..node.sketches.gradient_collecting import CollectedGradient, GradientCollector, GradientForm
-from ..node.sketches.sketching import SketchCollector
+from ..node.sketches.sign_collecting import SignCollector
+from ..node.sketches.sketching import Sketch, SketchCollector
 
 MAX_ROWS = 1 << 16  # of one expert in one sketch
 GRADIENT_BYTES = 2  # a number, at float16's width
 
 
 @dataclass(frozen=True)
-class SentRows:
+class SentSketches:
     """One composer's sketches of one slot, on their way."""
 
     owner: ExpertOwner
     sender: str
     slot: int
-    sketches: Mapping[int, RowSketch]
+    sketches: Mapping[int, Sketch]
     tokens: int
     step: int
 
@@ -53,17 +56,20 @@ class SentMean:
         self.owner.hear_mean("0", self.slot, self.gradients, tokens=self.tokens, step=self.step)
 
 
-Sent = SentRows | SentMean
+Sent = SentSketches | SentMean
 
 
-class RowDelivery:
-    """Row sketches from every composer to the owner of each slot that is not its own, every `sketch.every` steps."""
+class DirectDelivery:
+    """Row or sign sketches from every composer to the owner of each slot that is not its own."""
 
     def __init__(self, manifest: Manifest, composers: Sequence[Composer], owners: Mapping[int, ExpertOwner]) -> None:
-        self.every = manifest.sketch.every
-        self._owners = owners
+        self.every = manifest.sketch.interval
+        self._owners, self._signs = owners, manifest.sketch.kind == "signs"
         self._collectors = [
-            SketchCollector(manifest.sketch, composer.shape, seed=i) for i, composer in enumerate(composers)
+            SignCollector(composer.shape, seed=i)
+            if self._signs
+            else SketchCollector(manifest.sketch, composer.shape, seed=i)
+            for i, composer in enumerate(composers)
         ]
         self._composers = composers
         for composer, collector in zip(composers, self._collectors, strict=True):
@@ -78,20 +84,23 @@ class RowDelivery:
             for slot, collected in collector.take(dict.fromkeys(slots, 1.0)).items():
                 wire = [sketch.to_bytes() for sketch in collected.layers]
                 sent += sum(map(len, wire))
-                hidden = composer.shape.hidden
-                sketches = {
-                    layer: RowSketch.from_bytes(data, hidden=hidden, max_rows=MAX_ROWS)
-                    for layer, data in enumerate(wire)
-                }
-                under_way.append(SentRows(self._owners[slot], str(i), slot, sketches, collected.tokens, composer.step))
+                sketches = {layer: self._read(data, composer.shape) for layer, data in enumerate(wire)}
+                under_way.append(
+                    SentSketches(self._owners[slot], str(i), slot, sketches, collected.tokens, composer.step)
+                )
         return sent, under_way
+
+    def _read(self, data: bytes, shape: ExpertShape) -> Sketch:
+        if self._signs:
+            return SignSketch.from_bytes(data, hidden=shape.hidden, width=shape.width)
+        return RowSketch.from_bytes(data, hidden=shape.hidden, max_rows=MAX_ROWS)
 
 
 class GradientDelivery:
     """One mean gradient per expert, over all composers that sent sketches, every `sketch.gradient_every` steps."""
 
     def __init__(self, manifest: Manifest, composers: Sequence[Composer], owners: Mapping[int, ExpertOwner]) -> None:
-        self.every = manifest.sketch.gradient_every
+        self.every = manifest.sketch.interval
         self._composers, self._owners = composers, owners
         self._form = GradientForm(run_id=manifest.name, shape=composers[0].shape, rank=manifest.sketch.rank)
         self._collectors = [GradientCollector(self._form) for _ in composers]

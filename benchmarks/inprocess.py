@@ -30,7 +30,7 @@ from ..protocol.averaging.fragments import Fragment
 from ..protocol.averaging.merging import Facts, outer_step, shares, weights
 from ..protocol.averaging.parts import PartCodec
 from ..protocol.averaging.robust import robust_mean
-from .delivery import GradientDelivery, RowDelivery, Sent
+from .delivery import DirectDelivery, GradientDelivery, Sent
 from .seeding import Seed
 
 NextBatch = Callable[[], Tensor]
@@ -111,9 +111,9 @@ class InProcessSwarm:
             self._note_experts()
         if frozen:
             self._copy_experts()
-        self.delivery: RowDelivery | GradientDelivery | None = None
+        self.delivery: DirectDelivery | GradientDelivery | None = None
         if manifest.sketch.kind != "none" and not self.replicas:
-            delivery = RowDelivery if manifest.sketch.kind == "rows" else GradientDelivery
+            delivery = DirectDelivery if manifest.sketch.goes_to_owners else GradientDelivery
             owners = {slot: owner for owner in self.owners for slot in owner.owned}
             self.delivery = delivery(manifest, self.composers, owners)
 

@@ -175,7 +175,8 @@ class ExpertSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     """What the sender's tokens teach one expert."""
 
     handle: Handle
-    rows: bytes  # RowSketch.to_bytes(); one of no rows says that none were routed here, which the mean has to know
+    # `to_bytes` of a RowSketch or SignSketch; of no rows it says that none were routed here, as the mean has to know
+    rows: bytes
 
 
 class SlotSketch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ Never raw: in float32 those of a block of steps may be gigabytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -17,19 +17,22 @@ from ..model.shard import SketchTap
 from ..run.manifest import Manifest
 from ..sketches.gradient_collecting import DrainedGradients, GradientCollector, GradientInterval
 from ..sketches.row_memory import rows_held
+from ..sketches.sign_collecting import SignCollector, SignSums
 from ..sketches.sketching import Collector, SketchCollector
 
 log = get_logger(__name__)
 
 Encoded = dict[tuple[int, int], RowBuffer]  # by slot and layer
-Rows = Encoded | DrainedGradients
-Wanted = Literal["no", "encoded"] | GradientInterval
+Rows = Encoded | SignSums | DrainedGradients
+Wanted = Literal["no", "encoded", "signs"] | GradientInterval
 
 
 def wanted_by(collector: Collector | None) -> Wanted:
     """In what form a composer's collector takes rows of others."""
     if isinstance(collector, GradientCollector):
         return collector.collecting
+    if isinstance(collector, SignCollector):
+        return "signs"
     return "no" if collector is None else "encoded"
 
 
@@ -39,6 +42,7 @@ class StepRows:
     def __init__(self, manifest: Manifest, seed: int) -> None:
         shape, most = expert_shape(manifest.model), rows_held(manifest)
         self._encoding = SketchCollector(manifest.sketch, shape, seed=seed, max_rows=most)
+        self._signs = SignCollector(shape, seed=seed)
         self._summing: GradientCollector | None = None
         self._wanted: Wanted = "no"
 
@@ -61,9 +65,9 @@ class StepRows:
         collector = self._collector()
         return {} if collector is None else collector.drain()
 
-    def _collector(self) -> SketchCollector | GradientCollector | None:
+    def _collector(self) -> SketchCollector | SignCollector | GradientCollector | None:
         if not isinstance(self._wanted, GradientInterval):
-            return self._encoding if self._wanted == "encoded" else None
+            return {"no": None, "encoded": self._encoding, "signs": self._signs}[self._wanted]
         if self._summing is None or self._summing.collecting != self._wanted:  # else its projections are there
             self._summing = GradientCollector(self._wanted.form, self._wanted.interval)
         return self._summing
@@ -95,6 +99,8 @@ def _put(collector: Collector, part: Rows, device: torch.device) -> None:
     if isinstance(part, DrainedGradients):
         assert isinstance(collector, GradientCollector)
         collector.merge(part, device)
+    elif isinstance(collector, SignCollector):
+        collector.merge(cast(SignSums, part), device)
     else:
         assert isinstance(collector, SketchCollector)
-        collector.merge(part)
+        collector.merge(cast(Encoded, part))

@@ -7,6 +7,8 @@ become one mean over all tokens, whoever computed them:
 
     g = (N g_own + Σ_j ρ_j G_j) / (N + Σ_j ρ_j N_j)
 
+What was summed over many steps before it was sent is shared out over as many (`sketches/shares.py`).
+
 Experts are named by slot and position. For a composer the position is the layer; a worker does not know layers, its
 positions are the order of the handles that the slot has under its present lease (`protocol/experts/handles.py`).
 """
@@ -24,17 +26,21 @@ from torch import Tensor
 from ...kernels.experts import DenseExpert, OwnedExpert
 from ...kernels.interface import check_tensor
 from ...kernels.lora import LoraExpert
+from ...kernels.sign_sketch import SignSketch
 from ...kernels.sketch import RowSketch
 from ...kernels.standin import Publisher, StandIn
 from ..audits.step_record import StepRecorder, Used
 from ..run.manifest import Manifest, TrainSpec
-from ..sketches.sketch_sums import SketchSum
+from ..sketches.shares import Gradient, Shares, SummedGradient
+from ..sketches.sketch_sums import SketchSum, check_gradient
+from ..sketches.sketching import Sketch
 from ..slots.slot_state import SlotTensors, optimizer_state, under, weights_as_trained
 from ..standins.standin_owner import StandInOwner
 from .expert_mode import SAVED, ExpertMode
 from .optimizer import checked_state, experts_group, learning_rate, put_state
 
 Owner = TypeVar("Owner", bound="ExpertOwner")  # a composer or a worker
+_ALL = ""  # in place of a sender: the mean over all
 
 
 class ExpertOwner(StandInOwner):
@@ -52,6 +58,7 @@ class ExpertOwner(StandInOwner):
         self.recorder = StepRecorder()
         self._frozen: set[int] = set()  # owned, but in the middle of a handover: not trained
         self._sums: dict[tuple[int, int], SketchSum] = {}  # by slot and position
+        self.shares: dict[tuple[int, int], Shares] = {}  # likewise, what is still to be learned from
         self.heard_tokens: defaultdict[tuple[int, int], float] = defaultdict(float)  # of sketches
         self.dropped_sketches = 0  # of which what they teach was not finite or absurdly large, ever
 
@@ -87,7 +94,7 @@ class ExpertOwner(StandInOwner):
     # -- sketches --------------------------------------------------------------------------------------------------
 
     def hear(
-        self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int, age: int = 0
+        self, sender: str, slot: int, sketches: Mapping[int, Sketch], *, tokens: int, step: int, age: int = 0
     ) -> None:
         """Take in one composer's sketches of a slot, by position, of its inner steps up to `step`.
 
@@ -95,9 +102,12 @@ class ExpertOwner(StandInOwner):
             age: versions that were published since the stand-ins that the rows were taken at.
 
         Raises:
-            ValueError: see `absorb`; the slot's other positions may have taken theirs in.
+            ValueError: see `absorb` and `absorb_gradient`; the slot's other positions may have taken theirs in.
         """
         for position, sketch in sketches.items():
+            if isinstance(sketch, SignSketch):
+                self._share_out(slot, position, sender, sketch, tokens=tokens, rows=sketch.pairs)
+                continue
             self.absorb(slot, position, sketch, tokens, age)
             used = Used(sender, step, tokens, sketch, self._taken_at(slot, position, age))
             self.recorder.note(slot, position, used)
@@ -113,11 +123,12 @@ class ExpertOwner(StandInOwner):
             step: of the sender, up to which its part goes.
 
         Raises:
-            ValueError: the slot is not owned, or see `absorb_gradient`; other positions may have taken theirs in.
+            ValueError: see `absorb_gradient`; other positions may have taken theirs in.
         """
         for position, (d_gate_up, d_down) in gradients.items():
             routed = bool(d_gate_up.any() or d_down.any())
-            self.absorb_gradient(slot, position, d_gate_up * tokens, d_down * tokens, tokens=tokens, rows=int(routed))
+            summed = SummedGradient(d_gate_up * tokens, d_down * tokens)
+            self._share_out(slot, position, _ALL, summed, tokens=tokens, rows=int(routed))
 
     def absorb(self, slot: int, position: int, sketch: RowSketch, tokens: int, age: int = 0) -> None:
         """Take in what another peer's tokens teach one expert; the next step uses it, unless it would spoil the step.
@@ -153,6 +164,33 @@ class ExpertOwner(StandInOwner):
             raise ValueError(f"slot {slot}: {error}") from error
         self._sums[slot, position] = held
 
+    @property
+    def shared_steps(self) -> int:
+        """Over which what one interval teaches is shared out."""
+        return self.manifest.sketch.interval
+
+    def _share_out(
+        self, slot: int, position: int, sender: str, gradient: Gradient, *, tokens: float, rows: int
+    ) -> None:
+        """Take in a gradient that `sender` summed over an interval. Raises ValueError as `absorb_gradient` does."""
+        if self.shared_steps == 1:
+            self.absorb_gradient(slot, position, *gradient.dense(), tokens=tokens, rows=rows)
+            return
+        self.experts_of(slot)
+        try:
+            check_gradient(*gradient.dense(), tokens=tokens / (2 * self.shared_steps))  # the least of a share
+        except ValueError as error:
+            raise ValueError(f"slot {slot}: {error}") from error
+        shares = self.shares.setdefault((slot, position), Shares(self.shared_steps))
+        shares.put(sender, gradient, tokens=tokens, rows=rows)
+
+    def _take_shares(self, slot: int, position: int) -> None:
+        """What the next step is to learn of what is shared out."""
+        shares = self.shares.get((slot, position))
+        for share in [] if shares is None else shares.of_step():
+            d_gate_up, d_down = (matrix / share.steps for matrix in share.gradient.dense())
+            self.absorb_gradient(slot, position, d_gate_up, d_down, tokens=share.tokens, rows=share.rows)
+
     def _settle(self, slot: int, position: int) -> SketchSum | None:
         """What the expert was told, added up; None if nothing was."""
         held = self._sums.get((slot, position))
@@ -174,9 +212,11 @@ class ExpertOwner(StandInOwner):
             for position, expert in enumerate(self.experts_of(slot)):
                 if slot in self._frozen:
                     self._sums.pop((slot, position), None)
+                    self.shares.pop((slot, position), None)
                     for weights in expert.trained:
                         weights.grad = None
                     continue
+                self._take_shares(slot, position)
                 held = self._settle(slot, position)
                 self._sums.pop((slot, position), None)
                 self.heard_tokens[slot, position] += 0.0 if held is None else held.tokens
@@ -317,6 +357,7 @@ class ExpertOwner(StandInOwner):
             for parameter in expert.trained:
                 self.optimizer.state.pop(parameter, None)
             self._sums.pop((slot, position), None)
+            self.shares.pop((slot, position), None)
         self._end_publishing(slot)
         self._frozen.discard(slot)
         self._let_go(slot, published)

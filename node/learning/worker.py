@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ...kernels.bases import Bases
 from ...kernels.experts import DenseExpert, OwnedExpert
-from ...kernels.sketch import RowSketch
 from ...kernels.standin import StandIn
 from ..audits.step_record import StepRecord
 from ..run.manifest import Manifest
+from ..sketches.sketching import Sketch
 from ..standins.standin_menu import menu_of
 from .expert_mode import ExpertMode
 from .optimizer import make_optimizer, set_rate
@@ -83,7 +83,7 @@ class Worker(ExpertOwner):
         self.slot_steps: dict[int, int] = {}  # by slot, the composers' step that it was last stepped for
 
     def hear(
-        self, sender: str, slot: int, sketches: Mapping[int, RowSketch], *, tokens: int, step: int, age: int = 0
+        self, sender: str, slot: int, sketches: Mapping[int, Sketch], *, tokens: int, step: int, age: int = 0
     ) -> None:
         super().hear(sender, slot, sketches, tokens=tokens, step=step, age=age)
         waiting = self._waiting.setdefault(slot, _Waiting(self._clock(), set()))
@@ -102,6 +102,11 @@ class Worker(ExpertOwner):
         waiting.complete = True
         self._told[sender] = step
         self._follow()
+
+    @property
+    def shared_steps(self) -> int:
+        """One: it has no tokens of its own to learn from meanwhile, and steps when it is told something."""
+        return 1
 
     def record_step(self, slot: int, positions: tuple[int, ...], finish: Callable[[StepRecord | None], None]) -> None:
         """Put the next whole step of an owned slot's experts on file."""

@@ -36,10 +36,8 @@ from ..sketches.gradient_collecting import GradientCollector
 from ..sketches.gradient_receiving import GradientReceiver
 from ..sketches.gradient_rounds import GradientRounds, form_of, sketch_averager
 from ..sketches.gradient_sending import GradientSender
-from ..sketches.row_memory import rows_held
 from ..sketches.sketch_receiving import SketchReceiver
-from ..sketches.sketch_sending import SketchSender
-from ..sketches.sketching import SketchCollector
+from ..sketches.sketch_sending import SketchSender, collector_of
 from ..slots.copies import Snapshot
 from ..slots.deposing import Deposing
 from ..slots.keeper import SlotKeeper
@@ -165,12 +163,10 @@ class ComposerPeer:
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
         self.sender: SketchSender | GradientSender | None = None
-        if self.facts.manifest.sketch.kind == "rows":
+        if self.facts.manifest.sketch.goes_to_owners:
             chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
-            composer.collector = SketchCollector(
-                self.facts.manifest.sketch, composer.shape, seed=chance, max_rows=rows_held(self.facts.manifest)
-            )
-            self.sender = SketchSender(links, self.exchange, composer.collector)
+            collector = composer.collector = collector_of(self.facts.manifest, seed=chance)
+            self.sender = SketchSender(links, self.exchange, collector)
         elif self.sketch_averager is not None:
             form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)
             composer.collector = GradientCollector(form)
@@ -180,7 +176,7 @@ class ComposerPeer:
         self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
         self._between_seconds = 0.0
         composer.on_computed = self._on_computed
-        if self.facts.manifest.sketch.kind == "rows":
+        if self.facts.manifest.sketch.goes_to_owners:
             links.transport.answer_calls(self.receiver.answer, admit=self.receiver.admit)
         self.deposing = Deposing(links, audits=True)
         sent = self.sender.sent if isinstance(self.sender, SketchSender) else SentLog()

@@ -161,7 +161,7 @@ class WorkerPeer:
         library.stock_slots(self.keeper, AuditDesk(links, self.trainer, self.publishing, self.keeper))
         self.deposing = Deposing(links, audits=False)
         member.on_accusation = self.deposing.on_accusation
-        if manifest.sketch.kind == "rows":
+        if manifest.sketch.goes_to_owners:
             links.transport.answer_calls(self.receiver.answer, admit=self.receiver.admit)
         size = slot_bytes(shape, manifest.standin, worker.device, worker.mode)
         log.info("worker.capacity", slots=member.capacity, slot_bytes=size, device=str(worker.device))
@@ -240,8 +240,7 @@ class WorkerPeer:
         publish_every = self.facts.manifest.standin.publish_every
         # Counted here: the schedule's step may jump, and stands still at the end, while some composers train on.
         sketch = self.facts.manifest.sketch
-        steps = sketch.gradient_every if sketch.kind == "gradient" else sketch.every
-        self._unpublished.update(dict.fromkeys(report.slots, steps))
+        self._unpublished.update(dict.fromkeys(report.slots, sketch.interval))
         due = [slot for slot in report.slots if self._unpublished[slot] >= publish_every]
         if due:
             self.publishing.publish(worker, due)

@@ -152,7 +152,7 @@ class StandInSpec(Spec, frozen=True, kw_only=True):
 class SketchSpec(Spec, frozen=True, kw_only=True):
     """How composers tell the owners of experts what their tokens teach (docs/sketches.md)."""
 
-    kind: Literal["none", "rows", "gradient"] = "rows"
+    kind: Literal["none", "rows", "signs", "gradient"] = "rows"
     every: Count = 1  # inner steps between row sketches
     codec: Literal["int8", "float16", "int4"] = "int8"  # of rows
     budget_bytes: Annotated[int, Meta(ge=0, le=1 << 40)] = 0  # rows of one composer and interval; 0 = all of them
@@ -161,7 +161,17 @@ class SketchSpec(Spec, frozen=True, kw_only=True):
     curvature: Literal["isotropic", "diagonal", "full"] = "isotropic"  # of the correction
     patience_seconds: Positive = 1.0  # a worker steps an expert without the composers that it has not heard for so long
     rank: Count = 16  # of gradient sketches
-    gradient_every: Count = 24  # inner steps between gradient sketches
+    gradient_every: Count = 24  # inner steps between gradient or sign sketches
+
+    @property
+    def goes_to_owners(self) -> bool:
+        """Whether each composer sends its own to the owners, not a sum with all others'."""
+        return self.kind in ("rows", "signs")
+
+    @property
+    def interval(self) -> int:
+        """Inner steps between sketches."""
+        return self.every if self.kind == "rows" else self.gradient_every
 
 
 class OwnershipSpec(Spec, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ def check(manifest: Manifest) -> None:
     """Raise ManifestError for a run that could not be trained."""
     _check_weights(manifest)
     _check_cadences(manifest.outer)
-    if manifest.sketch.kind == "gradient":
+    if manifest.sketch.kind in ("gradient", "signs"):
         _check_gradient_sketches(manifest)
     if manifest.outer.merge == "radial":
         _check_radial_merge(manifest)
@@ -76,19 +76,27 @@ def _check_cadences(outer: OuterSpec) -> None:
 def _check_gradient_sketches(manifest: Manifest) -> None:
     """Raise ManifestError for what no peer could sketch gradients with."""
     from ...kernels.gradient_sketch import largest_rank  # not above: most commands read manifests without torch
-    from ..model.init import expert_shape  # and this needs the present module
+    from ...kernels.sign_sketch import sign_sketch_nbytes
+    from ..model.init import expert_shape  # and these need the present module
+    from ..sketches.row_memory import MAX_BYTES
 
     if not manifest.standin.whole:
         raise ManifestError(
-            "gradient sketches need stand-ins as wide as the experts, and narrow ones are not",
+            f"{manifest.sketch.kind} sketches need stand-ins as wide as the experts, and narrow ones are not",
             fix="set standin.kind to lowbit or ternary, or sketch.kind to rows",
         )
     try:
         shape = expert_shape(manifest.model)
     except ValueError as error:
         raise ManifestError(f"the model cannot be built: {error}", fix="correct the model's config") from error
+    size = sign_sketch_nbytes(shape.hidden, shape.width)
+    if manifest.sketch.kind == "signs" and size > MAX_BYTES:
+        raise ManifestError(
+            f"an expert's sign sketch has {size} bytes, more than the {MAX_BYTES} of a message",
+            fix="set sketch.kind to rows or gradient",
+        )
     largest = largest_rank(shape.hidden, shape.width)
-    if manifest.sketch.rank > largest:
+    if manifest.sketch.kind == "gradient" and manifest.sketch.rank > largest:
         raise ManifestError(
             f"sketch.rank {manifest.sketch.rank} is more than {largest}, all there is to the gradient of such experts",
             fix=f"set sketch.rank to {largest} at most",

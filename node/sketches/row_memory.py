@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ...kernels.gradient_sketch import sketch_numel
 from ...kernels.rows import RowCodec
+from ...kernels.sign_sketch import sign_sum_nbytes
 from ...kernels.sketch import row_bytes
 from ...protocol.messages import MAX_SKETCH_BYTES
 from ..model.init import expert_shape, experts_per_token
@@ -43,11 +44,13 @@ def _interval_bytes(manifest: Manifest) -> int:
 
 
 def collected_bytes(manifest: Manifest) -> int:
-    """Memory that what a composer collects takes at most, be it rows or sketches of gradients, which are sums."""
+    """Memory that what a composer collects takes at most, be it rows, or gradients in whatever form."""
     shape, sketch = expert_shape(manifest.model), manifest.sketch
     of_one = 0
     if sketch.kind == "rows":
         of_one = rows_held(manifest) * (row_bytes(shape.hidden, sketch.codec) + BESIDE)
+    elif sketch.kind == "signs":
+        of_one = sign_sum_nbytes(shape.hidden, shape.width)
     elif sketch.kind == "gradient":
         of_one = 4 * sketch_numel(shape.hidden, shape.width, sketch.rank)
     return shape.num_layers * shape.num_experts * of_one

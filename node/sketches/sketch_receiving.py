@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Generic
 
+from ...kernels.sign_sketch import SignSketch
 from ...kernels.sketch import RowSketch
 from ...protocol import messages
 from ...protocol.envelope import ENVELOPE_OVERHEAD, open_sealed
@@ -24,6 +26,7 @@ from ..peer.links import Links
 from ..slots.keeper import SlotKeeper
 from ..standins.publishing import Publishing
 from ..watching.state import Count
+from .sketching import Sketch
 
 log = get_logger(__name__)
 
@@ -50,8 +53,11 @@ class SketchReceiver(Generic[Owner]):
             max_age=manifest.sketch.max_age,
             max_tokens_per_step=manifest.train.batch_size * manifest.data.context_length,
         )
-        load = partial(RowSketch.from_bytes, hidden=owner.shape.hidden, max_rows=MAX_ROWS)
-        self._inbox: SketchInbox[RowSketch] = SketchInbox(QUEUE_BYTES, rules, load)
+        shape = owner.shape
+        load: Callable[[bytes], Sketch] = partial(RowSketch.from_bytes, hidden=shape.hidden, max_rows=MAX_ROWS)
+        if manifest.sketch.kind == "signs":
+            load = partial(SignSketch.from_bytes, hidden=shape.hidden, width=shape.width)
+        self._inbox: SketchInbox[Sketch] = SketchInbox(QUEUE_BYTES, rules, load)
         self._asked_to_drain = False
         self.rows = 0  # learned from so far
 

@@ -1,9 +1,9 @@
 """Sketches as a composer sends them: to each owner what its experts can learn from the tokens trained on here.
 
-On the training thread, every `sketch.every` steps and as soon as the backward pass is done, what was collected for the
-owners that can take some is handed to the loop, which packs it. One call per owner is under way at a time; meanwhile
-that owner's rows go on collecting. An owner's answer says how large a share of the rows to send from now on; a call
-that fails halves it.
+On the training thread, every `SketchSpec.interval` steps and as soon as the backward pass is done, what was collected
+for the owners that can take some is handed to the loop, which packs it. One call per owner is under way at a time;
+meanwhile rows for that owner go on collecting. An owner's answer says how large a share of the rows to send from now
+on; a call that fails halves it. Signs are of one size: they are sent, or not.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from ...protocol.messages import ExpertSketch, SketchBatch, SketchReply, SlotSke
 from ...protocol.transport.call_wire import CallReason
 from ..learning.composer import Composer
 from ..logs import get_logger
+from ..model.init import expert_shape
 from ..peer.links import Links
+from ..run.manifest import Manifest
 from ..standins.exchange import Exchange, Target
 from ..watching.state import Count
+from .row_memory import rows_held
+from .sign_collecting import SignCollector
 from .sketching import Collected, SketchCollector
 
 log = get_logger(__name__)
@@ -39,6 +43,13 @@ _REASONS = frozenset(CallReason) | frozenset({
 })  # fmt: skip
 
 
+def collector_of(manifest: Manifest, seed: int) -> SketchCollector | SignCollector:
+    """What a composer of a run collects sketches with that it sends to owners; `seed` is its own."""
+    if manifest.sketch.kind == "signs":
+        return SignCollector(expert_shape(manifest.model), seed=seed)
+    return SketchCollector(manifest.sketch, expert_shape(manifest.model), seed=seed, max_rows=rows_held(manifest))
+
+
 class _Taken(NamedTuple):
     """What was collected for one slot of somebody else, and whose it was then."""
 
@@ -50,9 +61,9 @@ class _Taken(NamedTuple):
 class SketchSender:
     """One composer's. `collector` is the composer's own."""
 
-    def __init__(self, links: Links, exchange: Exchange, collector: SketchCollector) -> None:
+    def __init__(self, links: Links, exchange: Exchange, collector: SketchCollector | SignCollector) -> None:
         self._links, self._exchange, self._collector = links, exchange, collector
-        self._every = links.manifest.sketch.every
+        self._every = links.manifest.sketch.interval
         self._under_way: set[str] = set()  # owners; added to on the training thread, taken from on the loop's
         self._rates: dict[str, SenderRate] = {}
         self.sent = SentLog()  # on the loop
@@ -83,6 +94,8 @@ class SketchSender:
                 rows += sum(layer.num_rows for layer in collected.layers)
                 taken[targets[slot].owner].append(_Taken(slot, targets[slot], collected))
         self._links.state.count(Count.SKETCH_ROWS, "out", by=rows)
+        if isinstance(self._collector, SignCollector) and (refused := self._collector.take_refused()):
+            self._links.state.count(Count.REFUSALS, "sketch-rows-not-finite", by=refused)
         if taken:
             self._under_way.update(taken)
             self._links.loop.call_soon_threadsafe(self._send_soon, step, taken)

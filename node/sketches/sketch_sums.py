@@ -69,10 +69,7 @@ class SketchSum:
         Raises:
             ValueError: not finite, absurdly large, or of tokens that come to nothing; nothing has changed then.
         """
-        size = norm(d_gate_up, d_down)
-        if not size <= LARGEST_GRADIENT:  # also true for NaN
-            raise ValueError(f"a gradient's norm is {size:.3g}")
-        _check_tokens(tokens, 1.0)
+        check_gradient(d_gate_up, d_down, tokens=tokens)
         projected = expert.project(d_gate_up, d_down)
         if self.gradients is None:
             self.gradients = [gradient.clone() for gradient in projected]
@@ -116,6 +113,14 @@ class SketchSum:
             self.gradients, self.tokens = [torch.zeros_like(tensor) for tensor in expert.trained], tokens
         else:
             self.tokens += tokens
+
+
+def check_gradient(d_gate_up: Tensor, d_down: Tensor, *, tokens: float) -> None:
+    """Raises ValueError for one that is not finite, absurdly large, or of tokens that come to nothing."""
+    size = norm(d_gate_up, d_down)
+    if not size <= LARGEST_GRADIENT:  # also true for NaN
+        raise ValueError(f"a gradient's norm is {size:.3g}")
+    _check_tokens(tokens, 1.0)
 
 
 def _check_tokens(tokens: float, effective: float) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.sign_sketch import SignSketch
 from ...kernels.sketch import RowBuffer, RowSketch, add_rows, row_bytes
 from ..run.manifest import ExpertShape, SketchSpec
 from .row_memory import rows_of_a_message
@@ -22,6 +23,9 @@ from .row_memory import rows_of_a_message
 # Values of x that wait to be encoded together, with as many of dy: few on a CPU, which still has them in its cache; 64
 # MB on a GPU, where every operation costs its launch.
 MAX_WAITING = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+Sketch = RowSketch | SignSketch  # what travels from a composer to an owner, of one expert
 
 
 class Collector(Protocol):
@@ -50,9 +54,28 @@ class Collector(Protocol):
 class Collected:
     """One slot's sketches, by layer, and the tokens and inner steps that they stand for."""
 
-    layers: tuple[RowSketch, ...]
+    layers: tuple[Sketch, ...]
     tokens: int
     steps: int
+
+
+class Tally:
+    """Tokens and inner steps since each slot's last `take`."""
+
+    def __init__(self) -> None:
+        self._tokens = self._steps = 0  # ever
+        self._taken: dict[int, tuple[int, int]] = {}  # by slot, both at its last take
+
+    def count(self, tokens: int, steps: int) -> None:
+        """More of both, for all slots."""
+        self._tokens += tokens
+        self._steps += steps
+
+    def take(self, slot: int) -> tuple[int, int]:
+        """Those of a slot, which begin anew."""
+        tokens, steps = self._taken.get(slot, (0, 0))
+        self._taken[slot] = self._tokens, self._steps
+        return self._tokens - tokens, self._steps - steps
 
 
 class SketchCollector:
@@ -68,8 +91,7 @@ class SketchCollector:
         self._max_rows = rows_of_a_message(shape.hidden, spec.codec) if max_rows is None else max_rows
         self._generator = torch.Generator().manual_seed(seed)
         self._buffers: dict[tuple[int, int], RowBuffer] = {}  # by slot and layer
-        self._tokens = self._steps = 0  # ever
-        self._taken: dict[int, tuple[int, int]] = {}  # by slot, tokens and steps at its last take
+        self._tally = Tally()
         self._of_step = 0
         self._waiting: list[tuple[int, int, Tensor, Tensor]] = []  # (slot, layer, x, dy), not encoded yet
         self._waiting_rows = 0
@@ -79,8 +101,7 @@ class SketchCollector:
         owners bound the tokens of one by the batch that the run states."""
         self._encode()  # what a backward pass has left
         self._of_step = tokens
-        self._tokens += tokens
-        self._steps += batches
+        self._tally.count(tokens, batches)
 
     def also(self, tokens: int) -> None:
         """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
@@ -155,16 +176,14 @@ class SketchCollector:
             self._buffer(slot, layer).take(None if keep is None else keep[layer], self._generator)
             for layer in self._layers
         ]
-        tokens, steps = self._taken.get(slot, (0, 0))
-        self._taken[slot] = self._tokens, self._steps
-        return Collected(tuple(layers), self._tokens - tokens, self._steps - steps)
+        return Collected(tuple(layers), *self._tally.take(slot))
 
     def forget(self, slot: int) -> None:
         """Drop what has been collected for a slot: it is owned here now, or its rows are of another expert."""
         self._encode()
         for layer in self._layers:
             self._buffers.pop((slot, layer), None)
-        self._taken[slot] = self._tokens, self._steps
+        self._tally.take(slot)
 
     @property
     def _layers(self) -> range:

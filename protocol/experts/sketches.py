@@ -45,7 +45,7 @@ _EXPERT_OVERHEAD = 16
 
 
 class Sketch(Protocol):
-    """What this module needs of `shoal.kernels.sketch.RowSketch`."""
+    """What this module needs of `RowSketch` and `SignSketch` of `shoal.kernels`."""
 
     @property
     def pairs(self) -> int:
@@ -132,7 +132,7 @@ def admit(
     Args:
         sketch: of `batch.slots`.
         held: owned slots.
-        load: RowSketch.from_bytes; raises ValueError, also for rows that are not finite.
+        load: their `from_bytes`; raises ValueError, also for what is not finite.
 
     Raises:
         Refused: those of `check_current`, `unknown-handle`, `malformed` or `implausible`.

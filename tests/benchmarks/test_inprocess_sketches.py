@@ -119,6 +119,20 @@ def test_gradient_sketches_of_several_composers_add_up_to_that_of_the_joint_batc
     assert difference(apart, full) > 0.1  # while rank 8 did lose something
 
 
+def test_owners_learn_from_signs_what_is_in_them() -> None:
+    """Not the joint batch's gradient, but nearer to it than their own tokens' is."""
+    tokens = random_tokens()
+    wanted = gradients([trained_jointly(manifest_of(*STILL), tokens)])
+
+    def learned(kind: str) -> dict[tuple[int, int, str], Tensor]:
+        manifest = manifest_of(*STILL, f"sketch.kind={kind}", "sketch.gradient_every=1")
+        return gradients(run(InProcessSwarm(manifest, batches_of(tokens), split(COMPOSERS))).owners)
+
+    signs, alone = learned("signs"), learned("none")
+    of_both = {key: wanted[key] for key in alone}
+    assert difference({key: signs[key] for key in alone}, of_both) < 0.8 * difference(alone, of_both)
+
+
 def test_sketches_keep_to_the_budget_and_to_their_interval() -> None:
     tokens, budget = random_tokens(), 20_000
     headers = 24 * SLOTS * LAYERS

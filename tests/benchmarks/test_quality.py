@@ -145,12 +145,14 @@ def test_the_command_trains_from_a_seed_and_writes_its_table(tmp_path: Path, run
     assert results[methods[3]]["down"]["deltas"] == 2 * results[methods[3]]["up"]["deltas"], "both composers read each"
 
 
-def test_gradient_sketches_are_counted(tmp_path: Path, run: Callable[..., str]) -> None:
-    method = "shoal-lowbit+gradient:sketch.gradient_every=2:sketch.rank=4"
-    run(*SIZE, "--steps", "2", "--methods", method, "--out", str(tmp_path))
-    (result,) = json.loads((tmp_path / "quality.json").read_text())
-    assert result["up"]["sketches"] > 0
-    assert result["peak_bytes"] > result["state_bytes"]
+def test_sketches_of_an_interval_are_counted(tmp_path: Path, run: Callable[..., str]) -> None:
+    methods = [f"shoal-lowbit+{kind}:sketch.gradient_every=2:sketch.rank=4" for kind in ("gradient", "signs")]
+    run(*SIZE, "--steps", "2", "--methods", ",".join([*methods, "shoal-lowbit"]), "--out", str(tmp_path))
+    gradient, signs, none = json.loads((tmp_path / "quality.json").read_text())
+    for result in (gradient, signs):
+        assert result["up"]["sketches"] > 0
+        assert result["peak_bytes"] > result["state_bytes"]
+        assert result["expert_bytes"] > none["expert_bytes"], "sums are there between steps"
 
 
 def test_the_command_tunes_and_goes_on_where_it_was(tmp_path: Path, run: Callable[..., str]) -> None:

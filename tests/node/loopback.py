@@ -26,8 +26,7 @@ from shoal.node.peer.links import Links
 from shoal.node.peer.membership import Membership
 from shoal.node.peer.serving import Library
 from shoal.node.run.manifest import Manifest
-from shoal.node.sketches.sketch_sending import SketchSender
-from shoal.node.sketches.sketching import SketchCollector
+from shoal.node.sketches.sketch_sending import SketchSender, collector_of
 from shoal.node.slots.keeper import SlotKeeper
 from shoal.node.slots.slot_order import LayerOrder
 from shoal.node.standins.exchange import Exchange
@@ -196,7 +195,7 @@ class LoopbackPeer:
 
     def send_sketches(self) -> None:
         """From now on tell owners what this composer's tokens teach."""
-        collector = SketchCollector(self.links.manifest.sketch, self.composer.shape, seed=secrets.randbits(30))
+        collector = collector_of(self.links.manifest, seed=secrets.randbits(30))
         self.composer.collector = collector
         self.sender = SketchSender(self.links, self.exchange, collector)
         self.composer.on_computed = self.sender.after_compute

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from shoal.kernels.sign_sketch import SignSketch
 from shoal.node.learning.composer import Composer
 from shoal.node.sketches.gradient_collecting import GradientCollector
+from shoal.node.sketches.sign_collecting import SignCollector
 from shoal.node.sketches.sketching import SketchCollector
 
 
@@ -49,3 +51,20 @@ def same_gradient_sketches(one: Composer, other: Composer) -> None:
         torch.testing.assert_close(
             theirs[slot].flat, sketch.flat, rtol=1e-3, atol=1e-4 * float(sketch.flat.abs().max())
         )
+
+
+def same_signs(one: Composer, other: Composer, batches: int = 1) -> None:
+    """The same of sign sketches, but for what rounding decides."""
+    assert isinstance(one.collector, SignCollector)
+    assert isinstance(other.collector, SignCollector)
+    slots = [slot for slot in range(one.num_slots) if slot not in one.owned]
+    mine, theirs = one.collector.take(slots), other.collector.take(slots)
+    for slot in slots:
+        assert (theirs[slot].tokens, theirs[slot].steps) == (mine[slot].tokens, batches * mine[slot].steps)
+        for a, b in zip(mine[slot].layers, theirs[slot].layers, strict=True):
+            assert isinstance(a, SignSketch)
+            assert isinstance(b, SignSketch)
+            assert a.num_rows == b.num_rows > 0
+            for left, right in zip(a.dense(), b.dense(), strict=True):
+                alike = torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0)
+                assert float(alike) > 0.95

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from comparing import same, same_gradient_sketches, same_rows
+from comparing import same, same_gradient_sketches, same_rows, same_signs
 from shoal.kernels.bases import Bases
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
@@ -27,6 +27,7 @@ from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.start import Seeded
 from shoal.node.run.manifest import Manifest
 from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.sign_collecting import SignCollector
 from shoal.node.sketches.sketching import SketchCollector
 
 pytestmark = pytest.mark.timeout(180)
@@ -144,6 +145,19 @@ def test_sketches_of_gradients_add_up_and_may_be_of_nothing(owned: set[int], isl
         assert collector.steps == 1
     assert many.island.together
     same_gradient_sketches(one, many)
+
+
+def test_signs_come_from_all_members(islands: list[Island]) -> None:
+    manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)
+    one = alone(manifest, 2, seed, owned={0})
+    many = together(manifest, 2, seed, owned={0})
+    assert many.island is not None
+    islands.append(many.island)
+    for composer in (one, many):
+        composer.collector = SignCollector(composer.shape, seed=seed)
+        composer.train_step()
+    assert many.island.together
+    same_signs(one, many, batches=2)
 
 
 def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monkeypatch: pytest.MonkeyPatch) -> None:

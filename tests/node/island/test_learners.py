@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from comparing import same, same_gradient_sketches, same_rows
+from comparing import same, same_gradient_sketches, same_rows, same_signs
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
 from shoal.node.island.learners import Learners, shares
@@ -21,6 +21,7 @@ from shoal.node.learning.composer import Composer
 from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.run.manifest import Manifest
 from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.sign_collecting import SignCollector
 from shoal.node.sketches.sketching import SketchCollector
 from torch import Tensor
 
@@ -231,6 +232,15 @@ def test_sketches_of_gradients_come_from_all_learners(islands: list[Island]) -> 
     block_alike(simulated, island, 2)
     assert island.collector.steps == 2, "of the swarm's, however many take them"
     same_gradient_sketches(simulated.first, island)
+
+
+def test_signs_come_from_all_learners(islands: list[Island]) -> None:
+    simulated, island = pair(2, 2, islands, owned={0})
+    collector = SignCollector(island.shape, seed=1)
+    simulated.all(lambda learner: setattr(learner, "collector", collector))
+    island.collector = SignCollector(island.shape, seed=2)
+    block_alike(simulated, island, 2)
+    same_signs(simulated.first, island)
 
 
 def test_sketches_of_gradients_do_not_grow_with_the_steps_of_a_block(islands: list[Island]) -> None:

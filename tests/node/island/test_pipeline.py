@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from comparing import same, same_gradient_sketches, same_rows
+from comparing import same, same_gradient_sketches, same_rows, same_signs
 from shoal.node.errors import ConfigError
 from shoal.node.island import leader
 from shoal.node.island.leader import Island
@@ -20,6 +20,7 @@ from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.stages import spans
 from shoal.node.run.manifest import Manifest, ModelSpec
 from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
+from shoal.node.sketches.sign_collecting import SignCollector
 from shoal.node.sketches.sketching import SketchCollector
 
 pytestmark = pytest.mark.timeout(180)
@@ -142,6 +143,14 @@ def test_sketches_of_gradients_come_from_all_stages(owned: set[int], islands: li
         composer.collector = GradientCollector(GradientForm(run_id="r", shape=composer.shape, rank=4))
     step_alike(one, many)
     same_gradient_sketches(one, many)
+
+
+def test_signs_come_from_all_stages(islands: list[Island]) -> None:
+    one, many = pair(manifest_of(), islands, owned={0})
+    for composer in (one, many):
+        composer.collector = SignCollector(composer.shape, seed=1)
+    step_alike(one, many)
+    same_signs(one, many)
 
 
 def test_a_lost_stage_costs_a_batch_and_is_replaced(islands: list[Island], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import torch
 from shoal.kernels.experts import DenseExpert
+from shoal.kernels.sign_sketch import SignSketch
 from shoal.kernels.sketch import RowSketch
 from shoal.kernels.sketch_gradient import expert_gradient
 from shoal.node.run.manifest import Manifest, SketchSpec
@@ -273,3 +274,55 @@ def test_the_correction_is_made_against_what_is_published(curvature: Any) -> Non
     close(grads(expert), tuple(g / 64 for g in corrected))
     uncorrected = expert_gradient(*double, sketch)
     assert float((grads(expert)[1] - uncorrected[1] / 64).norm()) > 0.01 * float(uncorrected[1].norm() / 64)
+
+
+def signs_of(pairs: int = 5) -> SignSketch:
+    return SignSketch.of(torch.randn(2 * WIDTH, HIDDEN), torch.randn(HIDDEN, WIDTH), pairs)
+
+
+def in_intervals(every: int) -> Manifest:
+    return msgspec.structs.replace(manifest_of(), sketch=SketchSpec(kind="signs", gradient_every=every))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_composer_shares_out_what_others_summed_and_a_worker_takes_it_at_once(kind: str) -> None:
+    every, own_tokens = 4, 40 if kind == "composer" else 0
+    owner = owner_of(kind, in_intervals(every))
+    experts = owner.experts_of(1)
+    sent = [[signs_of() for _ in experts] for _ in range(2)]
+    for sender, sketches in zip("ab", sent, strict=True):
+        owner.hear(sender, 1, dict(enumerate(sketches)), tokens=120, step=every)
+    steps = every if own_tokens else 1
+    for step in range(steps + 2):
+        own = [[torch.randn_like(weights) for weights in expert.trained] for expert in experts]
+        for expert, gradients in zip(experts, own, strict=True):
+            for weights, mine in zip(expert.trained, gradients, strict=True):
+                weights.grad = mine.clone() if own_tokens else None
+        owner._set_gradients(own_tokens, [1])
+        for position, expert in enumerate(experts):
+            theirs = [sum(both) / steps for both in zip(*(each[position].dense() for each in sent), strict=True)]
+            for weights, mine, told in zip(expert.trained, own[position], theirs, strict=True):
+                if step < steps:
+                    wanted = (own_tokens * mine + told) / (own_tokens + 240 / steps)
+                    torch.testing.assert_close(weights.grad, wanted)
+                else:
+                    assert (weights.grad is None) == (not own_tokens)
+                    assert weights.grad is None or torch.equal(weights.grad, mine)
+    assert owner.heard_tokens[1, 0] == pytest.approx(240.0)
+    assert not any(shares.of_step() for shares in owner.shares.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_shared_out_goes_with_the_slot_and_can_be_refused(kind: str) -> None:
+    owner = owner_of(kind, in_intervals(4))
+    with pytest.raises(ValueError, match="slot 3"):
+        owner.hear("a", 3, {0: signs_of()}, tokens=120, step=4)
+    lie = SignSketch(signs_of().bits, torch.full((3 * WIDTH,), 1e14, dtype=torch.bfloat16), 5, HIDDEN)
+    with pytest.raises(ValueError, match="a gradient's norm"):
+        owner.hear("a", 1, {0: lie}, tokens=120, step=4)
+    assert not owner.shares
+    assert not owner._sums
+    owner.hear("a", 1, {0: signs_of()}, tokens=120, step=4)
+    owner.release(1)
+    assert not owner.shares
+    assert not owner._sums

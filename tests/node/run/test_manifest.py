@@ -189,6 +189,21 @@ def test_gradient_sketches_that_nobody_could_make(sketch: dict[str, int], standi
         assert verify(sign(FOUNDER, good)) == good
 
 
+def test_sign_sketches_that_nobody_could_make_or_send() -> None:
+    narrow = manifest(standin=StandInSpec(kind="narrow"), sketch=SketchSpec(kind="signs"))
+    with pytest.raises(ManifestError, match="signs sketches need stand-ins as wide as the experts") as caught:
+        sign(FOUNDER, narrow)
+    assert "sketch.kind to rows" in caught.value.fix
+    for size, fits in ((1 << 13, True), (1 << 14, False)):  # 24 and 96 MiB an expert
+        config = preset("small").model.config | {"hidden_size": size, "moe_intermediate_size": size}
+        large = manifest(model=ModelSpec(config=config), sketch=SketchSpec(kind="signs"))
+        if fits:
+            assert verify(sign(FOUNDER, large)) == large
+        else:
+            with pytest.raises(ManifestError, match="more than the 67100672 of a message"):
+                sign(FOUNDER, large)
+
+
 def test_gradient_sketches_of_a_model_that_cannot_be_built() -> None:
     with pytest.raises(ManifestError, match="the model cannot be built"):
         sign(FOUNDER, manifest(model=ModelSpec(config={}), sketch=SketchSpec(kind="gradient")))

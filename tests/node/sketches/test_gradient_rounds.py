@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Iterator
@@ -168,11 +169,11 @@ def test_one_is_due_and_both_bring_and_learn(
     )
     for each in (fast, slow):
         assert each.rounds.intervals.next == each.collector.interval == interval + 1
-        sums = each.peer.ask(lambda c: dict(c._sums))
-        assert {slot for slot, _ in sums} == each.peer.composer.owned
+        shares = each.peer.ask(lambda c: {at: each.of_step() for at, each in copy.deepcopy(c.shares).items()})
+        assert {slot for slot, _ in shares} == each.peer.composer.owned
         # Over the other's tokens: its own are in its own steps.
         steps = 1 if each is fast else EVERY
-        assert {held.tokens for held in sums.values()} == {float(steps * 2 * 16)}
+        assert {share.tokens * share.steps for [share] in shares.values()} == {float(steps * 2 * 16)}
         assert each.counted(Count.SKETCH_ROUNDS)["complete"] >= 4
         assert not each.counted(Count.SKETCHES_LOST)
         told = {(row["kind"], row["direction"]): row["bytes"] for row in each.peer.links.state.snapshot()["bytes"]}
@@ -181,7 +182,9 @@ def test_one_is_due_and_both_bring_and_learn(
         each.collect(1)
         after = [t for slot in sorted(each.peer.composer.owned) for t in _weights(each, slot)]
         assert any(not torch.equal(a, b) for a, b in zip(weights, after, strict=True))
-        assert not each.peer.ask(lambda c: dict(c._sums))  # the step has used them
+        left = each.peer.ask(lambda c: {at: copy.deepcopy(each).of_step() for at, each in c.shares.items()})
+        for at, [share] in shares.items():
+            assert sum(later.left for later in left[at]) == max(0, share.left - 1), "the step has used a share"
 
 
 def _weights(each: Sketching, slot: int) -> list[Tensor]:

@@ -7,11 +7,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from shoal.benchmarks.costs import held_bytes
 from shoal.node.model.init import expert_shape
 from shoal.node.run.manifest import ExpertShape, Manifest, SketchSpec
 from shoal.node.sketches import row_memory
 from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
 from shoal.node.sketches.row_memory import MAX_ROWS, MAX_TOTAL_BYTES, collected_bytes, rows_held
+from shoal.node.sketches.sign_collecting import SignCollector
 from shoal.node.sketches.sketching import SketchCollector
 from sketches import rows
 from tiny import LAYERS, SLOTS, WIDTH, manifest_of
@@ -56,6 +58,13 @@ def test_sums_of_gradients_take_what_was_planned() -> None:
             collector.add(layer, slot, *rows(10), torch.randn(10, WIDTH), torch.randn(10, 2 * WIDTH))
     held = sum(taken.flat.nbytes for taken in collector.take({slot: range(LAYERS) for slot in range(SLOTS)}).values())
     assert held == collected_bytes(manifest)
+    signs = SignCollector(expert_shape(manifest.model), seed=0)
+    signs.begin_step(10)
+    for layer in range(LAYERS):
+        for slot in range(SLOTS):
+            signs.add(layer, slot, *rows(10), torch.randn(10, WIDTH), torch.randn(10, 2 * WIDTH))
+    held = held_bytes(signs.drain())
+    assert held == collected_bytes(msgspec.structs.replace(manifest, sketch=SketchSpec(kind="signs")))
     assert collected_bytes(msgspec.structs.replace(manifest, sketch=SketchSpec(kind="none"))) == 0
 
 

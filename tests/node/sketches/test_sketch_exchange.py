@@ -198,7 +198,7 @@ def test_a_composer_that_waited_too_long_for_an_owner_is_not_refused_for_ever(
         away.setattr(composer.exchange, "owners", dict)
         composer.step(2)
         assert not composer.sender._rates, "of an owner that has gone there is nothing to keep"
-    composer.ask(lambda c: setattr(c.collector, "_steps", c.collector._steps + 5000))  # type: ignore[union-attr]
+    composer.ask(lambda c: c.collector.begin_step(0, 5000))  # type: ignore[union-attr]
     trio.step()
     assert counted(composer.links, "sketches_lost") == {"too-many-steps": SLOTS}
     rows_before = counted(worker.links, "sketch_rows")["in"]
