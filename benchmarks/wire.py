@@ -28,6 +28,7 @@ from ..kernels.codecs import tensor_bytes
 from ..kernels.copies import CopyStandIn
 from ..kernels.formats import FORMATS, decode_expert, encode_expert
 from ..kernels.rows import RowCodec
+from ..kernels.sign_sketch import SignSketch
 from ..kernels.sketch import RowBuffer, RowSketch
 from ..kernels.standin import initial_standin
 from ..node.model.init import backbone_shapes, expert_shape
@@ -123,6 +124,25 @@ def _rows(data: bytes, hidden: int) -> tuple[Tensor, Tensor]:
     return sketch.x.dense(), sketch.dy.dense()
 
 
+def sign_sketches(manifest: Manifest) -> list[Work]:
+    """Of one expert. Those of an interval are made once, and read in every step that takes a share of them."""
+    shape, spec = expert_shape(manifest.model), manifest.sketch
+    numbers = 3 * shape.hidden * shape.width
+    others = numbers * shape.num_layers * shape.num_experts * (1 - 1 / OWNED_PART) if spec.kind == "signs" else 0.0
+    d_gate_up, d_down = torch.randn(2 * shape.width, shape.hidden), torch.randn(shape.hidden, shape.width)
+    make, read = partial(_signs, d_gate_up, d_down), partial(_gradient, shape.hidden, shape.width)
+    data = make()
+    return [Work("sign sketches", numbers, len(data), make, partial(read, data), others / spec.interval, others)]
+
+
+def _signs(d_gate_up: Tensor, d_down: Tensor) -> bytes:
+    return SignSketch.of(d_gate_up, d_down, pairs=1).to_bytes()
+
+
+def _gradient(hidden: int, width: int, data: bytes) -> tuple[Tensor, Tensor]:
+    return SignSketch.from_bytes(data, hidden=hidden, width=width).dense()
+
+
 def standin_deltas(manifest: Manifest) -> list[Work]:
     """Deltas of copies, after as many steps of AdamW at the run's learning rate as lie between two of them."""
     shape, spec, train = expert_shape(manifest.model), manifest.standin, manifest.train
@@ -181,7 +201,7 @@ def whole_experts(manifest: Manifest) -> list[Work]:
 def run(manifest: Manifest, seconds: float, step_seconds: float) -> list[Measured]:
     """Measure everything, each for about `seconds`."""
     found = []
-    for kinds in (backbone_parts, sketch_rows, standin_deltas, whole_experts):
+    for kinds in (backbone_parts, sketch_rows, sign_sketches, standin_deltas, whole_experts):
         for work in kinds(manifest):
             copied = partial(tensor_bytes, torch.randn(work.numbers))
             times = medians(interleaved({"made": work.make, "read": work.read, "copied": copied}, seconds))

@@ -1,27 +1,34 @@
-"""Which kind of sketches a run should use, by what a composer may send: rows while they fit, gradients beyond. Pure.
+"""Which kind of sketches a run should use, by what a composer may send. Pure.
 
     rows       tokens * top-k * layers * (share not owned here) of them a step; each 2 d bytes and a little more
-    gradient   slots * layers vectors an interval, whatever the tokens; each about 3 r (d + f) bytes
+    signs      slots * layers * (share not owned here) an interval, whatever the tokens; each about 3 d f / 8 bytes
+    gradient   slots * layers vectors an interval, likewise; each about 3 r (d + f) bytes
 
 Rows are exact but for the codec, a sample of them is still right on average, and the owner can correct what they say.
-Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. A
-hundredth of them still helped where gradient sketches did not; below that nothing was measured (docs/evidence.md). A
-gradient sketch goes through an all-reduce, which sends an input once and the results of the own part once, so it counts
-twice where it is brought.
+Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. Where
+most would be, signs teach more for each byte, but from nothing, where both do as well; they take two bytes of memory
+for each weight of each expert. A hundredth of the rows still helped where gradient sketches did not; below that nothing
+was measured (docs/evidence.md). A gradient sketch goes through an all-reduce, which sends an input once and the results
+of the own part once, so it counts twice where it is brought.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
 
 from ...kernels.gradient_sketch import largest_rank, sketch_numel
+from ...kernels.sign_sketch import sign_sketch_nbytes, sign_sum_nbytes
 from ...kernels.sketch import row_bytes
 from ..model.init import expert_shape, experts_per_token
 from ..run.manifest import Manifest, SketchSpec
+from .row_memory import MAX_TOTAL_BYTES
 
-LEAST_ROWS = 0.01  # share of the rows that must fit for rows to be chosen
+MANY_ROWS = 0.25  # share of the rows that must fit for rows to be chosen before signs
+LEAST_ROWS = 0.01  # and before gradient sketches
+SHORTEST_INTERVAL = 4  # inner steps between sign sketches; shorter ones taught no more
 LEAST_RANK = 4  # of gradient sketches; intervals are stretched to make room for it
 LONGEST_INTERVAL = 100  # inner steps
 
@@ -49,6 +56,15 @@ class Traffic:
         rows = self.tokens * self.top_k * self.num_layers * (1.0 - self.owned_share)
         return rows * row_bytes(self.hidden, spec.codec)
 
+    def sign_bytes(self) -> float:
+        """That leave a composer in one interval."""
+        experts = self.num_slots * self.num_layers * (1.0 - self.owned_share)
+        return experts * sign_sketch_nbytes(self.hidden, self.width)
+
+    def sign_memory(self) -> float:
+        """Bytes of sums that a composer keeps."""
+        return self.num_slots * self.num_layers * (1.0 - self.owned_share) * sign_sum_nbytes(self.hidden, self.width)
+
     def gradient_bytes(self, rank: int) -> float:
         """That leave a composer in one interval, in int8: twice for slots of others, once as the owner of its own."""
         times = 2.0 * (1.0 - self.owned_share) + self.owned_share
@@ -60,7 +76,7 @@ def choose_sketches(spec: SketchSpec, traffic: Traffic, *, budget_bytes: int, gr
 
     Args:
         budget_bytes: that a composer may send for sketches in one inner step, on average.
-        gradients: whether the run's stand-ins allow gradient sketches; else it is rows, however few.
+        gradients: whether the run's stand-ins allow sketches of gradients; else it is rows, however few.
 
     Raises:
         ValueError: the budget holds neither that share of the rows nor a gradient sketch of any use.
@@ -69,7 +85,12 @@ def choose_sketches(spec: SketchSpec, traffic: Traffic, *, budget_bytes: int, gr
         raise ValueError(f"{budget_bytes} bytes a step hold no sketch")
     if traffic.row_bytes(spec) > budget_bytes:
         spec = min(spec, msgspec.structs.replace(spec, codec="int4"), key=traffic.row_bytes)
-    if not gradients or budget_bytes >= LEAST_ROWS * traffic.row_bytes(spec):
+    share = budget_bytes / traffic.row_bytes(spec)
+    interval = max(SHORTEST_INTERVAL, math.ceil(traffic.sign_bytes() / budget_bytes))
+    few = gradients and share < MANY_ROWS
+    if few and interval <= spec.gradient_every and traffic.sign_memory() <= MAX_TOTAL_BYTES:
+        return msgspec.structs.replace(spec, kind="signs", budget_bytes=0, gradient_every=interval)
+    if not gradients or share >= LEAST_ROWS:
         return msgspec.structs.replace(spec, kind="rows", budget_bytes=budget_bytes * spec.every)
     useful = min(LEAST_RANK, largest_rank(traffic.hidden, traffic.width))
     steps = max(spec.gradient_every, -(-int(traffic.gradient_bytes(useful)) // budget_bytes))

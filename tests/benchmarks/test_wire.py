@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from shoal.benchmarks.step import of_preset
-from shoal.benchmarks.wire import backbone_parts, main, sketch_rows, standin_deltas
+from shoal.benchmarks.wire import backbone_parts, main, sign_sketches, sketch_rows, standin_deltas
 from shoal.node.run.manifest import Manifest, with_settings
 
 HIDDEN, LAYERS, EXPERTS, TOP_K, WIDTH = 64, 3, 16, 2, 64
@@ -32,6 +32,14 @@ def test_numbers_of_a_step() -> None:
     every, seldom = (backbone_parts(tiny(f"outer.every_steps={steps}")) for steps in (1, 8))
     assert {work.name for work in every if work.made_a_step} == {"backbone, float16"}
     assert sum(work.made_a_step for work in every) == 8 * sum(work.made_a_step for work in seldom)
+
+
+def test_signs_are_made_once_in_an_interval_and_read_in_every_step() -> None:
+    assert [work.made_a_step for work in sign_sketches(tiny())] == [0.0]
+    [work] = sign_sketches(tiny("sketch.kind=signs", "sketch.gradient_every=8"))
+    others = 3 * HIDDEN * WIDTH * LAYERS * EXPERTS * 7 / 8
+    assert (work.made_a_step, work.read_a_step) == (others / 8, others)
+    assert work.nbytes == 3 * WIDTH * (HIDDEN / 8 + 2) + 16
 
 
 def test_the_whole_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

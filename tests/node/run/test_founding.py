@@ -187,12 +187,14 @@ def test_found_chooses_sketches_by_what_may_be_sent(
     monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(manifest.sketch) or 0)
     assert cli.main(["found", "--sketch-budget", "200000"]) == 0
     assert (seen[-1].kind, seen[-1].budget_bytes) == ("rows", 200_000)
-    assert cli.main(["found", "--sketch-budget", "4000"]) == 0  # of 430 kB
-    assert (seen[-1].kind, seen[-1].rank, seen[-1].gradient_every, seen[-1].budget_bytes) == ("gradient", 4, 44, 0)
-    assert cli.main(["found", "--sketch-budget", "4000", "--set", "sketch.rank=8"]) == 0
+    assert cli.main(["found", "--sketch-budget", "10000"]) == 0  # of 430 kB
+    assert (seen[-1].kind, seen[-1].gradient_every, seen[-1].budget_bytes) == ("signs", 10, 0)
+    assert cli.main(["found", "--sketch-budget", "3000"]) == 0
+    assert (seen[-1].kind, seen[-1].rank, seen[-1].gradient_every, seen[-1].budget_bytes) == ("gradient", 4, 58, 0)
+    assert cli.main(["found", "--sketch-budget", "3000", "--set", "sketch.rank=8"]) == 0
     assert (seen[-1].kind, seen[-1].rank) == ("gradient", 8)
-    assert cli.main(["found", "--sketch-budget", "4000", "--set", "standin.kind=narrow"]) == 0
-    assert (seen[-1].kind, seen[-1].budget_bytes) == ("rows", 4_000)
+    assert cli.main(["found", "--sketch-budget", "3000", "--set", "standin.kind=narrow"]) == 0
+    assert (seen[-1].kind, seen[-1].budget_bytes) == ("rows", 3_000)
     assert cli.main(["found", "--sketch-budget", "10"]) == 2
     err = capsys.readouterr().err
     assert "rank 4 need" in err
