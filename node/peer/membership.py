@@ -145,11 +145,15 @@ class Membership:
         while True:
             changed = self._links.news.next_change()
             now, interval = self._links.loop.time(), self._links.record_seconds / 5
-            if now >= next_announcement or self._links.state.phase != phase:
+            if self._links.state.phase != phase:
                 phase = self._links.state.phase
                 next_announcement = now + interval
                 await self.announce()
                 await self._links.read_directory()
+            elif now >= next_announcement:
+                next_announcement = now + interval
+                await self._links.read_directory()  # first: our next record would hide one that a copy of us put there
+                await self.announce()
             if now >= next_manifest:
                 next_manifest = now + MANIFEST_EVERY_SECONDS
                 self._links.spawn(self._keep_manifest())

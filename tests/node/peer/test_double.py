@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
 from loopback import loopback
 from shoal.node.errors import IdentityInUse
+from shoal.node.peer.links import Links
 from shoal.node.watching.state import Phase
 from shoal.protocol.directory.records import seal_record
 from tiny import manifest_of
@@ -33,3 +36,25 @@ def test_two_peers_with_one_key_do_not_go_unnoticed(tmp_path: Path) -> None:
             links.state.enter(phase)
             with pytest.raises(IdentityInUse, match="is a copy"):
                 links.check()
+
+
+def test_a_copy_is_seen_in_the_directory_by_a_peer_that_reads_it_for_nothing_else(tmp_path: Path) -> None:
+    """Gossip does not bring it: py-libp2p takes what comes in its own name for its own."""
+    with loopback(tmp_path, manifest_of(), 1) as swarm:
+        links = swarm.peers[0].links
+        (tmp_path / "copy").mkdir()
+        shutil.copy(tmp_path / "0" / "identity.key", tmp_path / "copy")
+
+        async def speak_as_often(copy: Links) -> None:
+            while True:
+                await asyncio.sleep(copy.record_seconds / 5)
+                mine, now = links.view().peers[links.peer_id], links.clock()
+                said = msgspec.structs.replace(mine, issued_at=now, expires_at=now + copy.record_seconds)
+                await copy.directory.put(said)
+
+        with swarm.observer(tmp_path / "copy") as copy:
+            assert copy.peer_id == links.peer_id
+            copy.record_seconds = links.record_seconds = 5.0
+            swarm.network.loop.call_soon_threadsafe(copy.spawn, speak_as_often(copy))
+            swarm.until(lambda: links.state.snapshot()["last_error"], "it says so")
+            assert links.state.snapshot()["last_error"]["code"] == "SHOAL-225"
