@@ -139,10 +139,10 @@ class Membership:
         self._links.news.changed()
 
     async def run(self) -> None:
-        """Until cancelled: announce, keep connections and the manifest up, show what is seen."""
+        """Until the peer has stopped: announce, keep connections and the manifest up, show what is seen."""
         next_manifest, next_announcement, next_meeting = 0.0, 0.0, 0.0
         phase = None
-        while True:
+        while self._links.state.phase is not Phase.STOPPED:  # that it leaves was told; nobody is there to tell more
             changed = self._links.news.next_change()
             now, interval = self._links.loop.time(), self._links.record_seconds / 5
             if self._links.state.phase != phase:

@@ -9,10 +9,15 @@ from pathlib import Path
 import msgspec
 import pytest
 from loopback import loopback
-from shoal.node.errors import IdentityInUse
+from shoal.node.config import PeerConfig
+from shoal.node.errors import IdentityInUse, RunNotFound
 from shoal.node.peer.links import Links
+from shoal.node.peer.peer import run_peer
+from shoal.node.run.invite import Invite
 from shoal.node.watching.state import Phase
+from shoal.protocol.addresses import Address
 from shoal.protocol.directory.records import seal_record
+from shoal.protocol.identity import Identity
 from tiny import manifest_of
 
 
@@ -36,6 +41,25 @@ def test_two_peers_with_one_key_do_not_go_unnoticed(tmp_path: Path) -> None:
             links.state.enter(phase)
             with pytest.raises(IdentityInUse, match="is a copy"):
                 links.check()
+
+
+def test_who_joins_by_an_invite_to_itself_is_told(tmp_path: Path) -> None:
+    """A founder's command mistaken, or a founder's key copied."""
+    identity = Identity.load_or_create(tmp_path / "identity.key")
+    invite = Invite(addresses=(Address.of_host("127.0.0.1", 4001, identity.peer_id),), run_id="r-0123456789ab")
+    config = PeerConfig(
+        invite=str(invite), data_dir=tmp_path, role="observer", host="127.0.0.1", http_port=0, join_seconds=1.0
+    )
+    with pytest.raises(RunNotFound, match="leads to this peer itself"):
+        run_peer(config, None)
+
+
+def test_who_has_left_says_nothing_more(tmp_path: Path) -> None:
+    with loopback(tmp_path, manifest_of(), 1) as swarm:
+        member = swarm.peers[0].member
+        assert member is not None
+        swarm.peers[0].links.state.enter(Phase.STOPPED)
+        swarm.call(member.run())
 
 
 def test_a_copy_is_seen_in_the_directory_by_a_peer_that_reads_it_for_nothing_else(tmp_path: Path) -> None:
