@@ -139,17 +139,21 @@ class Membership:
         self._links.news.changed()
 
     async def run(self) -> None:
-        """Until cancelled: announce, keep connections and the manifest up, show what is seen."""
+        """Until the peer has stopped: announce, keep connections and the manifest up, show what is seen."""
         next_manifest, next_announcement, next_meeting = 0.0, 0.0, 0.0
         phase = None
-        while True:
+        while self._links.state.phase is not Phase.STOPPED:  # that it leaves was told; nobody is there to tell more
             changed = self._links.news.next_change()
             now, interval = self._links.loop.time(), self._links.record_seconds / 5
-            if now >= next_announcement or self._links.state.phase != phase:
+            if self._links.state.phase != phase:
                 phase = self._links.state.phase
                 next_announcement = now + interval
                 await self.announce()
                 await self._links.read_directory()
+            elif now >= next_announcement:
+                next_announcement = now + interval
+                await self._links.read_directory()  # first: our next record would hide one that a copy of us put there
+                await self.announce()
             if now >= next_manifest:
                 next_manifest = now + MANIFEST_EVERY_SECONDS
                 self._links.spawn(self._keep_manifest())

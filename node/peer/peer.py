@@ -154,7 +154,7 @@ class _Peer:
         )
         logs.adopt_third_parties()
         try:
-            run = founded or self._fetch_manifest(dht, run_id)
+            run = founded or self._fetch_manifest(dht, run_id, invited)
             state.identify(run_id=run.run_id)
             keep_manifest(config.data_dir, run.run_id, run.signed)
             state.enter(Phase.JOINING, "loading what its role takes")
@@ -214,7 +214,7 @@ class _Peer:
             return known
         return read_signed(sign(self.identity, manifest))
 
-    def _fetch_manifest(self, dht: hivemind.DHT, run_id: str) -> Run:
+    def _fetch_manifest(self, dht: hivemind.DHT, run_id: str, invited: list[str]) -> Run:
         """Ask the DHT until the run's manifest comes; everything in it is checked before it is believed."""
         self.state.enter(Phase.JOINING, "fetching the manifest")
 
@@ -226,6 +226,11 @@ class _Peer:
                 if signed is not None:
                     return signed
                 await asyncio.sleep(IDLE_SECONDS)
+            if all(address.endswith(f"/p2p/{self.identity.peer_id}") for address in invited):
+                raise RunNotFound(
+                    f"the invite leads to this peer itself: the key that it names is in {self.config.data_dir}",
+                    fix="if this peer founded the run, start it by `shoal found`; if not, give a --data-dir of its own",
+                )
             raise RunNotFound(
                 f"the peers at the invite's addresses do not know the run {run_id}",
                 fix="check the invite; if the run is over or its peers are all gone, ask its founder for a new one",

@@ -215,7 +215,9 @@ class WorkerPeer:
             seconds = time.time() - psutil.Process().create_time()
             log.info("worker.useful", seconds_since_start=round(seconds, 2))
         elif self.state.phase is Phase.READY:
-            self.state.enter(Phase.READY, f"{len(self.keeper.held)} experts are here, room for {self.keeper.capacity}")
+            here = f"{len(self.keeper.held)} experts are here, room for {self.keeper.capacity}"
+            waits = "" if self.links.active_composers(waiting=True) else "; waits for a composer"
+            self.state.enter(Phase.READY, here + waits)
 
     async def _leave(self) -> None:
         """Drain: stop stepping, hand over, write down what nobody took."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
@@ -74,7 +74,7 @@ class CopyStore:
         self._saved = dict(saved)
         self._published: dict[int, StandInSnapshot] = {}
         self._refreshing: dict[int, asyncio.Task[None]] = {}
-        self.held: dict[int, Copy] = {slot: snapshot.copy for slot, snapshot in saved.items()}
+        self.held: dict[int, Copy] = {slot: replace(snapshot.copy, mine=True) for slot, snapshot in saved.items()}
 
     def refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
         """Fetch a newer copy and keep it, beside whatever else happens to the slot. Nothing if that is under way."""

@@ -186,7 +186,8 @@ class SlotKeeper(Generic[Owner]):
             try:
                 await work
             except (FetchFailed, PeerUnreachable, Refused, SeedMissing, TransportError, ValueError, OSError) as error:
-                log.warning("slot.attempt_failed", slot=slot, error=str(error))
+                waits = isinstance(error, Refused) and error.reason == "no-composer"  # as the worker's phase says
+                (log.debug if waits else log.warning)("slot.attempt_failed", slot=slot, error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
             finally:
                 self._busy.discard(slot)

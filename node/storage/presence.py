@@ -74,13 +74,18 @@ def find_peer(data_dir: Path) -> str:
     """The URL of the peer that runs on `data_dir`.
 
     Raises:
-        NoPeerHere: none does, or it died without taking its `peer.json` back.
+        NoPeerHere: none does, or it died without taking its `peer.json` back, or that is not ours to know.
     """
     path = data_dir / "peer.json"
     try:
         said = json.loads(path.read_text())
         url, pid = str(said["url"]), int(said["pid"])
-    except OSError:  # there is none, or `data_dir` is no folder, or is not ours to read
+    except PermissionError as error:
+        raise NoPeerHere(
+            f"cannot look into {error.filename}: {error.strerror}",
+            fix="ask as the user that the peer runs as, or name its URL",
+        ) from None
+    except OSError:  # there is none, or `data_dir` is no folder
         raise NoPeerHere(f"no peer runs on {data_dir}", fix="start one, or name its --data-dir or its URL") from None
     except (ValueError, KeyError, TypeError) as error:
         raise NoPeerHere(f"{path} is damaged: {error}", fix="delete it and start the peer again") from None

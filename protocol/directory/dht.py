@@ -219,10 +219,17 @@ def start_dht(
 def visible_addresses(dht: hivemind.DHT, *, timeout_seconds: float = 60.0) -> list[str]:
     """Multiaddrs with /p2p/ at which others may dial this node: farthest reaching first, loopback only if nothing else.
 
-    Blocks. Raises DirectoryError if the DHT process does not answer.
+    Blocks. Raises DirectoryError if there are none, or if the DHT process does not answer.
     """
     addresses = []
-    for multiaddr in _ask(dht, _read_addresses, timeout_seconds):
+    try:
+        told = _ask(dht, _read_addresses, timeout_seconds)
+    except ValueError as error:  # hivemind's: IPv6 alone was to be listened at, and is switched off
+        raise DirectoryError(
+            "the node listens where nobody can dial it: this machine has no address of that kind",
+            fix="listen at an address that this machine has",
+        ) from error
+    for multiaddr in told:
         try:
             addresses.append(Address.parse(multiaddr))
         except ValueError:

@@ -5,7 +5,8 @@ off from all copies must lose to who went on from one, whatever their ids. Of tw
 smaller peer id (view.py). A peer that sees a claim win over its own is deposed and stops at once.
 
 **Cut off.** Where an owner and its standbys are on one side of a split, the other side restarts its slots. The owner,
-whose state is the better one, sees that by the epoch and claims its slot back above it; who restarted it yields.
+whose state is the better one, sees that by the epoch and claims its slot back above it; who restarted it yields. So
+does an owner that was down meanwhile, as long as its checkpoint is ahead of what was restarted.
 
 **Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
 abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
@@ -38,6 +39,7 @@ class Copy:
 
     epoch: int
     version: int
+    mine: bool = False  # this peer's checkpoint has it: it owned the slot then
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,8 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
                 copy = situation.copies.get(slot)
                 epoch = claim.epoch + (1 if copy is None else COPY_RAISE)
                 orphans.append(TakeOver(slot, epoch, copy, sources))
+        elif claim.owner != watch.me and room > 0 and _behind(claim, situation.copies.get(slot)):
+            orphans.append(TakeOver(slot, claim.epoch + COPY_RAISE, situation.copies[slot], ()))
         elif claim.owner != watch.me:
             wanted = watch.wanted_since.get(slot)
             patience = 0.0 if claim.owner in situation.leaving else rules.settle
@@ -286,6 +290,14 @@ def _lost_to(claim: LeaseClaim, situation: Situation, slot: int) -> Yield | Recl
     if claim.epoch == situation.held[slot] + 1 and situation.capacity and epoch <= MAX_EPOCH:
         return Reclaim(slot, claim.owner, epoch)
     return Yield(slot, claim.owner, claim.epoch)
+
+
+def _behind(claim: LeaseClaim, copy: Copy | None) -> bool:
+    """Whether others restarted the slot while this peer, its owner, was away, and are not as far as its checkpoint.
+
+    Who had never heard of the slot claims it at epoch 1 again; else a restart is one above.
+    """
+    return copy is not None and copy.mine and claim.epoch - copy.epoch in (0, 1) and claim.version < copy.version
 
 
 def _abandoned(watch: Watch, situation: Situation, slot: int, claim: LeaseClaim) -> bool:

@@ -231,6 +231,22 @@ def test_a_dead_peer_is_not_taken_for_a_running_one(tmp_path: Path, capsys: pyte
     assert "damaged" in capsys.readouterr().err
 
 
+def test_a_data_directory_that_may_not_be_read_is_not_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "peer.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "pid": os.getpid()}))
+    tmp_path.chmod(0)
+    program = "import sys\nfrom shoal.node.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "status", "--data-dir", str(tmp_path)]
+    if os.geteuid() == 0:  # who may read everything
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        tmp_path.chmod(0o700)
+    assert done.returncode == 1
+    assert "Permission denied" in done.stderr
+    assert "as the user that the peer runs as" in done.stderr
+
+
 def test_one_peer_per_data_dir(tmp_path: Path) -> None:
     with hold_data_dir(tmp_path / "p"):
         with pytest.raises(IdentityInUse), hold_data_dir(tmp_path / "p"):

@@ -50,7 +50,7 @@ def test_a_copy_comes_back_and_a_newer_one_takes_its_place(tmp_path: Path) -> No
 def test_what_a_checkpoint_had_is_held_until_something_newer_comes(tmp_path: Path) -> None:
     async def work() -> None:
         store = CopyStore(tmp_path, {2: snapshot(4), 5: snapshot(1)})
-        assert store.held == {2: Copy(4, 3), 5: Copy(1, 3)}
+        assert store.held == {2: Copy(4, 3, mine=True), 5: Copy(1, 3, mine=True)}
         assert equal(await store.load(2), snapshot(4))
         await store.store(2, snapshot(6))
         assert equal(await store.load(2), snapshot(6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from loopback_workers import by_layer, counted, same, without_published, worked_manifest, working
 from shoal.protocol.experts.ownership import COPY_RAISE
 from tiny import LAYERS, SLOTS
@@ -111,3 +112,21 @@ def test_a_worker_that_comes_back_has_what_it_wrote_down(tmp_path: Path) -> None
         for slot, epoch in again.held.items():
             assert epoch > epochs[slot]
             assert same(by_layer(again.ask(lambda w, s=slot: w.snapshot(s)), slot, epoch), state[slot])
+
+
+def test_a_worker_that_is_there_before_any_composer_says_what_it_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with working(tmp_path, worked_manifest(), 0) as it:
+        worker = it.join("early")
+        tries = []
+        rebuild = worker.peer.keeper._rebuild
+
+        async def counted_rebuild(slot: int) -> Any:
+            tries.append(slot)
+            return await rebuild(slot)
+
+        worker.peer.keeper._rebuild = counted_rebuild  # type: ignore[method-assign]
+        it.swarm.until(lambda: len(tries) > SLOTS, "it has tried again")
+        assert "waits for a composer" in worker.links.state.snapshot()["phase_detail"]
+        assert "slot.attempt_failed" not in caplog.text

@@ -256,6 +256,22 @@ def test_a_restarted_owner_takes_its_own_slot_back_at_once() -> None:
     assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 7, copy, ())]
 
 
+@pytest.mark.parametrize("epoch", [5, 6])  # of whoever had never heard of it, or had but found no copy
+def test_an_owner_that_was_down_goes_on_above_a_restart_that_is_not_as_far(epoch: int) -> None:
+    desired = [["b", "z"]]
+    back = watching("z", 100.0, {0: claimed("b", epoch, 30, 200.0)}, desired)
+    mine = Copy(5, 40, mine=True)
+    now = situation(100.0, desired, copies={0: mine})
+    assert decide(back, now, RULES) == [TakeOver(0, epoch + 2, mine, ())]
+    follow = [] if epoch == 5 else [KeepStandby(0, "b", 6, 30)]
+    assert decide(back, replace(now, copies={0: Copy(5, 40)}), RULES) == follow  # a standby's: its owner goes on
+    assert decide(back, replace(now, capacity=0), RULES) == follow
+    further = watching("z", 100.0, {0: claimed("b", epoch, 40, 200.0)}, desired)
+    assert not any(isinstance(action, TakeOver) for action in decide(further, now, RULES))
+    from_a_copy = watching("z", 100.0, {0: claimed("b", 7, 30, 200.0)}, desired)
+    assert decide(from_a_copy, now, RULES) == [KeepStandby(0, "b", 7, 30)]
+
+
 def test_standbys_follow_and_forget() -> None:
     claim = claimed("a", 2, 50, 1e9)
     watch = watching("b", 100.0, {0: claim}, [["a", "b"]])
