@@ -92,6 +92,8 @@ def train(arguments: argparse.Namespace, folder: Path, console: Console) -> tupl
     demo = Demo(arguments, folder, console)
     try:
         found = ["found", "--preset", arguments.preset, "--name", "bench", "--steps", str(arguments.steps)]
+        if arguments.seed is not None:
+            found += ["--seed", str(arguments.seed)]
         for setting in arguments.set:
             found += ["--set", setting]
         founder = demo.start("bootstrap", [*found, "--min-composers", str(arguments.composers)])
@@ -152,9 +154,18 @@ def main() -> None:
     parser.add_argument("--preset", default="bench")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per peer")
-    parser.add_argument("--baselines", default="centralized,lone", help="comma-separated methods of `bench quality`")
+    parser.add_argument(
+        "--seed", type=Path, default=None, help="folder of a checkpoint to go on from, as `found` takes it"
+    )
+    parser.add_argument(
+        "--baselines", default=None, help="comma-separated methods of `bench quality`; none from a seed"
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder for swarm.md and swarm.json")
     arguments = parser.parse_args()
+    if arguments.seed is not None and arguments.baselines:
+        parser.error("baselines begin with nothing: take them or --seed")
+    if arguments.baselines is None:
+        arguments.baselines = "" if arguments.seed else "centralized,lone"
     torch.set_num_threads(arguments.threads)
     console = Console()
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:

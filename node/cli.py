@@ -115,8 +115,8 @@ def found(
         How many Mixture-of-Experts layers, counted from the input, are not shared out: every composer holds all their
         experts in full, which takes memory, and no activations of these layers leave a composer.
     sketch_budget:
-        How much a composer may send in one training step to teach the experts of others. If a hundredth of what there
-        is to say fits, it is said row by row, else in sums of gradients: docs/sketches.md. By default all rows.
+        How much a composer may send in one training step to teach the experts of others. As long as enough of it fits,
+        that is said row by row, else in sums of gradients: docs/sketches.md. By default all rows.
     set_:
         Any other fact of the manifest, in place of the preset's: `--set sketch.budget_bytes=200000`,
         `--set standin.kind=narrow`. May be given several times; docs/sketches.md lists those of sketches.

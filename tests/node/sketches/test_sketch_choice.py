@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from shoal.kernels.gradient_sketch import Projections, sketch_numel
+from shoal.kernels.sign_sketch import sign_sketch_nbytes
 from shoal.kernels.sketch import row_bytes
 from shoal.node.run.manifest import SketchSpec
 from shoal.node.sketches.sketch_choice import (
@@ -34,6 +35,8 @@ def test_the_large_model_costs_what_the_design_says() -> None:
     assert LARGE.row_bytes(SketchSpec()) / LARGE.tokens == pytest.approx(1.4e6, rel=0.02)
     assert sketch_numel(2048, 768, 16) == pytest.approx(150e3, rel=0.1)
     assert sketch_numel(2048, 768, 16) == pytest.approx(3 * 16 * (2048 + 768), rel=0.05)
+    assert sign_sketch_nbytes(2048, 768) == pytest.approx(594e3, rel=0.001)
+    assert sign_sketch_nbytes(2048, 768) == pytest.approx(273 * row_bytes(2048, "int4", weighted=False), rel=0.01)
 
 
 def test_the_large_model_takes_rows_on_a_local_network_and_gradients_on_an_uplink() -> None:
