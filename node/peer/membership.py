@@ -186,9 +186,11 @@ class Membership:
     def _connect_to_strangers(self) -> None:
         connected = self._links.transport.connected_peers()
         peers = self._links.view().peers
-        for peer in self._kept - peers.keys():
-            self._kept.discard(peer)
-            self._links.spawn(self._hang_up(peer))
+        # By a clock that has jumped all records have run out, and those who could tell so must still be heard.
+        if self._links.directory.clocks.right(self._links.record_seconds):
+            for peer in self._kept - peers.keys():
+                self._kept.discard(peer)
+                self._links.spawn(self._hang_up(peer))
         for peer, record in peers.items():
             if len(connected) + len(self._dialling) >= MAX_NEIGHBOURS:
                 return

@@ -44,6 +44,7 @@ def test_a_worker_learns_from_averaged_gradients_and_from_a_latecomers_too(swarm
     for composer in (first, second):
         assert traffic(composer)["delta-batch", "in"] > 0
         # What a member sends is its input and the results of its share; in int8 a slot's vector has 21504 bytes.
-        tried = sum(composer.status()["sketch_rounds"].values())
-        assert 20_000 * rounds(composer) < traffic(composer)["gradient-sketch", "out"] < 35_000 * tried
+        complete, sent = rounds(composer), traffic(composer)["gradient-sketch", "out"]
+        tried = sum(composer.status()["sketch_rounds"].values())  # asked last: rounds go on meanwhile
+        assert 20_000 * complete < sent < 35_000 * tried
         assert not composer.last["slots"]["owned"]
