@@ -6,10 +6,10 @@
 
 Rows are exact but for the codec, a sample of them is still right on average, and the owner can correct what they say.
 Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. Where
-most would be, signs teach more for each byte, but from nothing, where both do as well; they take two bytes of memory
-for each weight of each expert. A hundredth of the rows still helped where gradient sketches did not; below that nothing
-was measured (docs/evidence.md). A gradient sketch goes through an all-reduce, which sends an input once and the results
-of the own part once, so it counts twice where it is brought.
+most would be, signs teach more for each byte, if they are not late: rows are corrected for that. They take two bytes of
+memory for each weight of each expert. A hundredth of the rows still helped where gradient sketches did not; below that
+nothing was measured (docs/evidence.md). A gradient sketch goes through an all-reduce, which sends an input once and the
+results of the own part once, so it counts twice where it is brought.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..model.init import expert_shape, experts_per_token
 from ..run.manifest import Manifest, SketchSpec
 from .row_memory import MAX_TOTAL_BYTES
 
-MANY_ROWS = 0.25  # share of the rows that must fit for rows to be chosen before signs
+MANY_ROWS = 0.1  # share of the rows that must fit for rows to be chosen before signs
 LEAST_ROWS = 0.01  # and before gradient sketches
 SHORTEST_INTERVAL = 4  # inner steps between sign sketches; shorter ones taught no more
 LEAST_RANK = 4  # of gradient sketches; intervals are stretched to make room for it
