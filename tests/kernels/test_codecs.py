@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from shoal.kernels.codecs import LARGEST_CODE, Int8Rows, quantise_rows
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -19,16 +18,6 @@ from shoal.kernels.sketch_gradient import expert_gradient
 from torch import Tensor
 
 Weights = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def weights(width: int, hidden: int) -> Weights:

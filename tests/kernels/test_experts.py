@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,17 +14,6 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    """New inputs on every run; a failure prints the seed that repeats it."""
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 class Frozen:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,16 +16,6 @@ from shoal.kernels.ternary import TernaryExpert
 from torch import Tensor
 
 formats = pytest.mark.parametrize("fmt", FORMATS)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def weights(hidden: int, width: int) -> tuple[Tensor, Tensor]:

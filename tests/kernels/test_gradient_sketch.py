@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,16 +14,6 @@ from shoal.kernels.routed import apply_experts
 from torch import Tensor
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def random_rows(num: int, hidden: int, width: int, dtype: torch.dtype = torch.float32) -> Rows:

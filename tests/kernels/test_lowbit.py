@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import struct
 import zlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,16 +15,6 @@ from shoal.kernels.experts import DenseExpert, run_expert
 from shoal.kernels.interface import MARK_BYTES
 from shoal.kernels.lowbit import STICKY, LowbitStandIn
 from shoal.kernels.replay import ReplayBuffer
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def new_expert(hidden: int, width: int) -> DenseExpert:

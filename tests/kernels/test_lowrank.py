@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from shoal.kernels.codecs import LARGEST_CODE, Int8Rows
 from shoal.kernels.lowrank import MAX_RANK, Factors, factor, factors_nbytes
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def random_factors(rows: int, columns: int, rank: int) -> Factors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,16 +13,6 @@ from shoal.kernels.lowrank import Factors
 from shoal.kernels.narrow import NarrowPublisher, NarrowStandIn
 from shoal.kernels.replay import ReplayBuffer
 from torch import Tensor
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def new_expert(hidden: int, width: int) -> DenseExpert:

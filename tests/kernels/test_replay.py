@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from shoal.kernels.replay import HOLD_OUT_EVERY, ReplayBuffer
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def test_replay_keeps_the_latest_rows_and_never_mixes_the_held_out() -> None:

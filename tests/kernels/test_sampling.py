@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,16 +18,6 @@ from shoal.kernels.sketch_gradient import expert_gradient
 from torch import Tensor
 
 LIMIT = 6.0  # standard errors
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def standard_errors(draws_RK: Tensor, want_K: Tensor) -> float:

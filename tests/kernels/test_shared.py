@@ -14,15 +14,6 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    random.seed(value)
-    return value
-
-
 def weights(hidden: int = 24, width: int = 16) -> Pair:
     return torch.randn(2 * width, hidden) / hidden**0.5, torch.randn(hidden, width) / width**0.5
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterator
 
 import pytest
 import torch
 from shoal.kernels.sign_sketch import LARGEST_SCALE, SignSketch, SignSum, sign_sketch_nbytes, sign_sum_nbytes
 from torch import Tensor
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def generator() -> torch.Generator:

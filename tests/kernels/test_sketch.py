@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,16 +30,6 @@ from torch import Tensor
 CODEC_STEP = {"int8": 1.02 / 254, "float16": 1.02 / 2048, "int4": 1.02 / 14}
 # Relative error of a gradient after int8, in norm, at most: 1.1% come of it at rows of 64 normal values, 1.5% at 2048.
 INT8_ERROR = 0.02
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def weights(width: int, hidden: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,16 +28,6 @@ from shoal.kernels.standin import (
 from torch import Tensor
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def new_expert(hidden: int | None = None, full: int | None = None) -> DenseExpert:

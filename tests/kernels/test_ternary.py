@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,16 +23,6 @@ from shoal.kernels.ternary import (
     unpack_trits,
 )
 from torch import Tensor
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def matrix(rows: int | None = None, columns: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:

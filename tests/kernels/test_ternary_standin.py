@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import struct
 import zlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,16 +15,6 @@ from shoal.kernels.routed import apply_experts
 from shoal.kernels.standin import KINDS, initial_standin, make_publisher, standin_from_bytes
 from shoal.kernels.ternary import TernaryExpert, ternarise
 from shoal.kernels.ternary_standin import TernaryStandIn
-
-
-@pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
-    value = random.SystemRandom().randrange(1 << 32)
-    print(f"seed {value}")
-    with torch.random.fork_rng():
-        torch.manual_seed(value)
-        random.seed(value)
-        yield value
 
 
 def new_expert(hidden: int | None = None, width: int | None = None) -> TernaryExpert:
