@@ -12,16 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.sign_sketch import SignSketch
-from ..kernels.sketch import RowSketch
 from ..node.learning.composer import Composer
 from ..node.learning.owning import ExpertOwner
-from ..node.run.manifest import ExpertShape, Manifest
+from ..node.run.manifest import Manifest
 from ..node.sketches.gradient_collecting import CollectedGradient, GradientCollector, GradientForm
 from ..node.sketches.sign_collecting import SignCollector
-from ..node.sketches.sketching import Sketch, SketchCollector
+from ..node.sketches.sketching import Sketch, SketchCollector, reader_of
 
-MAX_ROWS = 1 << 16  # of one expert in one sketch
 GRADIENT_BYTES = 2  # a number, at float16's width
 
 
@@ -64,10 +61,10 @@ class DirectDelivery:
 
     def __init__(self, manifest: Manifest, composers: Sequence[Composer], owners: Mapping[int, ExpertOwner]) -> None:
         self.every = manifest.sketch.interval
-        self._owners, self._signs = owners, manifest.sketch.kind == "signs"
+        self._owners, self._read = owners, reader_of(manifest.sketch, composers[0].shape)
         self._collectors = [
             SignCollector(composer.shape, seed=i)
-            if self._signs
+            if manifest.sketch.kind == "signs"
             else SketchCollector(manifest.sketch, composer.shape, seed=i)
             for i, composer in enumerate(composers)
         ]
@@ -84,16 +81,11 @@ class DirectDelivery:
             for slot, collected in collector.take(dict.fromkeys(slots, 1.0)).items():
                 wire = [sketch.to_bytes() for sketch in collected.layers]
                 sent += sum(map(len, wire))
-                sketches = {layer: self._read(data, composer.shape) for layer, data in enumerate(wire)}
+                sketches = {layer: self._read(data) for layer, data in enumerate(wire)}
                 under_way.append(
                     SentSketches(self._owners[slot], str(i), slot, sketches, collected.tokens, composer.step)
                 )
         return sent, under_way
-
-    def _read(self, data: bytes, shape: ExpertShape) -> Sketch:
-        if self._signs:
-            return SignSketch.from_bytes(data, hidden=shape.hidden, width=shape.width)
-        return RowSketch.from_bytes(data, hidden=shape.hidden, max_rows=MAX_ROWS)
 
 
 class GradientDelivery:

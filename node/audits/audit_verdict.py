@@ -30,7 +30,7 @@ from ..learning.optimizer import checked_state, experts_group, put_state, set_ra
 from ..learning.worker import CLIP_EPSILON, Worker
 from ..model.init import expert_shape
 from ..run.manifest import Manifest
-from ..sketches.sketch_receiving import MAX_ROWS
+from ..sketches.sketching import MAX_ROWS
 from ..slots.slot_state import SlotTensors, under
 from ..storage.blobs import from_bytes
 

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from typing import Generic
 
-from ...kernels.sign_sketch import SignSketch
-from ...kernels.sketch import RowSketch
 from ...protocol import messages
 from ...protocol.envelope import ENVELOPE_OVERHEAD, open_sealed
 from ...protocol.errors import BadSignature, Refused
@@ -26,13 +22,12 @@ from ..peer.links import Links
 from ..slots.keeper import SlotKeeper
 from ..standins.publishing import Publishing
 from ..watching.state import Count
-from .sketching import Sketch
+from .sketching import Sketch, reader_of
 
 log = get_logger(__name__)
 
 
 QUEUE_BYTES = 64 * 1024 * 1024
-MAX_ROWS = 1 << 16  # of one expert in one sketch
 
 
 class SketchReceiver(Generic[Owner]):
@@ -53,10 +48,7 @@ class SketchReceiver(Generic[Owner]):
             max_age=manifest.sketch.max_age,
             max_tokens_per_step=manifest.train.batch_size * manifest.data.context_length,
         )
-        shape = owner.shape
-        load: Callable[[bytes], Sketch] = partial(RowSketch.from_bytes, hidden=shape.hidden, max_rows=MAX_ROWS)
-        if manifest.sketch.kind == "signs":
-            load = partial(SignSketch.from_bytes, hidden=shape.hidden, width=shape.width)
+        load = reader_of(manifest.sketch, owner.shape)
         self._inbox: SketchInbox[Sketch] = SketchInbox(QUEUE_BYTES, rules, load)
         self._asked_to_drain = False
         self.rows = 0  # learned from so far

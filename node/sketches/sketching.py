@@ -8,8 +8,9 @@ out without bias, and its tokens go on counting, so that late rows still give th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,6 +27,14 @@ MAX_WAITING = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 Sketch = RowSketch | SignSketch  # what travels from a composer to an owner, of one expert
+MAX_ROWS = 1 << 16  # of one expert in one sketch
+
+
+def reader_of(spec: SketchSpec, shape: ExpertShape) -> Callable[[bytes], Sketch]:
+    """Reads what composers of a run send; it raises ValueError for anything else."""
+    if spec.kind == "signs":
+        return partial(SignSketch.from_bytes, hidden=shape.hidden, width=shape.width)
+    return partial(RowSketch.from_bytes, hidden=shape.hidden, max_rows=MAX_ROWS)
 
 
 class Collector(Protocol):
