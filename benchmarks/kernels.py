@@ -2,7 +2,8 @@
 
 Three tables. Experts: forward and backward of `apply_experts` with all experts owned, against the experts of
 transformers in each way that it has, against a dense SwiGLU of the width that every token activates (K F: the same
-FLOPs without routing), and against itself with three in four experts replaced by stand-ins. Stand-ins: the time of
+FLOPs without routing), against itself with three in four experts replaced by stand-ins, and its FLOP/s against those of
+one large matrix product. Stand-ins: the time of
 every operation on one of them, and its bytes. Gradient sketches: time, size and error, beside the best that any matrix
 of the rank can do, for the gradient of a random expert that should do another's work, on inputs whose k-th direction
 has variance 1 / k.
@@ -29,7 +30,8 @@ from ..kernels.experts import DenseExpert, run_expert
 from ..kernels.gradient_sketch import GradientSketcher, Projections
 from ..kernels.routed import apply_experts
 from ..kernels.standin import KINDS, make_publisher, standin_from_bytes
-from .layer import FULL, QUICK, RANK, THEIRS, EmptyTap, ExpertsResult, Shape, bench_experts, first_standin
+from ..node.capacity import device_to_use
+from .layer import FULL, ON_GPU, QUICK, RANK, THEIRS, EmptyTap, ExpertsResult, Shape, bench_experts, first_standin
 from .timing import interleaved, medians
 
 SKETCH_RANKS = (4, 16, 64)
@@ -179,15 +181,16 @@ def markdown(
     lines = [
         "Experts, forward and backward. T x D, E experts of F, top K; ratios to all experts owned (above 1: slower)",
         "",
-        "| shape | rounds | owned, ms | dense of K F | "
+        "| shape | rounds | owned, ms | FLOP/s of a product's | dense of K F | "
         + " | ".join([*(f"transformers, {way}" for way in THEIRS), *(f"3/4 {kind}" for kind in KINDS)])
         + " |",
-        "|---|---|---|---|" + "---|" * (len(THEIRS) + len(KINDS)),
+        "|---|---|---|---|---|" + "---|" * (len(THEIRS) + len(KINDS)),
     ]
     for result in experts:
         told = (result.ratios.get(name) for name in ("dense", *THEIRS, *KINDS))
         ratios = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in told)
-        lines.append(f"| {result.shape} | {result.rounds} | {result.milliseconds['owned']:.2f} | {ratios} |")
+        took = f"{result.milliseconds['owned']:.2f} | {result.of_ceiling:.2f}"
+        lines.append(f"| {result.shape} | {result.rounds} | {took} | {ratios} |")
     operations = ("initial", "refit", "delta", "fidelity", "apply", "dense")
     lines += [
         "",
@@ -219,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="./dev bench kernels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=6.0, help="to spend on each line of the tables")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cuda: experts only, of larger shapes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of experts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one small shape, for a look whether it runs")
     parser.add_argument("--out", type=Path, default=None, help="file for the same numbers as JSON")
@@ -226,10 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
-    shapes = QUICK if arguments.quick else FULL
+    device, dtype = device_to_use(arguments.device), getattr(torch, arguments.dtype)
+    shapes = QUICK if arguments.quick else ON_GPU if device.type == "cuda" else FULL
     seconds = min(arguments.seconds, 0.5) if arguments.quick else arguments.seconds
-    experts = [bench_experts(shape, seconds) for shape in shapes]
-    of_one = {(shape.hidden, shape.width): shape for shape in shapes}
+    experts = [bench_experts(shape, seconds, device, dtype) for shape in shapes]
+    of_one = {(shape.hidden, shape.width): shape for shape in shapes if device.type == "cpu"}  # where they are made
     standins = [bench_standin(kind, shape, seconds, generator) for shape in of_one.values() for kind in KINDS]
     ranks = [(shape, rank) for shape in of_one.values() for rank in SKETCH_RANKS if 4 * rank <= shape.width]
     sketches = [bench_sketches(shape, rank, seconds, generator) for shape, rank in ranks]
@@ -240,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "torch": torch.__version__,
             "machine": platform.machine(),
             "threads": arguments.threads,
+            "device": str(device),
+            "dtype": arguments.dtype,
             "seed": arguments.seed,
             "experts": [asdict(result) for result in experts],
             "standins": [asdict(result) for result in standins],

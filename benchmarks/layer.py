@@ -26,7 +26,7 @@ MOST_BATCHED = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer of routed experts, in float32."""
+    """One layer of routed experts."""
 
     tokens: int  # T
     hidden: int  # D
@@ -51,16 +51,22 @@ FULL = (
     Shape(2048, 1024, 512, 16, 2),
 )
 QUICK = (Shape(64, 64, 64, 8, 2),)
+ON_GPU = (Shape(4096, 256, 128, 64, 8), Shape(16384, 2048, 768, 64, 8))
+SQUARE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that is the ceiling
 
 
 @dataclass(frozen=True)
 class ExpertsResult:
-    """One shape: median milliseconds of forward and backward by what ran, and ratios to `owned` (above 1: slower)."""
+    """One shape: median milliseconds of forward and backward by what ran, and ratios to `owned` (above 1: slower).
+
+    `of_ceiling` is the FLOP/s of `owned` over those of one large matrix product.
+    """
 
     shape: Shape
     rounds: int
     milliseconds: dict[str, float]
     ratios: dict[str, float]
+    of_ceiling: float
 
 
 class EmptyTap:
@@ -73,9 +79,13 @@ class EmptyTap:
         pass
 
 
-def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
+def bench_experts(shape: Shape, seconds: float, device: torch.device, dtype: torch.dtype) -> ExpertsResult:
     """Forward and backward of one layer, gradients to inputs, gates and all weights that are trained."""
-    theirs = _transformers(shape)
+    theirs = _transformers(shape).to(device, dtype)
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
     owned = [
         DenseExpert(
             torch.nn.Parameter(theirs.gate_up_proj[e].detach().clone()),
@@ -85,17 +95,25 @@ def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
     ]
     dense_width = shape.top_k * shape.width
     dense = (
-        torch.nn.Parameter(torch.randn(2 * dense_width, shape.hidden) * shape.hidden**-0.5),
-        torch.nn.Parameter(torch.randn(shape.hidden, dense_width) * dense_width**-0.5),
+        torch.nn.Parameter(drawn(2 * dense_width, shape.hidden) * shape.hidden**-0.5),
+        torch.nn.Parameter(drawn(shape.hidden, dense_width) * dense_width**-0.5),
     )
-    x_TD = torch.randn(shape.tokens, shape.hidden, requires_grad=True)
-    gates_TK, index_TK = torch.randn(shape.tokens, shape.experts).softmax(-1).topk(shape.top_k)
+    x_TD = drawn(shape.tokens, shape.hidden).requires_grad_()
+    gates_TK, index_TK = drawn(shape.tokens, shape.experts).softmax(-1).topk(shape.top_k)
     gates_TK.requires_grad_()
-    grad_TD = torch.randn(shape.tokens, shape.hidden)
+    grad_TD = drawn(shape.tokens, shape.hidden)
+    square = drawn(SQUARE[device.type], SQUARE[device.type])
     inputs = (x_TD, gates_TK)
 
     def step(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward(), leaves, grad_TD)
+        return waited(lambda: torch.autograd.grad(forward(), leaves, grad_TD))
+
+    def waited(run: Callable[[], object]) -> Callable[[], object]:
+        def to_the_end() -> None:
+            run()
+            torch.cuda.synchronize(device)
+
+        return run if device.type == "cpu" else to_the_end
 
     def routed(experts: Sequence[ExpertWeights]) -> Callable[[], object]:
         trained = [w for expert in experts if isinstance(expert, DenseExpert) for w in expert.dense()]
@@ -110,22 +128,31 @@ def bench_experts(shape: Shape, seconds: float) -> ExpertsResult:
     candidates = {
         "owned": routed(owned),
         "dense": step(lambda: run_expert(x_TD, *dense), (x_TD, *dense)),
+        "square": waited(lambda: square @ square),
     }
     their_leaves = (*inputs, theirs.gate_up_proj, theirs.down_proj)
     for way in THEIRS:
-        if way != "batched_mm" or 4 * shape.tokens * shape.top_k * 3 * shape.hidden * shape.width <= MOST_BATCHED:
+        if (
+            way != "batched_mm"
+            or dtype.itemsize * shape.tokens * shape.top_k * 3 * shape.hidden * shape.width <= MOST_BATCHED
+        ):
             candidates[way] = step(functools.partial(transformers, way), their_leaves)
     bases = Bases([owned[0].dense()])
     for kind in KINDS:
-        mixed = [expert if e % 4 == 0 else first_standin(kind, expert, shape, bases) for e, expert in enumerate(owned)]
+        mixed = [
+            expert if e % 4 == 0 else first_standin(kind, expert, shape, bases).to(device)
+            for e, expert in enumerate(owned)
+        ]
         candidates[kind] = routed(mixed)
     times = interleaved(candidates, seconds)
     ratios = {
         name: statistics.median(other / ours for other, ours in zip(values, times["owned"], strict=True))
         for name, values in times.items()
-        if name != "owned"
+        if name not in ("owned", "square")
     }
-    return ExpertsResult(shape, len(times["owned"]), medians(times), ratios)
+    work = 18 * shape.tokens * shape.top_k * shape.hidden * shape.width / (2 * len(square) ** 3)
+    of_ceiling = statistics.median(work * s / ours for s, ours in zip(times["square"], times["owned"], strict=True))
+    return ExpertsResult(shape, len(times["owned"]), medians(times), ratios, of_ceiling)
 
 
 def first_standin(kind: str, expert: DenseExpert, shape: Shape, bases: Bases) -> StandIn:

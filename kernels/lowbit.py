@@ -18,7 +18,7 @@ is no longer the nearest level's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -79,7 +79,14 @@ class LowbitStandIn(CopyStandIn):
         return self._width
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        codes, absmax = self._tensors["codes"], self._tensors["absmax"]
+        gate_up, down = self.dense_all([self])
+        return gate_up[0], down[0]
+
+    @classmethod
+    def dense_all(cls, standins: Sequence[Self]) -> tuple[Tensor, Tensor]:
+        """`dense` of some of one size at once: (G, 2F, D) and (G, D, F)."""
+        hidden, width = standins[0]._hidden, standins[0]._width
+        codes, absmax = (torch.cat([s._tensors[name] for s in standins]) for name in ("codes", "absmax"))
         state = bnb.QuantState(
             absmax=absmax,
             shape=torch.Size((len(absmax), BLOCK)),
@@ -87,9 +94,9 @@ class LowbitStandIn(CopyStandIn):
             quant_type="nf4",
             dtype=torch.float32,
         )
-        flat = bnb.dequantize_4bit(codes.view(-1, 1), state).view(-1)
-        gate_up, down, _ = flat.split((2 * self._width * self._hidden, self._hidden * self._width, self._padding))
-        return gate_up.view(2 * self._width, self._hidden), down.view(self._hidden, self._width)
+        flat = bnb.dequantize_4bit(codes.view(-1, 1), state).view(len(standins), -1)
+        gate_up, down, _ = flat.split((2 * width * hidden, hidden * width, standins[0]._padding), dim=1)
+        return gate_up.view(-1, 2 * width, hidden), down.view(-1, hidden, width)
 
     def payload_to(self, gate_up: Tensor, down: Tensor) -> bytes:
         """What leads from this copy to that of other weights of the same shapes.

@@ -3,13 +3,11 @@
 Shapes: T tokens, K experts per token, E experts, D hidden, F width of one expert (each may have its own), N rows of one
 expert, P = T K pairs.
 
-The (token, k) pairs are sorted by expert once; every expert that was hit does dense products on its own rows; a gather
-and a sum over K in one operation bring the results back to token order. That sum has a fixed order, so equal inputs
-give equal bits on a GPU too, where `index_add_` would not.
+The (token, k) pairs are sorted by expert once, those of one kind side by side; every expert that was hit does dense
+products on its own rows; a gather and a sum over K in one operation bring the results back to token order. That sum has
+a fixed order, so equal inputs give equal bits on a GPU too, where `index_add_` would not.
 
-Neighbours of one width form groups, of which all but the products is done together: as many as stay in a CPU's cache
-(then each operation finds there what the last one wrote), on a GPU as many as memory bears (then few operations are
-launched).
+Experts of one kind and width form groups, of which all but the products is done together (grouped.py).
 
 Backward, for the rows of one expert, with g = dL/dy of their tokens, h = [hg, hu] the pre-activations, w the gate
 weights and a = act(hg) ⊙ hu:
@@ -23,15 +21,14 @@ Kept for backward: x (once, not per expert) and h. Autograd over the plain formu
 expert's six, and a composer that has no memory for h checkpoints whole blocks anyway. Weights of stand-ins are never
 kept: `dense()` is asked again.
 
-Rejected: one grouped matmul (needs equal widths, and all stand-ins dequantised at once; on a CPU, transformers' own was
-no faster than one product after the other: `./dev bench kernels`), and padding every expert to the same number of rows
+Rejected: one grouped matmul on a CPU (transformers' own was no faster than one product after the other:
+`./dev bench kernels`), and padding every expert to the same number of rows
 (wastes work exactly when routing is uneven).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -40,13 +37,12 @@ from torch.autograd.function import once_differentiable
 
 from .activations import ACTIVATIONS, check_activation, gated_backward
 from .experts import ExpertWeights, OwnedExpert
-
-# Of one group at most: values of its rows, and of its weights.
-TOGETHER = {"cpu": (1 << 16, 1 << 20), "cuda": (1 << 26, 1 << 26)}
+from .grouped import Group, arranged, groups_of, products, weights_of
 
 
 class RowTap(Protocol):
-    """Sees the rows of every expert that was hit, owned or not. Tensors are detached and not reused afterwards.
+    """Sees the rows of every expert that was hit, owned or not. Tensors are detached and not reused afterwards, and in
+    the dtype of x.
 
     Forward rows come again when a checkpointed block is recomputed. Backward rows come only if a gradient is taken, in
     the same row order as the forward rows.
@@ -70,16 +66,18 @@ def apply_experts(
     *,
     tap: RowTap | None = None,
     act: str = "silu",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """What transformers' eager experts compute, for experts of any width and kind.
 
     Args:
-        x_TD: inputs. Computation is in their dtype (autocast's, if active): weights of another dtype are cast.
+        x_TD: inputs.
         top_k_index_TK: expert of each pair, int64; E means "dropped": the pair adds nothing and gets no gradient.
         top_k_weights_TK: gate weights.
         experts: E of them. Gradients reach those tensors of an `OwnedExpert` that require grad; of no other expert.
         tap: called with the rows of every hit expert.
         act: name of the activation: silu, gelu or gelu_pytorch_tanh.
+        dtype: to compute in; by default autocast's, if active, or that of x. Weights of another dtype are cast.
 
     Returns:
         y_TD, in the dtype of x.
@@ -99,7 +97,7 @@ def apply_experts(
     for expert in experts:
         if isinstance(expert, OwnedExpert):
             trained += expert.trained
-    y_TD: Tensor = _Experts.apply(x_TD, top_k_index_TK, top_k_weights_TK, experts, tap, act, *trained)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Experts.apply(x_TD, top_k_index_TK, top_k_weights_TK, experts, tap, act, dtype, *trained)  # type: ignore[no-untyped-call]
     return y_TD
 
 
@@ -124,38 +122,6 @@ def drop_over_capacity(top_k_index_TK: Tensor, top_k_weights_TK: Tensor, num_exp
     return index.masked_fill(rank >= capacity, num_experts).view_as(top_k_index_TK)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Experts of one width that are computed together, and their rows among the sorted pairs."""
-
-    experts: list[int]
-    rows: slice
-    parts: list[slice]  # of each expert, within the group's rows
-
-
-def _groups(counts: Sequence[int], experts: Sequence[ExpertWeights], hidden: int, device: str) -> list[_Group]:
-    """All experts that were hit, in their order."""
-    most_rows, most_weights = (values // hidden for values in TOGETHER[device])
-    groups: list[_Group] = []
-    start, last_width, weights = 0, -1, 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        width = experts[expert].width
-        weights += 3 * width
-        group = groups[-1] if groups else None
-        rows = start + count - (group.rows.start if group else 0)
-        if group is None or width != last_width or rows > most_rows or weights > most_weights:
-            groups.append(_Group([expert], slice(start, start + count), [slice(0, count)]))
-            last_width, weights = width, 3 * width
-        else:
-            group.experts.append(expert)
-            group.parts.append(slice(rows - count, rows))
-            groups[-1] = replace(group, rows=slice(group.rows.start, start + count))
-        start += count
-    return groups
-
-
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -166,21 +132,22 @@ class _Experts(torch.autograd.Function):
         experts: Sequence[ExpertWeights],
         tap: RowTap | None,
         act: str,
+        dtype: torch.dtype | None,
         *trained: Tensor,
     ) -> Tensor:
         num_experts, hidden = len(experts), x_TD.shape[1]
         top_k = index_TK.shape[1]
         device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        dtype = dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype)
 
         index = index_TK.reshape(-1)
-        order = index.argsort(stable=True)
         counts = index.bincount(minlength=num_experts + 1).tolist()
         if len(counts) > num_experts + 1:
             raise ValueError(f"expert index {len(counts) - 1} is above {num_experts}")
+        order = _in_order(index, arranged(experts)).argsort(stable=True)
         tokens = order.div(top_k, rounding_mode="floor") if top_k > 1 else order
         gates = weights_TK.reshape(-1).index_select(0, order)
-        groups = _groups(counts[:num_experts], experts, hidden, device)
+        groups = groups_of(counts, experts, hidden, x_TD.device, dtype)
         pre_activations: list[Tensor] = []
         y_PD = x_TD.new_empty(len(order), hidden, dtype=dtype)  # pairs, in sorted order
 
@@ -189,11 +156,11 @@ class _Experts(torch.autograd.Function):
             if tap is not None:
                 for expert, part in zip(group.experts, group.parts, strict=True):
                     tap.forward_rows(expert, x_ND[part].detach(), gate_N[part].detach())
-            weights = [_weights(experts[expert], dtype) for expert in group.experts]
-            h_NH = _products(x_ND.to(dtype), [gate_up.t() for gate_up, _ in weights], group.parts)
+            gate_up, down = weights_of(group, experts, dtype)
+            h_NH = products(group, x_ND.to(dtype), gate_up, transposed=True)
             hg, hu = h_NH.chunk(2, dim=-1)
             a_NF = ACTIVATIONS[act](hg).mul_(hu).mul_(gate_N.to(dtype).unsqueeze(1))
-            _products(a_NF, [down.t() for _, down in weights], group.parts, out=y_PD[group.rows])
+            products(group, a_NF, down, transposed=True, out=y_PD[group.rows])
             pre_activations.append(h_NH)
         y_PD[groups[-1].rows.stop if groups else 0 :] = 0  # dropped pairs sort last
 
@@ -208,7 +175,7 @@ class _Experts(torch.autograd.Function):
         x_TD, order, tokens, gates = ctx.saved_tensors[:4]
         trained = ctx.saved_tensors[4 : 4 + ctx.num_trained]
         pre_activations = ctx.saved_tensors[4 + ctx.num_trained :]
-        needs_x, needs_gates, needs_trained = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[6:]
+        needs_x, needs_gates, needs_trained = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[7:]
         tap: RowTap | None = ctx.tap
         dtype: torch.dtype = ctx.dtype
 
@@ -218,17 +185,17 @@ class _Experts(torch.autograd.Function):
         dtrained: list[Tensor | None] = [None] * len(trained)
         places = _places(ctx.experts)
 
-        group: _Group
+        group: Group
         for group, h_NH in zip(ctx.groups, pre_activations, strict=True):
             rows = group.rows
             learning = [any(needs_trained[place] for place in places[expert]) for expert in group.experts]
             tells = tap is not None or any(learning)
-            weights = [_weights(ctx.experts[expert], dtype) for expert in group.experts]
+            gate_up, down = weights_of(group, ctx.experts, dtype)
 
             hg, hu = h_NH.chunk(2, dim=-1)
             gate_N1 = gates[rows].to(dtype).unsqueeze(1)
             g_ND = grad_TD.index_select(0, tokens[rows])
-            u_NF = _products(g_ND, [down for _, down in weights], group.parts)
+            u_NF = products(group, g_ND, down)
             act_NF = ACTIVATIONS[ctx.act](hg)
             if dgates is not None or tells:
                 a_NF = act_NF * hu
@@ -238,15 +205,16 @@ class _Experts(torch.autograd.Function):
                 continue
             dh_NH = gated_backward(u_NF.mul_(gate_N1), hg, hu, act_NF, ctx.act)
             if dx_PD is not None:
-                _products(dh_NH, [gate_up for gate_up, _ in weights], group.parts, out=dx_PD[rows])
+                products(group, dh_NH, gate_up, out=dx_PD[rows])
             if not tells:
                 continue
             x_ND, dy_ND = x_TD.index_select(0, tokens[rows]), g_ND.mul_(gate_N1)
+            told = [rows.to(x_TD.dtype) for rows in (dy_ND, a_NF, dh_NH)] if tap is not None else []
             for expert, part, learns in zip(group.experts, group.parts, learning, strict=True):
-                dy, a, dh = dy_ND[part], a_NF[part], dh_NH[part]
                 if tap is not None:
-                    tap.backward_rows(expert, x_ND[part], dy, a, dh)
+                    tap.backward_rows(expert, x_ND[part], *(rows[part] for rows in told))
                 if learns:
+                    dy, a, dh = dy_ND[part], a_NF[part], dh_NH[part]
                     gradients = ctx.experts[expert].gradients(x_ND[part].to(dtype), dh, dy, a)
                     for place, gradient in zip(places[expert], gradients, strict=True):
                         dtrained[place] = gradient.to(trained[place].dtype)
@@ -262,7 +230,7 @@ class _Experts(torch.autograd.Function):
         for place, needed in enumerate(needs_trained):
             if needed and dtrained[place] is None:
                 dtrained[place] = torch.zeros_like(trained[place])
-        return dx_TD, None, dweights_TK, None, None, None, *dtrained
+        return dx_TD, None, dweights_TK, None, None, None, None, *dtrained
 
 
 def _places(experts: Sequence[ExpertWeights]) -> list[range]:
@@ -275,18 +243,14 @@ def _places(experts: Sequence[ExpertWeights]) -> list[range]:
     return places
 
 
-def _products(rows_NI: Tensor, matrices: Sequence[Tensor], parts: Sequence[slice], out: Tensor | None = None) -> Tensor:
-    """Each part of the rows times its own matrix (I, O): (N, O)."""
-    if out is None:
-        out = rows_NI.new_empty(len(rows_NI), matrices[0].shape[1])
-    for matrix, part in zip(matrices, parts, strict=True):
-        torch.mm(rows_NI[part], matrix, out=out[part])
-    return out
-
-
-def _weights(expert: ExpertWeights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    gate_up, down = expert.dense()
-    return gate_up.detach().to(dtype), down.detach().to(dtype)
+def _in_order(index_P: Tensor, arrangement: list[int]) -> Tensor:
+    """Places of experts in the arrangement in place of their numbers; "dropped" stays last."""
+    if arrangement == sorted(arrangement):
+        return index_P
+    places = [0] * len(arrangement) + [len(arrangement)]
+    for place, expert in enumerate(arrangement):
+        places[expert] = place
+    return torch.tensor(places, device=index_P.device).index_select(0, index_P)
 
 
 def _to_tokens(rows_PD: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -13,7 +13,7 @@ to a quarter more bytes than one per five where a tenth of the codes change, a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -24,6 +24,7 @@ from .copies import CopyStandIn, deflated, inflated
 from .experts import OwnedExpert
 from .interface import check_tensor
 from .ternary import (
+    TRITS_PER_BYTE,
     Ternary,
     check_packed,
     check_scales,
@@ -66,7 +67,21 @@ class TernaryStandIn(CopyStandIn):
         return len(self._tensors["gate_up_scales"]) // 2
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        return self._dense("gate_up", 2 * self.width, self.hidden), self._dense("down", self.hidden, self.width)
+        gate_up, down = self.dense_all([self])
+        return gate_up[0], down[0]
+
+    @classmethod
+    def dense_all(cls, standins: Sequence[Self]) -> tuple[Tensor, Tensor]:
+        """`dense` of some of one size at once: (G, 2F, D) and (G, D, F)."""
+        hidden, width = standins[0].hidden, standins[0].width
+        sizes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
+        found = []
+        for part, (rows, columns) in sizes.items():
+            trits, scales = (torch.cat([s._tensors[f"{part}_{of}"] for s in standins]) for of in ("trits", "scales"))
+            codes = lookup_trits(trits, TRITS_PER_BYTE * len(trits), torch.float32).view(len(standins), -1)
+            dense = codes[:, : rows * columns].view(-1, rows, columns)
+            found.append(dense.mul_(scales.float().view(-1, rows, 1)))
+        return found[0], found[1]
 
     def masters(self) -> tuple[Tensor, Tensor]:
         """float32 gate_up (2F, D) and down (D, F) with exactly this ternary form, for an expert that is trained so."""
@@ -107,17 +122,13 @@ class TernaryStandIn(CopyStandIn):
         gate_up, down, gate_up_planes, down_planes = torch.split(raw, sizes)
         advanced = {}
         for part, change, planes in (("gate_up", gate_up, gate_up_planes), ("down", down, down_planes)):
-            check_packed(change, len(change) * 5)
+            check_packed(change, len(change) * TRITS_PER_BYTE)
             advanced[f"{part}_trits"] = _moved(change, old[f"{part}_trits"], 1)
             # Contiguous already where there is one row: it is copied all the same, to an even address.
             bits = planes.view(2, -1).t().clone(memory_format=torch.contiguous_format).view(torch.int16).view(-1)
             scales = bits ^ old[f"{part}_scales"].view(torch.int16)
             advanced[f"{part}_scales"] = scales.view(torch.bfloat16)
         return advanced
-
-    def _dense(self, part: str, rows: int, columns: int) -> Tensor:
-        codes = lookup_trits(self._tensors[f"{part}_trits"], rows * columns, torch.float32)
-        return codes.view(rows, columns).mul_(self._tensors[f"{part}_scales"].float().unsqueeze(1))
 
     def _masters(self, part: str, rows: int, columns: int) -> Tensor:
         codes = lookup_trits(self._tensors[f"{part}_trits"], rows * columns, torch.int8).view(rows, columns)
@@ -137,6 +148,6 @@ def _state(gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
 
 def _moved(change: Tensor, packed: Tensor, sign: int) -> Tensor:
     """Packed trits plus (or, with sign -1, minus) others, each modulo 3."""
-    first, second = (lookup_trits(trits, len(trits) * 5, torch.int8) for trits in (change, packed))
+    first, second = (lookup_trits(trits, len(trits) * TRITS_PER_BYTE, torch.int8) for trits in (change, packed))
     sums = first.mul_(sign).add_(second)  # in [-2, 2]; torch's remainder is ten times as slow
     return pack_trits(sums.add(sums > 1, alpha=-3).add_(sums < -1, alpha=3))

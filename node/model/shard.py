@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.experts import DenseExpert, ExpertWeights, OwnedExpert
+from ...kernels.grouped import fast_dtype
 from ...kernels.routed import apply_experts, drop_over_capacity
 from ...kernels.standin import StandIn
 
@@ -80,7 +81,15 @@ class ExpertShard(nn.Module):
             capacity = math.ceil(self._capacity_factor * top_k_index.numel() / self.num_experts)
             top_k_index = drop_over_capacity(top_k_index, top_k_weights, self.num_experts, capacity)
         tap = _Rows(self.layer, self._owned, self.tap, self.sketch_tap) if self.tap or self.sketch_tap else None
-        return apply_experts(hidden_states, top_k_index, top_k_weights, self._weights(), tap=tap, act=self._act)
+        return apply_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self._weights(),
+            tap=tap,
+            act=self._act,
+            dtype=fast_dtype(self._device),
+        )
 
     def _weights(self) -> list[ExpertWeights]:
         """All experts by slot. An owned one without tokens goes in detached: its gradient stays None, not zero, so that

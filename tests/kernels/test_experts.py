@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from shoal.kernels import routed
+from shoal.kernels import grouped
 from shoal.kernels.experts import DenseExpert
+from shoal.kernels.lowbit import LowbitStandIn
 from shoal.kernels.routed import apply_experts, drop_over_capacity
+from shoal.kernels.ternary_standin import TernaryStandIn
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 from transformers import Qwen3MoeConfig
@@ -75,7 +77,7 @@ def case() -> tuple[Tensor, Tensor, Tensor, list[DenseExpert | Frozen]]:
 def test_outputs_and_gradients_equal_the_naive_sum(
     _: int, together: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(routed.TOGETHER, "cpu", together)
+    monkeypatch.setitem(grouped.TOGETHER, "cpu", together)
     x, index, gates, experts = case()
     leaves = [x, gates, *(w for e in experts if isinstance(e, DenseExpert) for w in e.dense())]
     grad = torch.randn_like(x)
@@ -86,6 +88,67 @@ def test_outputs_and_gradients_equal_the_naive_sum(
         return y, torch.autograd.grad(y, leaves, grad, materialize_grads=True)
 
     torch.testing.assert_close(run(apply_experts(x, index, gates, experts)), run(naive(x, index, gates, experts)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LowbitStandIn, TernaryStandIn, Frozen])
+def test_one_launch_for_all_products_changes_nothing(
+    kind: type[LowbitStandIn | TernaryStandIn | Frozen], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, width, num_experts, top_k = (8 * random.randint(1, 6), 8 * random.randint(1, 6), random.randint(2, 9), 2)
+    experts = [
+        owned(width, hidden, torch.float32)
+        if random.random() < 0.5
+        else (kind if kind is Frozen else kind.of)(*weights(width, hidden, torch.float32))
+        for _ in range(num_experts)
+    ]
+    index, gates = routing(random.randint(1, 60), num_experts, top_k, torch.float32)
+    x = torch.randn(len(index), hidden, requires_grad=True)
+    leaves = [x, gates, *(w for e in experts if isinstance(e, DenseExpert) for w in e.trained)]
+    grad = torch.randn_like(x)
+    launches = 0
+
+    def grouped_mm(*args: Tensor, **named: Tensor) -> Tensor:
+        nonlocal launches
+        launches += 1
+        return counted(*args, **named)
+
+    def run() -> tuple[Tensor, tuple[Tensor, ...]]:
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            y = apply_experts(x, index, gates, experts)
+        return y, torch.autograd.grad(y, leaves, grad)
+
+    expected = run()
+    counted = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm)
+    monkeypatch.setattr(grouped, "_has_kernel", lambda device, dtype: True)
+    found = run()
+    assert launches in (4, 8)  # of one kind of experts, or two
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03  # of a CPU's product in bfloat16, which sums in some order
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", [LowbitStandIn, TernaryStandIn])
+def test_a_gpu_computes_what_a_cpu_does(kind: type[LowbitStandIn | TernaryStandIn]) -> None:
+    index, gates = routing(256, 8, 2, torch.float32)
+    x, grad = torch.randn(256, 64), torch.randn(256, 64)
+    dense = [weights(32, 64, torch.float32) for _ in range(8)]
+
+    def run(device: torch.device) -> list[Tensor]:
+        experts = [
+            DenseExpert(*(torch.nn.Parameter(matrix.to(device)) for matrix in pair))
+            if slot % 4 == 0
+            else kind.of(*pair).to(device)
+            for slot, pair in enumerate(dense)
+        ]
+        leaves = [x.to(device).requires_grad_(), gates.detach().to(device).requires_grad_()]
+        y = apply_experts(leaves[0], index.to(device), leaves[1], experts, dtype=grouped.fast_dtype(device))
+        leaves += [weight for expert in experts if isinstance(expert, DenseExpert) for weight in expert.trained]
+        return [found.cpu() for found in (y, *torch.autograd.grad(y, leaves, grad.to(device)))]
+
+    for found, expected in zip(run(torch.device("cuda")), run(torch.device("cpu")), strict=True):
+        torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh"])
