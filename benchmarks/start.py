@@ -28,10 +28,11 @@ from ..node.watching.state import IN_THE_RUN
 POLL_SECONDS = 0.02
 NOTHING_YET = "interpreter and imports"  # nobody answers until then
 MODEL = "shoal.node.model.families import load_families; load_families()"
+WITHOUT = "from shoal.protocol.imports import importing\nwith importing()"  # the collector, as peers do it
 KINDS = {  # what each imports until it is ready; forked processes have their parent's
-    "bootstrap, observer": "import shoal.node.peer.peer",
-    "composer": f"import shoal.node.peer.peer, shoal.node.peer.composing; from {MODEL}",
-    "worker": "import shoal.node.peer.peer, shoal.node.peer.working",
+    "bootstrap, observer": f"{WITHOUT}: import shoal.node.peer.peer",
+    "composer": f"{WITHOUT}: import shoal.node.peer.peer, shoal.node.peer.composing\nfrom {MODEL}",
+    "worker": f"{WITHOUT}: import shoal.node.peer.peer, shoal.node.peer.working",
     "transport": "import shoal.protocol.transport.host",
     "island's nursery": "from shoal.node.island.nursery import load; load()",
     "torch alone": "import torch",

@@ -18,6 +18,7 @@ from cyclopts.config import Env
 
 from .. import __version__
 from ..protocol.errors import ShoalError
+from ..protocol.imports import importing
 from . import logs
 from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
@@ -130,7 +131,8 @@ def found(
         the schedule. Peers fetch from each other what they need of it.
     """
     config = replace(peer or PeerConfig(), role=role)
-    from .run.founding import new_manifest
+    with importing():
+        from .run.founding import new_manifest
 
     manifest = new_manifest(
         config,
@@ -239,7 +241,8 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
         invite=invite, role="observer", data_dir=data_dir or default_data_dir() / "export", log_level=log_level
     )
     logs.configure(format=config.log_format, level=config.log_level)
-    from .run.gather import export_run
+    with importing():
+        from .run.gather import export_run
 
     export_run(invite, out, config)
     print(out)
@@ -275,7 +278,8 @@ def evaluate(
         Print the numbers as JSON.
     """
     logs.configure()
-    from .learning.evaluate import evaluate_checkpoint
+    with importing():
+        from .learning.evaluate import evaluate_checkpoint
 
     result = evaluate_checkpoint(checkpoint, data=data, windows=windows, context_length=context_length)
     if json:
@@ -325,7 +329,8 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
     logs.configure(format=config.log_format, level=config.log_level)
 
     def live() -> int:
-        from .peer.peer import run_peer
+        with importing():
+            from .peer.peer import run_peer
 
         code: int = run_peer(config, manifest)
         return code

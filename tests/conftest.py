@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis  # noqa: F401  at once: it looks for who refers to what it registers, which frozen objects hide
 import pytest
 from shoal.node.logs import THIRD_PARTIES
 

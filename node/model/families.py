@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.activations import ACTIVATIONS, check_activation
+from ...protocol.imports import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,10 +50,12 @@ class MoEBlock:
     act: str  # of the gate, a transformers activation name
 
 
+@cache
 def load_families() -> None:
     """Import what `skeleton` does, for any family: seconds, which somebody may have to spare before."""
-    import transformers.modeling_layers
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    with importing():
+        import transformers.modeling_layers
+        import transformers.models.auto.modeling_auto  # noqa: F401
 
 
 def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
@@ -59,7 +63,8 @@ def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
 
     `config` is a transformers config by value, with its `model_type`. Raises ValueError for one that cannot be built.
     """
-    # Not above: 4 s that only who builds a model need spend.
+    # Not above: seconds that only who builds a model need spend.
+    load_families()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 

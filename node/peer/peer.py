@@ -27,6 +27,7 @@ from ...protocol.addresses import Address, Reach
 from ...protocol.directory.dht import start_dht, visible_addresses
 from ...protocol.directory.directory import Directory
 from ...protocol.identity import Identity
+from ...protocol.imports import importing
 from ...protocol.transport.client import Transport
 from .. import logs
 from ..config import PeerConfig
@@ -159,11 +160,13 @@ class _Peer:
             keep_manifest(config.data_dir, run.run_id, run.signed)
             state.enter(Phase.JOINING, "loading what its role takes")
             if config.role == "composer":
-                from .composing import ComposerPeer
+                with importing():
+                    from .composing import ComposerPeer
 
                 work: ComposerPeer | WorkerPeer | None = ComposerPeer(config, state, self.identity, run, dht)
             elif config.role == "worker":
-                from .working import WorkerPeer
+                with importing():
+                    from .working import WorkerPeer
 
                 work = WorkerPeer(config, state, self.identity, run, dht)
             else:
