@@ -161,7 +161,7 @@ def test_every_trap_names_what_guards_it() -> None:
 
 def test_events_that_operators_are_told_of_are_logged() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "node").rglob("*.py"))
-    section = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8").split("## Logs")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "watching.md").read_text(encoding="utf-8").split("## Logs")[1].split("\n## ")[0]
     events = [
         event for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for event in re.findall(r"`(.+?)`", row)
     ]
