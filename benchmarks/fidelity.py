@@ -31,7 +31,7 @@ from ..node.run.manifest import Manifest
 from .deltas import LEVELS, LowRankPublisher, PartialCopy
 
 SLOTS = (0, 5, 11)  # watched, in every layer
-MUON = {"optimizer": "muon", "learning_rate": 0.012, "vector_rate": 8.0}  # what docs/evidence.md found for this preset
+MUON = {"optimizer": "muon", "learning_rate": 0.012, "vector_rate": 8.0}  # docs/evidence/from-nothing.md
 
 
 @dataclass(frozen=True)

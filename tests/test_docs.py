@@ -15,7 +15,8 @@ from shoal.node.cli import app
 from shoal.node.watching.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAX_LINES = 400
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 MODULES = {"demo": "node/demo.py", "bench": "benchmarks/{}.py"}  # those whose flags argparse reads
 
@@ -23,15 +24,19 @@ MODULES = {"demo": "node/demo.py", "bench": "benchmarks/{}.py"}  # those whose f
 def commands(page: Path) -> Iterator[str]:
     """Command lines in code blocks and spans: what starts with ./dev or shoal, settings before it aside."""
     text = page.read_text(encoding="utf-8")
-    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    spans = [" ".join(span.split()) for span in re.findall(r"`((?:[^`\n]|\n(?!\n))+)`", FENCE.sub("", text))]
     for line in [line for block in FENCE.findall(text) for line in block.splitlines()] + spans:
         bare = re.sub(r"^([A-Z_]+=\S+ )+", "", line.strip())
         if re.match(r"(\./dev|shoal) \S", bare):
             yield bare
 
 
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 def said() -> list[tuple[str, str]]:
-    return [(page.name, command) for page in PAGES for command in commands(page)]
+    return [(name_of(page), command) for page in PAGES for command in commands(page)]
 
 
 def flags_of(path: Path) -> set[str]:
@@ -84,7 +89,7 @@ def test_commands_parse(page: str, command: str) -> None:
     (check_dev if words[0] == "./dev" else check_shoal)(words[1:])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_block_makes_a_folder_twice(page: Path) -> None:
     """Commands that make a checkpoint refuse a folder that is there: one after the other, they have to work."""
     made_by = {"upcycle": 1, "branch": 1, "export": 1, "mix": 0}  # which argument is the folder
@@ -109,7 +114,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
         if "://" in target:
@@ -141,7 +146,7 @@ def test_the_tree_in_the_readme_exists() -> None:
     assert not [path for path in paths if (ROOT / path).is_dir() != path.endswith("/")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_and_tests_that_are_named_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:node|protocol|kernels|benchmarks|tests|docs|deploy)/[\w./-]*\w)", text):
@@ -149,6 +154,24 @@ def test_files_and_tests_that_are_named_exist(page: Path) -> None:
     for path, test in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
         names = {n.name for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.FunctionDef)}
         assert test in names, f"{path}::{test}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_one_page_one_concept(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_every_page_is_linked_from_another() -> None:
+    """Whoever starts at the README finds every page by links."""
+    found, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page in found or page not in PAGES:
+            continue
+        found.add(page)
+        targets = re.findall(r"\]\(([^)\s#]+)", FENCE.sub("", page.read_text(encoding="utf-8")))
+        ahead += [(page.parent / target).resolve() for target in targets if "://" not in target]
+    assert not [name_of(page) for page in PAGES if page not in found]
 
 
 def test_every_trap_names_what_guards_it() -> None:
@@ -161,7 +184,7 @@ def test_every_trap_names_what_guards_it() -> None:
 
 def test_events_that_operators_are_told_of_are_logged() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "node").rglob("*.py"))
-    section = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8").split("## Logs")[1].split("\n## ")[0]
+    section = (ROOT / "docs" / "watching.md").read_text(encoding="utf-8").split("## Logs")[1].split("\n## ")[0]
     events = [
         event for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for event in re.findall(r"`(.+?)`", row)
     ]
@@ -174,4 +197,4 @@ def test_named_metrics_exist() -> None:
     known = {spec.exposed_name for spec in METRICS} | {spec.name + end for spec in METRICS for end in ends}
     for page in PAGES:
         named = set(re.findall(r"\bshoal_[a-z_]+", page.read_text(encoding="utf-8")))
-        assert named <= known, (page.name, named - known)
+        assert named <= known, (name_of(page), named - known)

@@ -50,7 +50,7 @@ def _tiny() -> Preset:
         norm_topk_prob=True,
         initializer_range=0.06,  # the usual 0.02 is for wide models: at width 64 it costs hundreds of steps
     )
-    # In a run this short experts move fast: close copies matter more than frequent merges (docs/evidence.md).
+    # In a run this short experts move fast: close copies matter more than frequent merges (docs/evidence/merging.md).
     return Preset(
         model=ModelSpec(config=config),
         train=TrainSpec(optimizer="muon", learning_rate=0.012),

@@ -47,7 +47,7 @@ def tape_of(seed: int) -> tuple[Scenario, list[Fault]]:
     for _ in range(rng.randint(2, 10)):
         at = rng.uniform(10, STRIKES_SECONDS)
         kind = rng.choice(kinds)
-        # Shorter than silent peers are remembered: a longer split forks, which docs/design.md says.
+        # Shorter than silent peers are remembered: a longer split forks, which docs/failures.md says.
         seconds = rng.uniform(2, 10 * LEASE)
         faults.append(Fault(at, kind, rng.randrange(8), seconds, rng.choice([0.2, 0.4, 0.5])))
     return scenario, sorted(faults, key=lambda fault: fault.at)

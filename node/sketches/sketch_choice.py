@@ -8,8 +8,8 @@ Rows are exact but for the codec, a sample of them is still right on average, an
 Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. Where
 most would be, signs teach more for each byte, if they are not late: rows are corrected for that. They take two bytes of
 memory for each weight of each expert. A hundredth of the rows still helped where gradient sketches did not; below that
-nothing was measured (docs/evidence.md). A gradient sketch goes through an all-reduce, which sends an input once and the
-results of the own part once, so it counts twice where it is brought.
+nothing was measured (docs/evidence/sketches.md). A gradient sketch goes through an all-reduce, which sends an input
+once and the results of the own part once, so it counts twice where it is brought.
 """
 
 from __future__ import annotations
