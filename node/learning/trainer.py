@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from ..standins.fitting import FitThread
@@ -102,20 +103,24 @@ class Trainer(Generic[Owner]):
                     future.cancel()
 
     def _serve(self, *, block: bool) -> None:
-        """Run everything in the mailbox; if `block`, wait a little for the first."""
-        try:
-            work, future = self._mailbox.get(block=block, timeout=IDLE_SECONDS if block else None)
+        """Run what is in the mailbox by now; if `block`, wait a little for the first.
+
+        What comes meanwhile waits for the next step: who is asked faster than it answers would never take one.
+        """
+        with suppress(queue.Empty):
+            asked = self._mailbox.get(block=block, timeout=IDLE_SECONDS if block else None)
             began = time.perf_counter()
-            while True:
-                if future is None:
-                    work(self._owner)
-                elif future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(work(self._owner))
-                    except Exception as error:  # noqa: BLE001 - carried to whoever asked, by the future
-                        future.set_exception(error)
-                self._served_seconds += time.perf_counter() - began
-                work, future = self._mailbox.get_nowait()
-                began = time.perf_counter()
-        except queue.Empty:
-            return
+            for _ in range(self._mailbox.qsize()):
+                self._do(*asked)
+                asked = self._mailbox.get_nowait()
+            self._do(*asked)
+            self._served_seconds += time.perf_counter() - began
+
+    def _do(self, work: Callable[[Owner], Any], future: Future[Any] | None) -> None:
+        if future is None:
+            work(self._owner)
+        elif future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work(self._owner))
+            except Exception as error:  # noqa: BLE001 - carried to whoever asked, by the future
+                future.set_exception(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from concurrent.futures import Future
 from typing import Generic
 
 from ...protocol import messages
@@ -74,7 +75,7 @@ class SketchReceiver(Generic[Owner]):
         self._links.state.count(Count.BYTES, batch.kind, "in", by=len(body))
         if reply.accepted and not self._asked_to_drain:
             self._asked_to_drain = True
-            self._trainer.ask(self.drain)
+            self._trainer.ask(self.drain).add_done_callback(_tell)
         return messages.encode(reply)
 
     def _members(self) -> set[str]:
@@ -135,3 +136,9 @@ class SketchReceiver(Generic[Owner]):
         late = self._inbox.outdated + Counter({"not-finite": owner.dropped_sketches})
         outdated: dict[tuple[str, ...], float] = {(f"sketch-{reason}",): number for reason, number in late.items()}
         self._links.state.absorb("late sketches", Count.REFUSALS, outdated)
+
+
+def _tell(drained: Future[None]) -> None:
+    """Nobody waits for it, and an error in it is a bug."""
+    if not drained.cancelled() and (error := drained.exception()) is not None:
+        log.error("sketch.not_heard", error=repr(error), exc_info=error)

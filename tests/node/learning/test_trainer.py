@@ -153,6 +153,24 @@ def test_work_may_ask_for_more_work() -> None:
         assert inner.result(SECONDS) == 0
 
 
+def test_steps_are_taken_though_work_comes_faster_than_it_is_done() -> None:
+    """An owner that was sent sketches faster than it could hear them took no step at all."""
+    asking = threading.Event()
+    asking.set()
+    with running() as it:
+
+        def again(composer: Composer) -> None:
+            if asking.is_set():
+                it.trainer.ask(again)
+
+        it.trainer.ask(again)
+        it.trainer.start_training()
+        try:
+            it.wait_for_steps(3)
+        finally:
+            asking.clear()
+
+
 def test_the_training_thread_yields_to_the_peers_other_threads_and_to_nobody_less_than_before() -> None:
     def niceness(thread: int) -> int:
         return os.getpriority(os.PRIO_PROCESS, thread)
