@@ -140,8 +140,9 @@ class SketchSender:
         links = self._links
         body = seal(links.identity, links.run_id, batch.kind, messages.encode(batch))
         links.state.count(Count.BYTES, batch.kind, "out", by=len(body))
+        now = time.monotonic()
         for sketch in batch.slots:
-            self.sent.sent(sketch.slot, batch.step, batch.tokens, ((e.handle, e.rows) for e in sketch.experts))
+            self.sent.sent(sketch.slot, batch.step, batch.tokens, ((e.handle, e.rows) for e in sketch.experts), now)
         answer = await links.transport.call(links.addrs(owner), batch.kind, body, deadline_seconds=CALL_SECONDS)
         reply = messages.decode(answer, SketchReply)
         rate.replied(reply, time.monotonic())

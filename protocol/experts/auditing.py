@@ -30,7 +30,10 @@ from ..messages import AuditRecord
 
 RECORD_BYTES = 64 * 1024 * 1024  # of states; a slot with more is audited in part, see `num_chosen`
 BYTES_PER_WEIGHT = 17  # masters twice, two moments, a stand-in
-REMEMBERED = 32  # sent batches of a slot whose digests are kept
+# Sent batches of a slot whose digests are kept: so many, and of the last seconds as many more.
+REMEMBERED = 32
+MOST_REMEMBERED = 512
+REMEMBERED_SECONDS = 30.0
 ACCUSATION_SECONDS = 30.0  # an accuser is acted on this often at most
 MAX_ACCUSED = 64  # peers that one accuser accuses at a time
 REPEATED_SECONDS = 1800.0  # an accusation that was not repeated for so long, which is every lease, is one no more
@@ -88,6 +91,7 @@ def _digest(tokens: int, rows: bytes) -> bytes:
 
 @dataclass
 class _Sent:
+    at: float  # monotonic seconds
     digests: dict[bytes, bytes] = field(default_factory=dict)  # by handle
     taken: set[bytes] = field(default_factory=set)  # handles of which the owner said so
 
@@ -98,13 +102,16 @@ class SentLog:
     def __init__(self) -> None:
         self._slots: dict[int, OrderedDict[int, _Sent]] = {}  # by slot, then step
 
-    def sent(self, slot: int, step: int, tokens: int, experts: Iterable[tuple[bytes, bytes]]) -> None:
+    def sent(self, slot: int, step: int, tokens: int, experts: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Before a batch goes out: (handle, rows) of one slot. An answer that is lost leaves it at that."""
         steps = self._slots.setdefault(slot, OrderedDict())
-        entry = steps.setdefault(step, _Sent())
+        entry = steps.setdefault(step, _Sent(now))
         entry.digests |= {handle: _digest(tokens, rows) for handle, rows in experts}
         while len(steps) > REMEMBERED:
-            steps.popitem(last=False)
+            oldest = next(iter(steps))
+            if len(steps) <= MOST_REMEMBERED and now - steps[oldest].at < REMEMBERED_SECONDS:
+                break
+            del steps[oldest]
 
     def taken(self, slot: int, step: int, handles: Iterable[bytes]) -> None:
         """The owner said that it took these."""
@@ -125,7 +132,7 @@ class SentLog:
         old = False
         for step, tokens, rows in used:
             entry = steps.get(step)
-            if entry is None and len(steps) == REMEMBERED and step < next(iter(steps)):
+            if entry is None and step < next(iter(steps), step + 1):  # or this composer has restarted since
                 old = True
             elif entry is None or entry.digests.get(handle) != _digest(tokens, rows):
                 return Finding.FORGED_SKETCH

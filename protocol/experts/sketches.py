@@ -5,9 +5,10 @@ were made under a stand-in that is at most `max_age` published versions old, its
 A slot's sketches are taken all or none. A sender's claim of how many tokens its rows stand for weighs the mean over all
 composers, so it is bounded, and no expert can have seen more pairs than there were tokens. Cheap checks come first.
 
-**Back-pressure.** What is admitted waits in a queue bounded in bytes until the owner's next step. Over half full the
-owner asks for less, down to nothing when it is full; what does not fit is refused as `busy`. Above half, a sender with
-more than its fair share waiting is refused first. Per owner a composer follows by additive increase and multiplicative
+**Back-pressure.** What is admitted waits for the owner's next step in a queue bounded in bytes, and for each sender in
+its steps: what waited for many teaches what has been learned since. Over half full the owner asks for less, down to
+nothing when it is full; what does not fit is refused as `busy`. Above half, a sender with more than its fair share of
+the bytes is refused first. Per owner a composer follows by additive increase and multiplicative
 decrease (AIMD, Chiu and Jain 1989): such senders converge to equal shares of an owner that none of them knows the speed
 of. It always sends a little, else it would not hear that there is room again. Fewer rows are a smaller sample, not a
 wrong one (kernels/sketch.py).
@@ -30,6 +31,7 @@ from ..errors import Refused
 from ..messages import MAX_REFUSALS, MAX_SKETCH_BYTES, ExpertSketch, SketchBatch, SketchReply, SlotSketch
 
 ITEM_BYTES = 1024  # charged per expert on top of its rows: sketches of no rows take memory too
+MOST_STEPS = 16  # of one sender may wait; auditors remember more (auditing.py)
 ACTIVE_SECONDS = 30.0  # a sender counts for fair shares for so long after its last offer
 MAX_SEEN = 1 << 16  # (sender, handle) pairs whose last step is remembered
 
@@ -167,8 +169,9 @@ class SketchQueue(Generic[T]):
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._lock = Lock()
-        self._items: deque[tuple[T, str, int]] = deque()
+        self._items: deque[tuple[T, str, int, int]] = deque()
         self._held: Counter[str] = Counter()  # bytes by sender
+        self._steps: dict[str, Counter[int]] = {}  # items by sender and its step
         self._total = 0
         self._offered: dict[str, float] = {}  # when each sender last did
 
@@ -179,26 +182,29 @@ class SketchQueue(Generic[T]):
     def nbytes(self) -> int:
         return self._total
 
-    def rate(self) -> float:
-        """The share of their rows that composers should send: 1 up to half full, falling to 0 when full."""
-        return min(1.0, max(0.0, 2.0 * (1.0 - self._total / self.max_bytes)))
+    def rate(self, sender: str = "") -> float:
+        """The share of its rows that a composer should send: 1 up to half full, falling to 0 when full."""
+        full = max(self._total / self.max_bytes, len(self._steps.get(sender, ())) / MOST_STEPS)
+        return min(1.0, max(0.0, 2.0 * (1.0 - full)))
 
-    def has_room(self, sender: str, nbytes: int, now: float) -> bool:
+    def has_room(self, sender: str, nbytes: int, now: float, step: int = 0) -> bool:
         """Whether `offer` would take it."""
         with self._lock:
-            return self._has_room(sender, nbytes, now)
+            return self._has_room(sender, nbytes, now, step)
 
-    def offer(self, sender: str, item: T, nbytes: int, now: float) -> bool:
+    def offer(self, sender: str, item: T, nbytes: int, now: float, step: int = 0) -> bool:
         """Append, unless the queue is full or the sender has its share of it.
 
         Args:
             nbytes: memory that it takes.
             now: monotonic seconds.
+            step: of the sender.
         """
         with self._lock:
-            if not self._has_room(sender, nbytes, now):
+            if not self._has_room(sender, nbytes, now, step):
                 return False
-            self._items.append((item, sender, nbytes))
+            self._items.append((item, sender, nbytes, step))
+            self._steps.setdefault(sender, Counter())[step] += 1
             self._held[sender] += nbytes
             self._total += nbytes
             return True
@@ -209,20 +215,27 @@ class SketchQueue(Generic[T]):
         size = 0
         with self._lock:
             while self._items and (max_bytes is None or not taken or size + self._items[0][2] <= max_bytes):
-                item, sender, nbytes = self._items.popleft()
+                item, sender, nbytes, step = self._items.popleft()
                 taken.append(item)
                 size += nbytes
+                steps = self._steps[sender]
+                steps[step] -= 1
+                if not steps[step]:
+                    del steps[step]
+                if not steps:
+                    del self._steps[sender]
                 self._held[sender] -= nbytes
                 if not self._held[sender]:
                     del self._held[sender]
             self._total -= size
         return taken
 
-    def _has_room(self, sender: str, nbytes: int, now: float) -> bool:
+    def _has_room(self, sender: str, nbytes: int, now: float, step: int) -> bool:
         self._offered[sender] = now
         self._offered = {peer: at for peer, at in self._offered.items() if at > now - ACTIVE_SECONDS}
         total, mine = self._total + nbytes, self._held[sender] + nbytes
-        if total > self.max_bytes:
+        steps = self._steps.get(sender, ())
+        if total > self.max_bytes or (step not in steps and len(steps) >= MOST_STEPS):
             return False
         # A sender that has nothing waiting gets in even if what it offers is more than its share.
         return 2 * total <= self.max_bytes or mine == nbytes or mine * len(self._offered) <= self.max_bytes
@@ -270,7 +283,7 @@ class SketchInbox(Generic[S]):
                 self.refusals[refused.reason] += 1
                 refusals.append((sketch.slot, refused.reason))
         accepted = len(batch.slots) - len(refusals)
-        return SketchReply(self.queue.rate(), accepted, tuple(refusals[:MAX_REFUSALS]))
+        return SketchReply(self.queue.rate(sender), accepted, tuple(refusals[:MAX_REFUSALS]))
 
     def take(self, held: Mapping[int, Held], max_bytes: int | None = None) -> list[Admitted[S]]:
         """What the owner's next step may use: without what became too old, or of a lost slot, while it waited."""
@@ -295,10 +308,10 @@ class SketchInbox(Generic[S]):
         nbytes = sum(len(expert.rows) + ITEM_BYTES for expert in sketch.experts)
         if nbytes > self.queue.max_bytes:
             raise Refused("oversized", f"slot {sketch.slot}: {nbytes} bytes, the queue has {self.queue.max_bytes}")
-        if not self.queue.has_room(sender, nbytes, now):
+        if not self.queue.has_room(sender, nbytes, now, batch.step):
             raise Refused("busy", f"slot {sketch.slot}: too much waits already")
         admitted = admit(sender, batch, sketch, held, self._rules, self._load)
-        if not self.queue.offer(sender, admitted, nbytes, now):
+        if not self.queue.offer(sender, admitted, nbytes, now, batch.step):
             raise Refused("busy", f"slot {sketch.slot}: too much waits already")
         for key in keys:
             self._seen[key] = batch.step

@@ -1,5 +1,7 @@
 """What the protocol's tests share."""
 
+import random
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out; 
 
 from averaging_swarm import Swarm
 from directory_nodes import RUN, Node
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """New draws on every run; a failure prints the seed that repeats them."""
+    seed = secrets.randbits(48)
+    print(f"{seed=}")
+    return random.Random(seed)
 
 
 @pytest.fixture(scope="module")

@@ -185,7 +185,7 @@ class Swarm:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=self.environment() | settings,
-                start_new_session=True,  # Ctrl-C in the terminal of the tests is not the swarm's
+                process_group=0,  # Ctrl-C in the terminal of the tests is not the swarm's
             )
         peer = Peer(name, process, folder, log)
         self.peers.append(peer)

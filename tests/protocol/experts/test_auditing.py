@@ -12,6 +12,7 @@ from shoal.protocol.experts.auditing import (
     ACCUSATION_SECONDS,
     LIES,
     MAX_ACCUSED,
+    MOST_REMEMBERED,
     RECORD_BYTES,
     REMEMBERED,
     REPEATED_SECONDS,
@@ -40,7 +41,7 @@ def rows_of(step: int, handle: bytes) -> bytes:
 def log_of(*steps: int, taken: bool = True) -> SentLog:
     log = SentLog()
     for step in steps:
-        log.sent(SLOT, step, 64, [(handle, rows_of(step, handle)) for handle in HANDLES])
+        log.sent(SLOT, step, 64, [(handle, rows_of(step, handle)) for handle in HANDLES], float(step))
         if taken:
             log.taken(SLOT, step, HANDLES)
     return log
@@ -76,14 +77,14 @@ def test_an_honest_record_passes(steps: tuple[int, ...]) -> None:
 
 def test_what_the_owner_refused_or_never_answered_for_may_be_missing() -> None:
     log = log_of(10, 12)
-    log.sent(SLOT, 11, 64, [(handle, rows_of(11, handle)) for handle in HANDLES])
+    log.sent(SLOT, 11, 64, [(handle, rows_of(11, handle)) for handle in HANDLES], 11.0)
     assert check_claims(record_of(10, 12), ASKED, log, ROLES) is Finding.PASSED
 
 
 def test_a_slot_may_have_been_sent_in_pieces() -> None:
     log = SentLog()
     for handle in HANDLES:
-        log.sent(SLOT, 10, 64, [(handle, rows_of(10, handle))])
+        log.sent(SLOT, 10, 64, [(handle, rows_of(10, handle))], 10.0)
         log.taken(SLOT, 10, [handle])
     assert check_claims(record_of(10), ASKED, log, ROLES) is Finding.PASSED
 
@@ -135,6 +136,7 @@ def test_silences_are_no_lies() -> None:
     assert check_claims(record_of(), ASKED, log_of(10, taken=False), ROLES) is Finding.PASSED
     full = log_of(*range(20, 20 + REMEMBERED))
     assert check_claims(record_of(10, 20), ASKED, full, ROLES) is Finding.OLD_SKETCH
+    assert check_claims(record_of(10), ASKED, SentLog(), ROLES) is Finding.OLD_SKETCH  # it has just restarted
     assert not LIES & SILENCES.keys()
     assert set(Finding) == {*LIES, *SILENCES, Finding.PASSED}
 
@@ -148,6 +150,10 @@ def test_without_rows_sketches_do_not_matter() -> None:
 def test_memory_of_what_was_sent_is_bounded() -> None:
     log = log_of(*range(1000))
     assert log.steps_taken(SLOT) == list(range(1000 - REMEMBERED, 1000))
+    for step in range(1000, 2000):  # fifty a second: a busy owner may take seconds to use one, and to show it
+        log.sent(SLOT, step, 64, [(HANDLES[0], b"")], 1000 + step / 50)
+        log.taken(SLOT, step, HANDLES)
+    assert log.steps_taken(SLOT) == list(range(2000 - MOST_REMEMBERED, 2000))
     assert log.steps_taken(SLOT + 1) == []
 
 
