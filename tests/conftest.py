@@ -5,11 +5,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401  at once: it looks for who refers to what it registers, which frozen objects hide
+import hypothesis  # at once: it looks for who refers to what it registers, which frozen objects hide
 import pytest
 from shoal.node.logs import THIRD_PARTIES
 
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves it out, and `prometheus_server` is here
+
+hypothesis.settings.register_profile("shoal", deadline=None)  # an example may wait for the machine's other work
+hypothesis.settings.load_profile("shoal")
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ def weights(hidden: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @formats
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(hidden=st.integers(1, 70), width=st.integers(1, 70), key=st.integers(0, 1 << 30))
 def test_any_size_goes_round(fmt: str, hidden: int, width: int, key: int) -> None:
     """Shapes and stated size hold, and what was decoded encodes to the same bytes again."""
@@ -104,7 +104,7 @@ def test_truncated_extended_and_misplaced_bytes_are_refused(fmt: str) -> None:
 
 
 @formats
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_garbage_is_refused_or_sane(fmt: str, data: st.DataObject) -> None:
     """Bytes of the right length decode to finite weights of the right shape, or to a ValueError."""

@@ -66,7 +66,7 @@ def step(owner: Publisher, expert: DenseExpert) -> bytes:
 
 
 @kinds
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_copies_stay_equal_to_the_bit(kind: str, data: st.DataObject) -> None:
     """Whoever starts from the seed, from an early or from a late snapshot ends with the owner's bytes."""
@@ -106,7 +106,7 @@ def test_a_delta_for_another_state_is_refused(kind: str) -> None:
 
 
 @kinds
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_deltas_change_nothing(kind: str, data: st.DataObject) -> None:
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_damaged_deltas_change_nothing(kind: str, data: st.DataObject) -> None:
 
 
 @kinds
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_snapshots_are_refused_or_valid(kind: str, data: st.DataObject) -> None:
     """A flipped bit may give another valid state (its digest tells), but never one that is not finite or misshapen."""

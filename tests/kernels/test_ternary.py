@@ -73,7 +73,7 @@ def test_weights_that_are_not_finite_do_not_hide(spoil: float) -> None:
         masters_from(ternarise(w))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(size=st.integers(0, 200), key=st.integers(0, 1 << 30))
 def test_packing_is_exact(size: int, key: int) -> None:
     torch.manual_seed(key)
@@ -138,7 +138,7 @@ def test_bad_bytes_of_a_matrix_are_refused() -> None:
         Ternary.from_bytes(bytes(cut) + data[cut:], 3, 7)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 12), columns=st.integers(1, 3000), key=st.integers(0, 1 << 30))
 def test_masters_have_the_same_form_to_the_bit(rows: int, columns: int, key: int) -> None:
     """Whatever the share of zeros in a row, and again from the masters of those masters."""

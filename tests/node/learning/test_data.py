@@ -141,7 +141,7 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         Batches(np.zeros(10, dtype=np.uint8), 1, 11, seed=0)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=200))
 def test_tokenizer_is_the_bytes(text: str) -> None:
     tokenizer = byte_tokenizer(256)

@@ -79,7 +79,7 @@ def test_what_is_forgotten_counts_for_nothing() -> None:
 counts = st.dictionaries(st.integers(0, SLOTS - 1), st.lists(st.integers(0, 30), min_size=LAYERS, max_size=LAYERS))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts, st.integers(1, 60 * ROW), st.floats(0.01, 1.0), st.integers(0, 1 << 30))
 def test_all_slots_together_keep_to_the_budget(num: dict[int, list[int]], budget: int, rate: float, seed: int) -> None:
     """However many buffers there are, and however few rows are in each."""

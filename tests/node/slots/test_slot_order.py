@@ -25,7 +25,7 @@ def tensors_by_layer(num_layers: int) -> dict[str, torch.Tensor]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layers, st.integers(0, 1000), epochs)
 def test_places_and_positions_are_permutations(num_layers: int, slot: int, epochs: list[int]) -> None:
     handles = Handles(new_key())
@@ -43,7 +43,7 @@ def test_places_and_positions_are_permutations(num_layers: int, slot: int, epoch
             assert worker.outward(slot, epoch).index(worker.by_handle(slot, epoch)[handle]) == place
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layers, st.integers(0, 1000), epochs, st.lists(st.booleans(), min_size=6, max_size=6))
 def test_every_tensor_ends_at_its_own_layer(
     num_layers: int, slot: int, epochs: list[int], are_workers: list[bool]

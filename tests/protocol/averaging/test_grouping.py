@@ -45,7 +45,7 @@ def both_rounds(grid: Grid, facts: dict[str, Facts], sent: dict[str, Tensor], go
     return [add([by_peer[peer] for peer in column]) for column in columns]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, MAX_GROUP**2), st.integers(0, 1 << 40))
 def test_everybody_stands_in_one_row_and_one_column(count: int, round_: int) -> None:
     live = names(count)
@@ -109,7 +109,7 @@ def test_radial_merging_over_two_rounds_is_that_over_one(count: int) -> None:
     torch.testing.assert_close(merged[0], expected, rtol=2e-6, atol=1e-7)  # shares are rounded to 2^-20 there
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(65, 300), st.randoms(use_true_random=False), st.floats(0.0, 0.6), st.floats(0.0, 0.6))
 def test_who_is_missing_costs_its_own_share_only(
     count: int, rng: random.Random, silent_share: float, gone_share: float

@@ -215,7 +215,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(events, st.integers(1, 12))
 def test_any_history_ends_with_one_owner_a_slot(history: list[tuple[str, int, int, int]], num_slots: int) -> None:
     swarm = Swarm(num_slots)

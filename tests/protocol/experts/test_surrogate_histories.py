@@ -99,7 +99,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(operations)
 def test_all_copies_end_equal_whatever_the_network_does(history: list[tuple[str, int]]) -> None:
     swarm = Swarm()
