@@ -14,7 +14,7 @@ from typing import Generic
 from ...protocol import messages
 from ...protocol.envelope import ENVELOPE_OVERHEAD, open_sealed
 from ...protocol.errors import BadSignature, Refused
-from ...protocol.experts.sketches import Held, Rules, SketchInbox
+from ...protocol.experts.sketches import Admitted, Held, Rules, SketchInbox
 from ...protocol.messages import MAX_SKETCH_BYTES, SketchBatch
 from ..learning.owning import Owner
 from ..learning.trainer import Trainer
@@ -29,6 +29,7 @@ log = get_logger(__name__)
 
 
 QUEUE_BYTES = 64 * 1024 * 1024
+HEARING_SECONDS = 0.25  # between two steps, or as long as the last one took
 
 
 class SketchReceiver(Generic[Owner]):
@@ -112,10 +113,24 @@ class SketchReceiver(Generic[Owner]):
     # -- training thread -------------------------------------------------------------------------------------------
 
     def drain(self, owner: Owner) -> None:
-        """Let the owner hear what has come."""
+        """Let the owner hear what has come; of much, a part before its next step and a part after it. Who cannot keep
+        up would else take few steps on the means of many sketches, of which each then counts little."""
         self._asked_to_drain = False  # first, so that what comes from now on asks again
+        until = time.perf_counter() + max(HEARING_SECONDS, self._trainer.step_seconds)
         held = self._held()
-        for item in self._inbox.take(held):
+        while len(self._inbox.queue):
+            self._hear(owner, held, self._inbox.take(held, max_bytes=1))  # which is one item
+            if time.perf_counter() > until and len(self._inbox.queue):
+                self._asked_to_drain = True
+                self._trainer.ask(self.drain).add_done_callback(_tell)
+                break
+        # What a sketch teaches is known only when it is settled, so these are counted with the next ones.
+        late = self._inbox.outdated + Counter({"not-finite": owner.dropped_sketches})
+        outdated: dict[tuple[str, ...], float] = {(f"sketch-{reason}",): number for reason, number in late.items()}
+        self._links.state.absorb("late sketches", Count.REFUSALS, outdated)
+
+    def _hear(self, owner: Owner, held: dict[int, Held], items: list[Admitted[Sketch]]) -> None:
+        for item in items:
             if item.slot not in owner.owned:
                 self._inbox.outdated["not-owner"] += 1
                 continue
@@ -132,10 +147,6 @@ class SketchReceiver(Generic[Owner]):
                 log.info("sketch.first", slot=item.slot, rows=rows)
             self.rows += rows
             self._links.state.count(Count.SKETCH_ROWS, "in", by=rows)
-        # What a sketch teaches is known only when it is settled, so these are counted with the next ones.
-        late = self._inbox.outdated + Counter({"not-finite": owner.dropped_sketches})
-        outdated: dict[tuple[str, ...], float] = {(f"sketch-{reason}",): number for reason, number in late.items()}
-        self._links.state.absorb("late sketches", Count.REFUSALS, outdated)
 
 
 def _tell(drained: Future[None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,30 @@ def test_a_sketch_that_is_sent_again_counts_once(trio: Working) -> None:
     assert call(trio, composer.links, told.batch()).refused == ((told.slot, "repeated"),)
     trio.swarm.until(lambda: worker.peer.receiver.rows == seen + 5 * LAYERS, "its rows were learned from")
     assert worker.ask(lambda w: w.step) < 100  # and its claim about the step moved nothing
+
+
+def test_of_much_a_part_is_heard_before_each_step(trio: Working, monkeypatch: pytest.MonkeyPatch) -> None:
+    [worker], composer = trio.workers, trio.swarm.peers[0]
+    trio.quiet(worker)
+    receiver, trainer, seen = worker.peer.receiver, worker.peer.trainer, worker.peer.receiver.rows
+    drain, gate, drains = receiver.drain, threading.Event(), []
+
+    def noted(owner: Any) -> None:
+        drain(owner)
+        drains.append(receiver.rows - seen)
+        trainer.step_seconds = 0.0
+
+    monkeypatch.setattr(sketch_receiving, "HEARING_SECONDS", 0.0)
+    monkeypatch.setattr(receiver, "drain", noted)
+    told = [Told(worker, step=3000 + number) for number in range(4)]
+    trainer.step_seconds = 0.0
+    trainer.ask(lambda _: gate.wait(SECONDS))
+    for each in told:
+        assert call(trio, composer.links, each.batch()).accepted == 1
+    gate.set()
+    of_one = 5 * LAYERS
+    trio.swarm.until(lambda: receiver.rows == seen + 4 * of_one, "all is heard")
+    assert drains[:4] == [of_one, 2 * of_one, 3 * of_one, 4 * of_one]
 
 
 def test_a_composer_that_waited_too_long_for_an_owner_is_not_refused_for_ever(
