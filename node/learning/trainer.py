@@ -38,7 +38,6 @@ class Trainer(Generic[Owner]):
         self._owner = owner
         self._on_step = on_step
         self._served_seconds = 0.0
-        self.step_seconds = 0.0  # of the last step; for the training thread only
         self.fits = FitThread()
         self.held = False  # no steps are taken meanwhile; for the training thread only
         self._mailbox: queue.SimpleQueue[tuple[Callable[[Owner], Any], Future[Any] | None]] = queue.SimpleQueue()
@@ -93,9 +92,7 @@ class Trainer(Generic[Owner]):
                 busy = self._training.is_set() and not self.held and self._owner.has_work()
                 self._serve(block=not busy)
                 if busy and not self._stop.is_set():
-                    began = time.perf_counter()
                     self._on_step(self._owner, self._owner.train_step())
-                    self.step_seconds = time.perf_counter() - began
         finally:
             with self._closing:
                 self._closed = True

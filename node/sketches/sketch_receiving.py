@@ -7,7 +7,7 @@ that decode, stand-ins that are not too old, no more than fits the queue. Every 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import Future
 from typing import Generic
 
@@ -29,7 +29,7 @@ log = get_logger(__name__)
 
 
 QUEUE_BYTES = 64 * 1024 * 1024
-HEARING_SECONDS = 0.25  # between two steps, or as long as the last one took
+HEARD_STEPS = 2  # of each sender at a time
 
 
 class SketchReceiver(Generic[Owner]):
@@ -114,13 +114,16 @@ class SketchReceiver(Generic[Owner]):
 
     def drain(self, owner: Owner) -> None:
         """Let the owner hear what has come; of much, a part before its next step and a part after it. Who cannot keep
-        up would else take few steps on the means of many sketches, of which each then counts little."""
+        up would else spend its time on others' sketches, and take few steps on the means of many.
+        """
         self._asked_to_drain = False  # first, so that what comes from now on asks again
-        until = time.perf_counter() + max(HEARING_SECONDS, self._trainer.step_seconds)
         held = self._held()
+        steps: defaultdict[str, set[int]] = defaultdict(set)  # by sender
         while len(self._inbox.queue):
-            self._hear(owner, held, self._inbox.take(held, max_bytes=1))  # which is one item
-            if time.perf_counter() > until and len(self._inbox.queue):
+            for item in self._inbox.take(held, max_bytes=1):  # which is one
+                self._hear(owner, held, item)
+                steps[item.sender].add(item.step)
+            if any(len(heard) > HEARD_STEPS for heard in steps.values()):
                 self._asked_to_drain = True
                 self._trainer.ask(self.drain).add_done_callback(_tell)
                 break
@@ -129,24 +132,23 @@ class SketchReceiver(Generic[Owner]):
         outdated: dict[tuple[str, ...], float] = {(f"sketch-{reason}",): number for reason, number in late.items()}
         self._links.state.absorb("late sketches", Count.REFUSALS, outdated)
 
-    def _hear(self, owner: Owner, held: dict[int, Held], items: list[Admitted[Sketch]]) -> None:
-        for item in items:
-            if item.slot not in owner.owned:
-                self._inbox.outdated["not-owner"] += 1
-                continue
-            try:
-                age = held[item.slot].seq - item.seq
-                self._links.state.record_sketch_age(age)
-                owner.hear(item.sender, item.slot, dict(item.sketches), tokens=item.tokens, step=item.step, age=age)
-            except ValueError as error:
-                self._inbox.outdated["not-finite"] += 1
-                log.warning("sketch.refused", slot=item.slot, sender=item.sender, error=str(error))
-                continue
-            rows = sum(sketch.num_rows for _, sketch in item.sketches)
-            if rows and not self.rows:
-                log.info("sketch.first", slot=item.slot, rows=rows)
-            self.rows += rows
-            self._links.state.count(Count.SKETCH_ROWS, "in", by=rows)
+    def _hear(self, owner: Owner, held: dict[int, Held], item: Admitted[Sketch]) -> None:
+        if item.slot not in owner.owned:
+            self._inbox.outdated["not-owner"] += 1
+            return
+        try:
+            age = held[item.slot].seq - item.seq
+            self._links.state.record_sketch_age(age)
+            owner.hear(item.sender, item.slot, dict(item.sketches), tokens=item.tokens, step=item.step, age=age)
+        except ValueError as error:
+            self._inbox.outdated["not-finite"] += 1
+            log.warning("sketch.refused", slot=item.slot, sender=item.sender, error=str(error))
+            return
+        rows = sum(sketch.num_rows for _, sketch in item.sketches)
+        if rows and not self.rows:
+            log.info("sketch.first", slot=item.slot, rows=rows)
+        self.rows += rows
+        self._links.state.count(Count.SKETCH_ROWS, "in", by=rows)
 
 
 def _tell(drained: Future[None]) -> None:

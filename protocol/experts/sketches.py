@@ -7,7 +7,8 @@ composers, so it is bounded, and no expert can have seen more pairs than there w
 
 **Back-pressure.** What is admitted waits for the owner's next step in a queue bounded in bytes, and for each sender in
 its steps: what waited for many teaches what has been learned since. Over half full the owner asks for less, down to
-nothing when it is full; what does not fit is refused as `busy`. Above half, a sender with more than its fair share of
+nothing when it is full; so it does when steps wait, else one that is slower than composers would spend its time on
+their sketches. What does not fit is refused as `busy`. Above half, a sender with more than its fair share of
 the bytes is refused first. Per owner a composer follows by additive increase and multiplicative
 decrease (AIMD, Chiu and Jain 1989): such senders converge to equal shares of an owner that none of them knows the speed
 of. It always sends a little, else it would not hear that there is room again. Fewer rows are a smaller sample, not a
@@ -31,7 +32,8 @@ from ..errors import Refused
 from ..messages import MAX_REFUSALS, MAX_SKETCH_BYTES, ExpertSketch, SketchBatch, SketchReply, SlotSketch
 
 ITEM_BYTES = 1024  # charged per expert on top of its rows: sketches of no rows take memory too
-MOST_STEPS = 16  # of one sender may wait; auditors remember more (auditing.py)
+# Steps of one sender that wait: an owner keeps up, wants no more rows, refuses. Auditors remember more (auditing.py).
+EASE_STEPS, LATE_STEPS, MOST_STEPS = 2, 8, 16
 ACTIVE_SECONDS = 30.0  # a sender counts for fair shares for so long after its last offer
 MAX_SEEN = 1 << 16  # (sender, handle) pairs whose last step is remembered
 
@@ -183,9 +185,11 @@ class SketchQueue(Generic[T]):
         return self._total
 
     def rate(self, sender: str = "") -> float:
-        """The share of its rows that a composer should send: 1 up to half full, falling to 0 when full."""
-        full = max(self._total / self.max_bytes, len(self._steps.get(sender, ())) / MOST_STEPS)
-        return min(1.0, max(0.0, 2.0 * (1.0 - full)))
+        """The share of its rows that a composer should send: 1 up to half full and while the owner keeps up with it,
+        falling to 0."""
+        by_bytes = 2.0 * (1.0 - self._total / self.max_bytes)
+        by_steps = (LATE_STEPS - len(self._steps.get(sender, ()))) / (LATE_STEPS - EASE_STEPS)
+        return min(1.0, max(0.0, min(by_bytes, by_steps)))
 
     def has_room(self, sender: str, nbytes: int, now: float, step: int = 0) -> bool:
         """Whether `offer` would take it."""
