@@ -50,18 +50,24 @@ def arranged(experts: Sequence[ExpertWeights]) -> list[int]:
 
 
 def groups_of(
-    counts: Sequence[int], experts: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype
+    arrangement: Sequence[int],
+    counts: Sequence[int],
+    experts: Sequence[ExpertWeights],
+    hidden: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[Group]:
-    """All experts that were hit, in the order of `arranged`.
+    """All experts that were hit, in order.
 
     Args:
+        arrangement: as of `arranged`.
         counts: (E) rows of each expert, by its number.
         dtype: of the products.
     """
     most_rows, most_weights = (values // hidden for values in TOGETHER[device.type])
     found: list[tuple[list[int], list[int]]] = []  # experts and their ends, by group
     kind: tuple[type, int] | None = None
-    for expert in arranged(experts):
+    for expert in arrangement:
         if not counts[expert]:
             continue
         members, ends = found[-1] if found else ([], [0])

@@ -144,10 +144,11 @@ class _Experts(torch.autograd.Function):
         counts = index.bincount(minlength=num_experts + 1).tolist()
         if len(counts) > num_experts + 1:
             raise ValueError(f"expert index {len(counts) - 1} is above {num_experts}")
-        order = _in_order(index, arranged(experts)).argsort(stable=True)
+        arrangement = arranged(experts)
+        order = _in_order(index, arrangement).argsort(stable=True)
         tokens = order.div(top_k, rounding_mode="floor") if top_k > 1 else order
         gates = weights_TK.reshape(-1).index_select(0, order)
-        groups = groups_of(counts, experts, hidden, x_TD.device, dtype)
+        groups = groups_of(arrangement, counts, experts, hidden, x_TD.device, dtype)
         pre_activations: list[Tensor] = []
         y_PD = x_TD.new_empty(len(order), hidden, dtype=dtype)  # pairs, in sorted order
 

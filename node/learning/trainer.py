@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from ..standins.fitting import FitThread
@@ -107,14 +106,16 @@ class Trainer(Generic[Owner]):
 
         What comes meanwhile waits for the next step: who is asked faster than it answers would never take one.
         """
-        with suppress(queue.Empty):
+        try:
             asked = self._mailbox.get(block=block, timeout=IDLE_SECONDS if block else None)
-            began = time.perf_counter()
-            for _ in range(self._mailbox.qsize()):
-                self._do(*asked)
-                asked = self._mailbox.get_nowait()
+        except queue.Empty:
+            return
+        began = time.perf_counter()
+        for _ in range(self._mailbox.qsize()):  # only this thread takes: they are there
             self._do(*asked)
-            self._served_seconds += time.perf_counter() - began
+            asked = self._mailbox.get_nowait()
+        self._do(*asked)
+        self._served_seconds += time.perf_counter() - began
 
     def _do(self, work: Callable[[Owner], Any], future: Future[Any] | None) -> None:
         if future is None:

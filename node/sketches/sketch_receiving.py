@@ -119,11 +119,13 @@ class SketchReceiver(Generic[Owner]):
         self._asked_to_drain = False  # first, so that what comes from now on asks again
         held = self._held()
         steps: defaultdict[str, set[int]] = defaultdict(set)  # by sender
+        enough = False
         while len(self._inbox.queue):
             for item in self._inbox.take(held, max_bytes=1):  # which is one
                 self._hear(owner, held, item)
                 steps[item.sender].add(item.step)
-            if any(len(heard) > HEARD_STEPS for heard in steps.values()):
+                enough = len(steps[item.sender]) > HEARD_STEPS
+            if enough:
                 self._asked_to_drain = True
                 self._trainer.ask(self.drain).add_done_callback(_tell)
                 break
