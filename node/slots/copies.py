@@ -14,7 +14,7 @@ from ...protocol.messages import StandInSnapshot
 from ...protocol.transport.downloads import FetchEnded
 from ...protocol.transport.wire import Reason
 from ..logs import get_logger
-from ..storage.blobs import from_bytes, to_bytes
+from .copy_file import lease_of, read_copy, write_copy
 from .slot_state import SlotTensors
 
 log = get_logger(__name__)
@@ -58,11 +58,11 @@ async def copy_from(
 
 
 class CopyStore:
-    """Copies by slot.
+    """Copies by slot: those that this peer fetched, also before it was restarted, and those in its checkpoint.
 
     Args:
         folder: where they are kept; made if missing.
-        saved: slots found in this peer's checkpoint.
+        saved: slots found in this peer's checkpoint. Of two states of a slot the newer is held.
     """
 
     def __init__(self, folder: Path, saved: Mapping[int, Snapshot]) -> None:
@@ -72,9 +72,25 @@ class CopyStore:
             left.unlink()
         self._stores = itertools.count()
         self._saved = dict(saved)
-        self._published: dict[int, StandInSnapshot] = {}
         self._refreshing: dict[int, asyncio.Task[None]] = {}
         self.held: dict[int, Copy] = {slot: replace(snapshot.copy, mine=True) for slot, snapshot in saved.items()}
+        for path in folder.glob("slot-*.safetensors"):
+            self._find(path)
+
+    def _find(self, path: Path) -> None:
+        """Hold the copy in a file of before a restart, or clear the file away."""
+        try:
+            slot, copy = int(path.stem.removeprefix("slot-")), lease_of(path)
+        except (Refused, ValueError) as error:
+            log.warning("slot.copy_damaged", file=path.name, error=str(error))
+            path.unlink()
+            return
+        held = self.held.get(slot)
+        if held is not None and (held.epoch, held.version) >= (copy.epoch, copy.version):
+            path.unlink()
+            return
+        self._saved.pop(slot, None)
+        self.held[slot] = copy
 
     def refresh(self, slot: int, fetch: Callable[[], Awaitable[Snapshot]]) -> None:
         """Fetch a newer copy and keep it, beside whatever else happens to the slot. Nothing if that is under way."""
@@ -104,7 +120,7 @@ class CopyStore:
         # A name of its own: a write whose task was cancelled goes on in its thread.
         partial = path.with_suffix(f".{next(self._stores)}.partial")
         try:
-            await asyncio.to_thread(lambda: partial.write_bytes(to_bytes(snapshot.tensors)))
+            await asyncio.to_thread(write_copy, partial, snapshot.copy, snapshot.tensors, snapshot.published)
             partial.replace(path)
         except OSError as error:
             log.warning("slot.copy_not_written", slot=slot, folder=str(self._folder), error=str(error))
@@ -114,17 +130,14 @@ class CopyStore:
             partial.unlink(missing_ok=True)
         self._saved.pop(slot, None)
         self.held[slot] = snapshot.copy
-        if snapshot.published is not None:
-            self._published[slot] = snapshot.published
         return True
 
     async def load(self, slot: int) -> Snapshot:
         """A copy that is held. Refused or OSError if it is damaged, Refused if it was replaced meanwhile."""
-        copy, published = self.held[slot], self._published.get(slot)
+        copy = self.held[slot]
         if slot in self._saved:
             return self._saved[slot]
-        path = self._path(slot)
-        tensors = await asyncio.to_thread(lambda: from_bytes(path.read_bytes(), what=f"copy of slot {slot}"))
+        tensors, published = await asyncio.to_thread(read_copy, self._path(slot))
         if self.held.get(slot) is not copy:  # the file may be the new one, whose experts are in another order
             raise Refused("replaced", f"the copy of slot {slot} has just been replaced")
         return Snapshot(copy, tensors, published)
@@ -134,7 +147,6 @@ class CopyStore:
         self.stop_refreshing(slot)
         self.held.pop(slot, None)
         self._saved.pop(slot, None)
-        self._published.pop(slot, None)
         self._path(slot).unlink(missing_ok=True)
 
     def _path(self, slot: int) -> Path:

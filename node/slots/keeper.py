@@ -89,8 +89,7 @@ class SlotKeeper(Generic[Owner]):
         self.max_slot_bytes = max_slot_bytes
         self._rules = Rules(lease=links.manifest.ownership.lease_seconds)
         self._watch = Watch(links.peer_id)
-        epochs = {slot: snapshot.copy.epoch for slot, snapshot in saved.items()}
-        self._watch.recall(links.clock(), epochs, links.peer_id)
+        self._watch.remember(links.clock(), self._copies.held, self._rules)
         self.held: dict[int, int] = {}  # slot -> epoch
         self._versions: dict[int, int] = {}  # slot -> owner's step of the newest snapshot offered
         self._busy: set[int] = set()

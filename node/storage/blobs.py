@@ -12,9 +12,9 @@ from torch import Tensor
 from ...protocol.errors import Refused
 
 
-def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Serialise named tensors."""
-    return save({name: value.contiguous() for name, value in tensors.items()})
+def to_bytes(tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
+    """Serialise named tensors, with `facts` about them in the header."""
+    return save({name: value.contiguous() for name, value in tensors.items()}, facts)
 
 
 def from_bytes(data: bytes, *, what: str) -> dict[str, Tensor]:

@@ -190,8 +190,7 @@ class Watch:
     def recall(self, now: float, epochs: Mapping[int, int], owner: str = UNKNOWN_OWNER) -> None:
         """Takes in epochs by slot that the directory has forgotten, so that a claim made now is above them.
 
-        Call after joining and after having been cut off, with the epochs of the stand-ins fetched from others; and
-        after a restart with the slots in the checkpoint and `owner` this peer.
+        Call after joining and after having been cut off, with the epochs of the stand-ins fetched from others.
         """
         claims = {
             slot: LeaseClaim(owner=owner, epoch=epoch, version=0, expires_at=now)
@@ -199,6 +198,16 @@ class Watch:
             if epoch > 0
         }
         self.observe(now, claims, [])
+
+    def remember(self, now: float, copies: Mapping[int, Copy], rules: Rules) -> None:
+        """Takes in what this peer has on disk after a restart.
+
+        What was its own is its own again. Owners of the rest have the time of a lease to show up in the directory.
+        """
+        for slot, copy in copies.items():
+            self.recall(
+                now if copy.mine else now + rules.lease, {slot: copy.epoch}, self.me if copy.mine else UNKNOWN_OWNER
+            )
 
 
 def _since(times: dict[int, float], slot: int, now: float, holds: bool) -> None:

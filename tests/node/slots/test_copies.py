@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from shoal.node.slots import copies
 from shoal.node.slots.copies import CopyStore, Snapshot, copy_from
+from shoal.node.storage.blobs import to_bytes
 from shoal.protocol.errors import Refused
 from shoal.protocol.experts.ownership import Copy
 from shoal.protocol.messages import StandInSnapshot
@@ -29,7 +31,7 @@ def equal(a: Snapshot, b: Snapshot) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_copy_comes_back_and_a_newer_one_takes_its_place(tmp_path: Path) -> None:
@@ -58,6 +60,38 @@ def test_what_a_checkpoint_had_is_held_until_something_newer_comes(tmp_path: Pat
         assert store.held == {2: Copy(6, 3)}
 
     asyncio.run(work())
+
+
+def test_a_restart_finds_the_copies_on_disk(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = CopyStore(tmp_path, {})
+        for slot, version in ((2, 7), (3, 3), (4, 3)):
+            await store.store(slot, snapshot(4, version))
+        await store.store(5, replace(snapshot(4), published=None))
+        again = CopyStore(tmp_path, {2: snapshot(4, 6), 3: snapshot(4, 3)})
+        assert again.held == {2: Copy(4, 7), 3: Copy(4, 3, mine=True), 4: Copy(4, 3), 5: Copy(4, 3)}
+        for slot, version in ((2, 7), (3, 3), (4, 3)):
+            assert equal(await again.load(slot), snapshot(4, version))
+        assert (await again.load(5)).published is None
+        assert names(tmp_path) == ["slot-2.safetensors", "slot-4.safetensors", "slot-5.safetensors"]
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "of an older version", "a slot without a number"])
+def test_what_a_restart_cannot_make_out_is_cleared_away(damage: str, tmp_path: Path) -> None:
+    asyncio.run(CopyStore(tmp_path, {}).store(2, snapshot(1)))
+    path = tmp_path / "slot-2.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:20])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "of an older version":
+        path.write_bytes(to_bytes(snapshot(1).tensors))
+    else:
+        path.rename(tmp_path / "slot-x.safetensors")
+    assert not CopyStore(tmp_path, {}).held
+    assert not names(tmp_path)
 
 
 def test_a_copy_is_refreshed_beside_everything_else_and_can_be_had_meanwhile(tmp_path: Path) -> None:
@@ -168,18 +202,18 @@ def test_a_copy_that_is_replaced_while_it_is_read_is_not_taken_for_the_old_one(
 ) -> None:
     """Its experts are in another order: under the old epoch they would end in wrong layers, and nobody would notice."""
     reading, replaced = threading.Event(), threading.Event()
-    read = copies.from_bytes
+    read = copies.read_copy
 
-    def slow(data: bytes, **what: Any) -> Any:
+    def slow(path: Path) -> Any:
         reading.set()
         assert replaced.wait(20)
-        return read((tmp_path / "slot-2.safetensors").read_bytes(), **what)
+        return read(path)
 
     async def work() -> None:
         store = CopyStore(tmp_path, {})
         await store.store(2, snapshot(1))
         with monkeypatch.context() as patched:
-            patched.setattr(copies, "from_bytes", slow)
+            patched.setattr(copies, "read_copy", slow)
             loading = asyncio.create_task(store.load(2))
             assert await asyncio.to_thread(reading.wait, 20)
             await store.store(2, snapshot(2))

@@ -256,6 +256,21 @@ def test_a_restarted_owner_takes_its_own_slot_back_at_once() -> None:
     assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 7, copy, ())]
 
 
+def test_a_restarted_standby_takes_over_from_its_copy_if_no_owner_shows_up() -> None:
+    watch, copy, desired = Watch("a"), Copy(3, 50), [["a", "b"]]
+    watch.remember(100.0, {0: copy}, RULES)
+    watch.observe(100.0, {}, desired)
+    end = 100.0 + RULES.lease
+    assert decide(watch, situation(end - 1, desired, copies={0: copy}), RULES) == []
+    [taken] = decide(watch, situation(end, desired, copies={0: copy}), RULES)
+    assert isinstance(taken, TakeOver)
+    assert (taken.epoch, taken.copy) == (5, copy)
+
+    watch.observe(end - 2, {0: claimed("b", 3, 100, end + 9)}, desired)
+    [asked] = decide(watch, situation(end, desired, copies={0: copy}), RULES)
+    assert isinstance(asked, RequestHandover)
+
+
 @pytest.mark.parametrize("epoch", [5, 6])  # of whoever had never heard of it, or had but found no copy
 def test_an_owner_that_was_down_goes_on_above_a_restart_that_is_not_as_far(epoch: int) -> None:
     desired = [["b", "z"]]

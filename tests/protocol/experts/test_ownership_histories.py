@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -77,12 +77,13 @@ class Swarm:
         self.peers.pop(name, None)
 
     def restart(self, name: str) -> None:
-        """With what it owned as its checkpoint."""
+        """With what it owned as its checkpoint, and the copies that it kept for others."""
         if name in self.peers:
             old = self.peers[name]
             self.join(name, old.capacity, old.delay)
-            self.peers[name].copies = {slot: Copy(epoch, 0) for slot, epoch in old.held.items()}
-            self.peers[name].watch.recall(self.now, old.held, name)
+            kept = {slot: replace(copy, mine=False) for slot, copy in old.copies.items()}
+            self.peers[name].copies = kept | {slot: Copy(epoch, 0, mine=True) for slot, epoch in old.held.items()}
+            self.peers[name].watch.remember(self.now, self.peers[name].copies, RULES)
 
     def publish(self, peer: SimPeer) -> None:
         version, expires_at = int(self.now) // 10, self.now + RULES.lease
