@@ -38,18 +38,18 @@ from ..sketches.gradient_rounds import GradientRounds, form_of, sketch_averager
 from ..sketches.gradient_sending import GradientSender
 from ..sketches.sketch_receiving import SketchReceiver
 from ..sketches.sketch_sending import SketchSender, collector_of
-from ..slots.copies import Snapshot
 from ..slots.deposing import Deposing
 from ..slots.keeper import SlotKeeper
 from ..slots.slot_order import LayerOrder
 from ..standins.exchange import Exchange
+from ..standins.saving import FACTS
 from ..storage.checkpoint import CheckpointStore
 from ..storage.checkpoint_writer import CheckpointWriter
 from ..watching.state import Count, PeerState, Phase, StepPart
 from .background import NetworkThread
 from .links import Links
 from .membership import Membership
-from .restoring import restore_composer
+from .restoring import Restored, restore_composer
 from .reviving import HELPER_ENDED
 from .serving import Library
 
@@ -142,11 +142,12 @@ class ComposerPeer:
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         if self.island is not None:
             self.island.serve(composer)
-        held, saved = self._restore(composer, order)
+        held, found = self._restore(composer, order)
         self.composer = composer
         self.trainer = Trainer(composer, self._after_step)
         weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
         self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
+        self.exchange.restore(composer, found.standins)
         self.exchange.fetch_first = None if seed is None else seed.fetch_experts
         self.common = CommonState(links, self.trainer, self.fragments, held)
         self.outer = OuterDriver(
@@ -159,7 +160,7 @@ class ComposerPeer:
             capacity=member.capacity,
             num_slots=composer.num_slots,
             folder=self.config.data_dir / "standby" / self.facts.run_id,
-            saved=saved,
+            saved=found.saved,
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
         self.sender: SketchSender | GradientSender | None = None
@@ -344,15 +345,17 @@ class ComposerPeer:
         )
 
     def _checkpoint_of(self, composer: Composer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        standins, points = self.exchange.to_save()
         meta = {
             "run_id": self.facts.run_id,
             "step": composer.step,
             "tokens": composer.tokens,
             "held": [held.round for held in self.common.held],
             "slots": {str(slot): self.keeper.held.get(slot, 0) for slot in composer.owned},
+            FACTS: points,
             "batches": self.batches.state_dict(),
         }
-        return composer_tensors(composer), meta
+        return composer_tensors(composer) | standins, meta
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -378,12 +381,12 @@ class ComposerPeer:
             seed=seed_of_peer(self.identity.peer_id, self.facts.run_id),
         )
 
-    def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], dict[int, Snapshot]]:
-        """The common state and slots of the newest checkpoint, or of the seed."""
-        rounds, saved = [-1] * len(self.fragments), {}
+    def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], Restored]:
+        """The common state, slots and stand-ins of the newest checkpoint, or of the seed."""
         found = restore_composer(self.writer.store, composer, self.batches, order)
-        if found is not None:
-            rounds, saved = found.rounds, found.saved
+        if found is None:
+            found = Restored([-1] * len(self.fragments), {}, {})
+        else:
             self.state.resume(step=composer.step)
         digests = [digest_of(c, m) for c, m in zip(composer.common, composer.momentum, strict=True)]
-        return [Held(number, digest) for number, digest in zip(rounds, digests, strict=True)], saved
+        return [Held(number, digest) for number, digest in zip(found.rounds, digests, strict=True)], found

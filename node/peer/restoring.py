@@ -18,6 +18,7 @@ from ..logs import get_logger
 from ..slots.copies import Snapshot
 from ..slots.slot_order import LayerOrder, inverse, renamed
 from ..slots.slot_saving import saved_snapshots
+from ..standins.saving import SavedStandIns, saved_standins
 from ..storage.checkpoint import Checkpoint, CheckpointStore
 
 log = get_logger(__name__)
@@ -31,6 +32,7 @@ class Restored:
 
     rounds: list[int]  # per fragment, of its common state
     saved: dict[int, Snapshot]
+    standins: dict[int, SavedStandIns]
 
 
 def restore_composer(
@@ -47,11 +49,12 @@ def restore_composer(
             copy = Copy(int(meta["slots"][str(slot)]), int(meta["step"]))
             places = inverse(order.outward(slot, copy.epoch))
             saved[slot] = Snapshot(copy, renamed(tensors, places))
+        standins = saved_standins(checkpoint, composer.menu, composer.shape.num_layers)
         state = meta["batches"]
         restore_backbone(composer, checkpoint.tensors, meta)
         batches.load_state_dict(state)
         log.info("checkpoint.restored", step=composer.step, slots=sorted(saved))
-        return Restored(rounds, saved)
+        return Restored(rounds, saved, standins)
 
     return _newest_that_fits(store, read)
 

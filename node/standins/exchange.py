@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from ..slots.slot_order import LayerOrder
 from ..slots.slot_state import SlotTensors
 from .following import Following
 from .publishing import ANNOUNCE_EVERY_SECONDS, Published, Publishing
+from .saving import SavedStandIns, standins_to_save
 
 log = get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Exchange(Publishing[Composer]):
         self._following = Following(links, trainer, self._book, order, composer)
         self._leases: dict[int, tuple[str, int]] = {}
         self._repairing: set[Need] = set()  # fetches under way
+        self._recalled: dict[int, int] = {}  # epochs by slot, of the checkpoint that this peer goes on from
         self.fetch_first: Callable[[int], Awaitable[None]] | None = None  # a slot's first experts, where they are far
         self._others_counts: dict[str, tuple[float, Tensor]] = {}
 
@@ -98,8 +100,24 @@ class Exchange(Publishing[Composer]):
             if running.owner
         }
 
+    def restore(self, composer: Composer, saved: Mapping[int, SavedStandIns]) -> None:
+        """Run what a checkpoint had of others' slots, until their owners say better. Before the trainer runs.
+
+        It counts as of no lease: whoever owns the slot now may have gone on from anything.
+        """
+        for slot, state in saved.items():
+            self._recalled[slot] = state.epoch
+            if state.layers:
+                composer.set_standins(slot, state.layers)
+                self._following.follow(slot, state.layers, Point(0, state.seq))
+
+    def to_save(self) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+        """See `standins_to_save`."""
+        return standins_to_save(self._following.running, self._recalled)
+
     def epochs(self) -> dict[int, int]:
-        return self._following.epochs()
+        heard = self._following.epochs()
+        return {slot: max(heard.get(slot, 0), self._recalled.get(slot, 0)) for slot in heard | self._recalled}
 
     def _followed(self, slot: int) -> Point | None:
         running = self._following.running.get(slot)

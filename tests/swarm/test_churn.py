@@ -30,6 +30,7 @@ def test_a_swarm_outlives_its_peers(swarm: Swarm) -> None:
     dies(swarm, a, b, c)
     c = comes_back(swarm, a, b, c)
     leaves(swarm, a, b, c)
+    all_die(swarm, a, b)
 
 
 def start(swarm: Swarm, name: str) -> Peer:
@@ -131,6 +132,28 @@ def leaves(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> None:
         ),
         60,
     )
+
+
+def all_die(swarm: Swarm, a: Peer, b: Peer) -> None:
+    """As when the power fails, and one never returns: its slots go on from the copies on the other's disk."""
+    step = b.status()["step"]
+    swarm.wait_for(
+        "every slot has a copy, and b a checkpoint with its slots",
+        lambda: backed_up([a, b]) and owned_once([a, b]) and (b.status()["checkpoint"] or {"step": 0})["step"] > step,
+        60,
+    )
+    before, orphaned = a.epochs() | b.epochs(), a.epochs()
+    assert orphaned
+    for peer in (a, b):
+        peer.signal(signal.SIGKILL)
+    assert [peer.wait(5) for peer in (a, b)] == [-signal.SIGKILL] * 2
+    b, c = start(swarm, "b"), start(swarm, "c")
+    swarm.wait_for("b and c own everything", lambda: owned_once([b, c]), START_SECONDS + 4 * LEASE)
+    epochs = b.epochs() | c.epochs()
+    assert all(epochs[slot] > epoch for slot, epoch in before.items()), (before, epochs)
+    assert lost([b, c]) == 0
+    assert {entry["slot"] for peer in (b, c) for entry in peer.said("slot.taken_over")} >= set(orphaned)
+    swarm.wait_for("both train", lambda: all(peer.phase == "training" for peer in (b, c)), 60)
 
 
 def as_good_as(peer: Peer) -> float:
