@@ -7,7 +7,7 @@
     lost.<f>                   what a coarse codec has kept back of it
     slot.<s>.<...>             an owned slot, as in `Composer.saved`
 
-Stand-ins of slots that others own are beside these: `standins/saving.py`.
+Stand-ins of slots that others own, and which ones those of owned slots are, are beside these: `standins/saving.py`.
 """
 
 from __future__ import annotations

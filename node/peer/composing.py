@@ -351,7 +351,7 @@ class ComposerPeer:
             "step": composer.step,
             "tokens": composer.tokens,
             "held": [held.round for held in self.common.held],
-            "slots": {str(slot): self.keeper.held.get(slot, 0) for slot in composer.owned},
+            "slots": {str(slot): points[str(slot)][0] for slot in composer.owned},
             FACTS: points,
             "batches": self.batches.state_dict(),
         }

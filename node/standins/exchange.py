@@ -101,7 +101,7 @@ class Exchange(Publishing[Composer]):
         }
 
     def restore(self, composer: Composer, saved: Mapping[int, SavedStandIns]) -> None:
-        """Run what a checkpoint had of others' slots, until their owners say better. Before the trainer runs.
+        """Run what a checkpoint had of all slots, until their owners say better. Before the trainer runs.
 
         It counts as of no lease: whoever owns the slot now may have gone on from anything.
         """
@@ -113,7 +113,8 @@ class Exchange(Publishing[Composer]):
 
     def to_save(self) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
         """See `standins_to_save`."""
-        return standins_to_save(self._following.running, self._recalled)
+        own = {slot: publisher.point for slot, publisher in self._book.publishers.items()}
+        return standins_to_save(self._following.running, own, self._recalled)
 
     def epochs(self) -> dict[int, int]:
         heard = self._following.epochs()

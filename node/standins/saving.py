@@ -1,6 +1,8 @@
-"""Others' stand-ins on disk: the whole swarm may end at once, and some owners never come back with their experts.
+"""All stand-ins on disk: the whole swarm may end at once, and some owners never come back with their experts.
 
-standin.<slot>.<layer>.<name>   the state that ran here of a slot; not of those that are as seeded
+standin.<slot>.<layer>.<name>   the state that ran here of a slot of others; not of those that are as seeded
+
+Those of owned slots are among the state of their publishers: `slot.<slot>.<layer>.publisher.published.<name>`.
 
 Copies of slots (`slots/copies.py`) are better, and rarer: every composer has all stand-ins.
 """
@@ -13,12 +15,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...kernels.standin import Menu, StandIn, standin_of
-from ...protocol.experts.surrogates import SEED
+from ...protocol.experts.surrogates import SEED, Point
 from ..slots.slot_state import under
 from ..storage.checkpoint import Checkpoint
 from .following import Running
 
 FACTS = "standins"  # of a checkpoint: by slot [epoch, seq]
+_PUBLISHED = ".publisher.published."
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,17 @@ class SavedStandIns:
 
 
 def standins_to_save(
-    running: Mapping[int, Running], epochs: Mapping[int, int]
+    running: Mapping[int, Running], own: Mapping[int, Point], epochs: Mapping[int, int]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     """Tensors, none of them copied, and facts of a checkpoint.
 
     Args:
-        running: by slot what runs here.
+        running: by slot of others what runs here.
+        own: by owned slot what is published.
         epochs: by slot the latest that was known before.
     """
     tensors: dict[str, Tensor] = {}
-    facts = {}
+    facts = {str(slot): (point.epoch, point.seq) for slot, point in own.items()}
     for slot, state in running.items():
         epoch = max(state.epoch, state.point.epoch, epochs.get(slot, 0))
         if epoch:
@@ -54,7 +58,9 @@ def standins_to_save(
 def saved_standins(checkpoint: Checkpoint, menu: Menu, num_layers: int) -> dict[int, SavedStandIns]:
     """By slot. ValueError, KeyError or TypeError if the checkpoint does not hold stand-ins of this run."""
     states: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for name, value in under("standin.", checkpoint.tensors).items():
+    own = under("slot.", checkpoint.tensors).items()
+    published = {name.replace(_PUBLISHED, "."): value for name, value in own if _PUBLISHED in name}
+    for name, value in (published | under("standin.", checkpoint.tensors)).items():
         slot, layer, key = name.split(".", 2)
         states.setdefault(slot, {}).setdefault(layer, {})[key] = value
     found = {}

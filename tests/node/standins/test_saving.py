@@ -11,6 +11,7 @@ import pytest
 import torch
 from loopback import HANDLE_KEY, Loopback, LoopbackPeer, loopback
 from shoal.node.learning.composer import Composer
+from shoal.node.learning.persistence import composer_tensors, saved_slots
 from shoal.node.learning.trainer import Trainer
 from shoal.node.slots.slot_order import LayerOrder
 from shoal.node.standins.exchange import Exchange
@@ -46,8 +47,8 @@ def digest(composer: Composer, slot: int) -> bytes:
 
 
 def checkpoint_of(peer: LoopbackPeer, folder: Path, **changes: Any) -> Checkpoint:
-    tensors, facts = peer.ask(lambda _: peer.exchange.to_save())
-    CheckpointStore(folder).save(3, tensors, {FACTS: facts, **changes})
+    (tensors, facts), own = peer.ask(lambda composer: (peer.exchange.to_save(), composer_tensors(composer)))
+    CheckpointStore(folder).save(3, own | tensors, {FACTS: facts, **changes})
     found = CheckpointStore(folder).latest()
     assert found is not None
     return found
@@ -80,6 +81,19 @@ def test_a_slot_without_owner_or_copy_goes_on_from_its_stand_ins(swarm: Loopback
     for expert, standin in zip(composer.experts_of(1), second.composer.standins(1), strict=True):
         for weights, dense in zip(expert.masters(), standin.dense(), strict=True):
             assert torch.equal(weights, dense)
+
+
+def test_an_owner_that_comes_back_publishes_what_it_had_published(swarm: Loopback, tmp_path: Path) -> None:
+    """Else all others would run the seed's stand-ins in place of its experts, until the next publication."""
+    first = swarm.peers[0]
+    checkpoint = checkpoint_of(first, tmp_path)
+    composer, exchange = come_back(first, checkpoint)
+    assert exchange.epochs()[0] == 7
+    assert exchange.to_save()[1] == {str(slot): (7, 3) for slot in range(UNCLAIMED)}
+    for slot, tensors in saved_slots(checkpoint.tensors).items():
+        announced = exchange.adopt(composer, slot, 9, exchange.to_wire(slot, 7, tensors), 7, None)
+        assert (announced.seq, announced.digest) == (3, digest(first.composer, slot))
+    assert exchange.to_save()[1] == {str(slot): (9, 3) for slot in range(UNCLAIMED)}
 
 
 def test_whoever_owns_a_slot_now_is_followed_whatever_its_epoch(swarm: Loopback, tmp_path: Path) -> None:
