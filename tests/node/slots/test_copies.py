@@ -94,6 +94,25 @@ def test_what_a_restart_cannot_make_out_is_cleared_away(damage: str, tmp_path: P
     assert not names(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["weights", "epoch", "published"])
+def test_a_copy_of_which_bytes_have_changed_is_refused(part: str, tmp_path: Path) -> None:
+    """As after a write that never reached the disk in full: most of what is there are numbers all the same."""
+    weights, standin = torch.randn(64), StandInSnapshot(2, 1, 3, (b"layer",), bytes(16))
+    asyncio.run(CopyStore(tmp_path, {}).store(2, Snapshot(Copy(1, 3), {"0.down": weights}, standin)))
+    path = tmp_path / "slot-2.safetensors"
+    data = path.read_bytes()
+    values = weights.numpy().tobytes()
+    was, new = {
+        "weights": (values, bytes(len(values))),
+        "epoch": (b'"epoch":"1"', b'"epoch":"7"'),
+        "published": (b"layer", b"other"),
+    }[part]
+    assert was in data
+    path.write_bytes(data.replace(was, new))
+    with pytest.raises(Refused):
+        asyncio.run(CopyStore(tmp_path, {}).load(2))
+
+
 def test_a_copy_is_refreshed_beside_everything_else_and_can_be_had_meanwhile(tmp_path: Path) -> None:
     async def work() -> None:
         store = CopyStore(tmp_path, {})
