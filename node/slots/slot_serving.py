@@ -9,6 +9,7 @@ from typing import Generic
 from ...protocol import messages
 from ...protocol.errors import Refused
 from ...protocol.experts.ownership import Copy
+from ...protocol.experts.surrogates import Point
 from ...protocol.messages import SlotState, StandInSnapshot
 from ...protocol.transport.downloads import Resource
 from ..learning.owning import Owner
@@ -47,7 +48,9 @@ class SlotServing(Generic[Owner]):
             return None
         kept = await self._copies.load(slot)
         published = await asyncio.wrap_future(self._trainer.ask(lambda owner: self._exchange.published(owner, slot)))
-        return await self._resource(slot, kept.copy, kept.tensors, published or kept.published, full=full)
+        came = kept.published  # newer than what runs here, if this peer was restarted meanwhile
+        newer = came is not None and (published is None or Point(came.epoch, came.seq) > published.point)
+        return await self._resource(slot, kept.copy, kept.tensors, came if newer else published, full=full)
 
     async def weights(self, slot: int) -> Resource | None:
         """What a held slot computes with."""
