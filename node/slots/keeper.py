@@ -154,8 +154,8 @@ class SlotKeeper(Generic[Owner]):
                     self._spawn(action.slot, self._take_over(action))
                 case RequestHandover(slot, from_peer, epoch):
                     self._spawn(slot, self._ask_for(slot, from_peer, epoch))
-                case KeepStandby(slot, owner):
-                    self._copies.refresh(slot, partial(self._fetch, owner, resources.snapshot(slot)))
+                case KeepStandby(slot, owner, epoch):
+                    self._copies.refresh(slot, partial(self._fetch, owner, resources.snapshot(slot), epoch))
         self._report()
 
     def _give_up_on(self, slot: int) -> None:
@@ -259,10 +259,7 @@ class SlotKeeper(Generic[Owner]):
         await self._acquire(slot, epoch, snapshot)
 
     async def _ask_for(self, slot: int, owner: str, epoch: int) -> None:
-        snapshot = await self._fetch(owner, resources.handover(slot))
-        if snapshot.copy.epoch != epoch - COPY_RAISE:
-            raise Refused("stale", f"slot {slot} is handed over at epoch {snapshot.copy.epoch}, to be had at {epoch}")
-        await self._acquire(slot, epoch, snapshot)
+        await self._acquire(slot, epoch, await self._fetch(owner, resources.handover(slot), epoch - COPY_RAISE))
 
     async def _let_go(self, slot: int, to_peer: str, epoch: int) -> Snapshot | None:
         """Stop owning a slot. Returns its last state, unless this peer leaves: until a standby has fetched the new
@@ -286,11 +283,14 @@ class SlotKeeper(Generic[Owner]):
         standin = None if published is None else await asyncio.to_thread(published.snapshot)
         return Snapshot(Copy(held, version), tensors, standin)
 
-    async def _fetch(self, peer: str, resource: str) -> Snapshot:
+    async def _fetch(self, peer: str, resource: str, epoch: int | None = None) -> Snapshot:
+        """A slot's state from a peer. Refused if it is of another lease than that of `epoch`."""
         async with self._fetching_from.take(peer), self._fetching:
             fetch = self._links.fetch(peer, resource, max_bytes=self.max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS)
             got = await self._links.while_here(peer, fetch)
         state = await asyncio.to_thread(messages.decode, got.data, SlotState)
+        if epoch not in (None, state.epoch):
+            raise Refused("stale", f"{resource} is of epoch {state.epoch}, to be had at {epoch}")
         tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))
         return Snapshot(Copy(state.epoch, state.version), tensors, state.standin)
 
