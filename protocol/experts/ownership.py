@@ -8,6 +8,9 @@ smaller peer id (view.py). A peer that sees a claim win over its own is deposed 
 whose state is the better one, sees that by the epoch and claims its slot back above it; who restarted it yields. So
 does an owner that was down meanwhile, as long as its checkpoint is ahead of what was restarted.
 
+**Lost sight of.** Where all peers have stopped, those who come back first may know less than the last epochs. What
+others have on disk of later ones counts only as long as it is further than what those who are there go on with.
+
 **Distrust.** Claims of a peer that was found to lie (auditing.py) count for nothing, however high, and its slots are
 abandoned. Their epoch stays known, so that the next claim is above it for those who still trust: not the one that the
 liar names, which may leave no room above it, but one above its predecessor's, which it can have come by honestly.
@@ -155,6 +158,7 @@ class Watch:
     free_since: dict[int, float] = field(default_factory=dict)  # first look at a slot that nobody ever claimed
     fair: dict[int, int] = field(default_factory=dict)  # epochs that the claims' owners can have come by honestly
     distrusted: set[str] = field(default_factory=set)  # peers
+    saved: dict[int, LeaseClaim] = field(default_factory=dict)  # what this peer had on disk when it started
     _desired: Sequence[Sequence[str]] = ()  # at the last look
 
     def observe(self, now: float, claims: Mapping[int, LeaseClaim], desired: Sequence[Sequence[str]]) -> None:
@@ -168,7 +172,7 @@ class Watch:
             known = self.claims.get(slot)
             renewed = known is not None and (claim.owner, claim.epoch) == (known.owner, known.epoch)
             # If the liar had jumped over somebody who holds the slot still, that was no change of owner.
-            hidden = known is not None and known.owner == DEPOSED_OWNER and claim.expires_at > now
+            hidden = known is not None and claim.expires_at > now and self._gives_way(slot, known, claim)
             if known is None or hidden or wins(claim, known) or (renewed and claim.expires_at > known.expires_at):
                 if known is None or known.owner != claim.owner:
                     self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + COPY_RAISE)
@@ -179,6 +183,14 @@ class Watch:
             _since(self.wanted_since, slot, now, bool(peers) and peers[0] == self.me)
             _since(self.unlisted_since, slot, now, self.me not in peers)
             _since(self.free_since, slot, now, slot not in self.claims)
+
+    def _gives_way(self, slot: int, known: LeaseClaim, live: LeaseClaim) -> bool:
+        """Whether a live claim counts whatever its epoch: the known one is a liar's, or a state on this disk that the
+        swarm has lost sight of and gone beyond."""
+        saved = self.saved.get(slot)
+        if saved is not None and (known.owner, known.epoch) == (saved.owner, saved.epoch):
+            return live.version >= saved.version
+        return known.owner == DEPOSED_OWNER
 
     def distrust(self, now: float, peer: str) -> None:
         """From now on ignore a peer's claims. Slots that it had are abandoned, at an epoch that it can have had."""
@@ -202,12 +214,14 @@ class Watch:
     def remember(self, now: float, copies: Mapping[int, Copy], rules: Rules) -> None:
         """Takes in what this peer has on disk after a restart.
 
-        What was its own is its own again. Owners of the rest have the time of a lease to show up in the directory.
+        What was its own is its own again, unless somebody has it and is at least as far. Owners of the rest have the
+        time of a lease to show up in the directory.
         """
         for slot, copy in copies.items():
-            self.recall(
-                now if copy.mine else now + rules.lease, {slot: copy.epoch}, self.me if copy.mine else UNKNOWN_OWNER
-            )
+            owner, until = (self.me, now) if copy.mine else (UNKNOWN_OWNER, now + rules.lease)
+            if copy.epoch > 0:
+                self.saved[slot] = LeaseClaim(owner=owner, epoch=copy.epoch, version=copy.version, expires_at=until)
+        self.observe(now, self.saved, [])
 
 
 def _since(times: dict[int, float], slot: int, now: float, holds: bool) -> None:
@@ -274,7 +288,8 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
                     handovers.append(RequestHandover(slot, claim.owner, claim.epoch + COPY_RAISE))
             elif reachable and watch.me in listed:
                 copy = situation.copies.get(slot)
-                if copy is None or (copy.epoch, copy.version) < (claim.epoch, claim.version):
+                # One of a later epoch is of a history that the swarm has lost sight of.
+                if copy is None or copy.epoch != claim.epoch or copy.version < claim.version:
                     copies.append(KeepStandby(slot, claim.owner, claim.epoch, claim.version))
             elif slot in situation.copies and situation.now >= (
                 watch.unlisted_since.get(slot, math.inf) + rules.keep_unlisted

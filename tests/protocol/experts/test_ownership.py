@@ -287,6 +287,27 @@ def test_an_owner_that_was_down_goes_on_above_a_restart_that_is_not_as_far(epoch
     assert decide(from_a_copy, now, RULES) == [KeepStandby(0, "b", 7, 30)]
 
 
+@pytest.mark.parametrize("mine", [True, False])
+@pytest.mark.parametrize("epoch", [1, 3, 5])  # of whoever went on from an older state, or from none
+def test_what_went_on_without_this_peer_is_followed_once_it_is_further(mine: bool, epoch: int) -> None:
+    """Whatever its epoch: all peers had stopped, and those who came back first did not know of the last changes."""
+    desired, copy = [["c", "b"]], Copy(5, 40, mine=mine)
+
+    def back(version: int) -> tuple[Watch, Situation]:
+        watch = Watch("b")
+        watch.remember(100.0, {0: copy}, RULES)
+        watch.recall(101.0, {0: copy.epoch})
+        watch.observe(101.0, {0: claimed("c", epoch, version, 999.0)}, desired)
+        return watch, situation(200.0, desired, copies={0: copy})
+
+    assert decide(*back(41), RULES) == [KeepStandby(0, "c", epoch, 41)]
+    not_as_far = decide(*back(39), RULES)
+    if (mine, epoch) == (False, 5):
+        assert not_as_far == []  # that is the very owner
+    else:
+        assert not_as_far == [TakeOver(0, 7, copy, ("c",))]
+
+
 def test_standbys_follow_and_forget() -> None:
     claim = claimed("a", 2, 50, 1e9)
     watch = watching("b", 100.0, {0: claim}, [["a", "b"]])
