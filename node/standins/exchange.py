@@ -117,8 +117,10 @@ class Exchange(Publishing[Composer]):
         return standins_to_save(self._following.running, own, self._recalled)
 
     def epochs(self) -> dict[int, int]:
-        heard = self._following.epochs()
-        return {slot: max(heard.get(slot, 0), self._recalled.get(slot, 0)) for slot in heard | self._recalled}
+        """By slot the latest epoch heard of; of those that somebody has, however low his is, no other."""
+        heard, known = self._following.epochs(), self._leases.keys()
+        recalled = {slot: epoch for slot, epoch in self._recalled.items() if slot not in known}
+        return {slot: max(heard.get(slot, 0), recalled.get(slot, 0)) for slot in heard | recalled}
 
     def _followed(self, slot: int) -> Point | None:
         running = self._following.running.get(slot)

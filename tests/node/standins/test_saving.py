@@ -107,6 +107,16 @@ def test_whoever_owns_a_slot_now_is_followed_whatever_its_epoch(swarm: Loopback,
     assert following._install(first.peer_id, msgspec.structs.replace(published.snapshot(), epoch=1))
 
 
+def test_an_epoch_that_nobody_else_knows_counts_only_while_nobody_has_the_slot(swarm: Loopback, tmp_path: Path) -> None:
+    """Else this peer would restart the slot above its owner, from the old stand-ins."""
+    second = swarm.peers[1]
+    _, exchange = come_back(second, checkpoint_of(second, tmp_path, **{FACTS: {"0": (9, 3), str(UNCLAIMED): (9, 3)}}))
+    swarm.network.loop.call_soon_threadsafe(exchange.on_leases)
+    swarm.until(lambda: exchange.epochs()[1] == 7, "the leases are known")
+    assert (exchange.epochs()[0], exchange.epochs()[UNCLAIMED]) == (7, 9)
+    assert exchange.to_save()[1]["0"][0] == 9
+
+
 @pytest.mark.parametrize("damage", ["a layer is missing", "a tensor is missing", "no numbers"])
 def test_what_is_no_stand_in_of_this_run_is_refused(damage: str, swarm: Loopback, tmp_path: Path) -> None:
     second = swarm.peers[1]
