@@ -163,6 +163,7 @@ class ComposerPeer:
             saved=found.saved,
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
+        del found  # this frame lives as long as the peer trains: it would keep every slot a second time
         self.sender: SketchSender | GradientSender | None = None
         if self.facts.manifest.sketch.goes_to_owners:
             chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
