@@ -142,11 +142,18 @@ class CopyStore:
             raise Refused("replaced", f"the copy of slot {slot} has just been replaced")
         return Snapshot(copy, tensors, published)
 
-    def drop(self, slot: int) -> None:
-        """Forget a copy, if there is one, and one that is on its way."""
+    def set_aside(self, slot: int) -> None:
+        """Forget a copy, if there is one, and one that is on its way, as the slot is owned now.
+
+        On disk it stays: the next checkpoint with the slot may never be written.
+        """
         self.stop_refreshing(slot)
         self.held.pop(slot, None)
         self._saved.pop(slot, None)
+
+    def drop(self, slot: int) -> None:
+        """Forget a copy, on disk too, if there is one, and one that is on its way."""
+        self.set_aside(slot)
         self._path(slot).unlink(missing_ok=True)
 
     def _path(self, slot: int) -> Path:

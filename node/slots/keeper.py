@@ -207,7 +207,7 @@ class SlotKeeper(Generic[Owner]):
         )
         self.held[slot] = epoch
         self._versions[slot] = self.step
-        self._copies.drop(slot)
+        self._copies.set_aside(slot)
         log.info("slot.owned", slot=slot, epoch=epoch)
         self._unsent.append(announcement)
         await self.announce()
@@ -279,6 +279,7 @@ class SlotKeeper(Generic[Owner]):
         log.info("slot.released", slot=slot, to=to_peer, epoch=epoch)
         await self.announce()
         if tensors is None:
+            self._copies.drop(slot)
             return None
         standin = None if published is None else await asyncio.to_thread(published.snapshot)
         return Snapshot(Copy(held, version), tensors, standin)

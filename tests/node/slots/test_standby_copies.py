@@ -1,15 +1,17 @@
-"""Which copies a standby takes from an owner."""
+"""Which copies a standby takes from an owner, and how long it keeps them."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from loopback import loopback
+from shoal.node.slots.copies import CopyStore, Snapshot
 from shoal.node.storage.blobs import to_bytes
 from shoal.protocol import messages
-from shoal.protocol.experts.ownership import Copy
+from shoal.protocol.experts.ownership import Copy, TakeOver
 from shoal.protocol.messages import SlotState, StandInSnapshot
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import SLOTS, manifest_of
@@ -34,3 +36,32 @@ def test_a_copy_of_another_lease_than_its_owners_is_not_kept(epoch: int, tmp_pat
         assert slot in copies._refreshing
         swarm.until(lambda: slot not in copies._refreshing, "the copy was asked for")
         assert copies.held.get(slot) == (Copy(3, 7) if epoch == 3 else None)
+
+
+def test_a_copy_stays_on_disk_until_a_checkpoint_has_the_slot(tmp_path: Path) -> None:
+    """Who took the slot over from it may be killed before that, with nobody else left who has it."""
+    with loopback(tmp_path / "swarm", manifest_of(), 1) as swarm:
+        [peer] = swarm.peers
+        peer.step()
+        swarm.call(peer.own([0], 3))
+        published = peer.ask(lambda composer: peer.exchange.published(composer, 0))
+        assert published is not None
+        tensors = peer.ask(lambda composer: peer.exchange.snapshot(composer, 0, 3))
+        peer.ask(lambda composer: peer.exchange.release(composer, 0))
+        keeper, copy = peer.keeper, Copy(3, 7)
+        swarm.call(keeper._copies.store(0, Snapshot(copy, tensors, published.snapshot())))
+        folder = keeper._copies._folder
+
+        swarm.call(keeper._take_over(TakeOver(0, 5, copy, ())))
+        assert keeper.held == {0: 5}
+        assert not keeper._copies.held
+        saved = {0: Snapshot(Copy(5, 1), tensors)}
+        shutil.copytree(folder, tmp_path / "copied")
+        assert CopyStore(folder, {}).held == {0: copy}
+        assert CopyStore(folder, saved).held == {0: Copy(5, 1, mine=True)}
+        assert not list(folder.iterdir()), "the checkpoint has a newer one"
+
+        shutil.copytree(tmp_path / "copied", folder, dirs_exist_ok=True)
+        keeper._leaving = True
+        assert swarm.call(keeper._let_go(0, "somebody", 7)) is None
+        assert not CopyStore(folder, {}).held, "whoever has it now goes on"
