@@ -177,6 +177,8 @@ class Watch:
                 if known is None or known.owner != claim.owner:
                     self.fair[slot] = claim.epoch if known is None else min(claim.epoch, known.epoch + COPY_RAISE)
                 self.claims[slot] = claim
+                if hidden:
+                    self.saved.pop(slot, None)
         self.free_since = {slot: since for slot, since in self.free_since.items() if slot not in self.claims}
         changed, self._desired = desired is not self._desired, desired or self._desired
         for slot, peers in enumerate(desired if changed else ()):  # at most looks it has not
@@ -217,11 +219,13 @@ class Watch:
         What was its own is its own again, unless somebody has it and is at least as far. Owners of the rest have the
         time of a lease to show up in the directory.
         """
+        saved = {}
         for slot, copy in copies.items():
             owner, until = (self.me, now) if copy.mine else (UNKNOWN_OWNER, now + rules.lease)
             if copy.epoch > 0:
-                self.saved[slot] = LeaseClaim(owner=owner, epoch=copy.epoch, version=copy.version, expires_at=until)
-        self.observe(now, self.saved, [])
+                saved[slot] = LeaseClaim(owner=owner, epoch=copy.epoch, version=copy.version, expires_at=until)
+        self.observe(now, saved, [])
+        self.saved = saved
 
 
 def _since(times: dict[int, float], slot: int, now: float, holds: bool) -> None:

@@ -308,6 +308,18 @@ def test_what_went_on_without_this_peer_is_followed_once_it_is_further(mine: boo
         assert not_as_far == [TakeOver(0, 7, copy, ("c",))]
 
 
+def test_who_has_given_way_once_is_an_owner_as_any_other_afterwards() -> None:
+    watch, desired = Watch("b"), [["b", "c"]]
+    watch.remember(100.0, {0: Copy(5, 40, mine=True)}, RULES)
+    theirs = {0: claimed("c", 3, 50, 999.0)}
+    watch.observe(101.0, theirs, desired)
+    assert watch.claims == theirs
+    mine = {0: claimed("b", 5, 50, 999.0)}  # handed over: the epoch is the one on disk again
+    watch.observe(102.0, mine, desired)
+    watch.observe(103.0, theirs, desired)
+    assert watch.claims == mine
+
+
 def test_standbys_follow_and_forget() -> None:
     claim = claimed("a", 2, 50, 1e9)
     watch = watching("b", 100.0, {0: claim}, [["a", "b"]])
