@@ -17,6 +17,7 @@ from .wire import LENGTH_BYTES, body_length
 
 _RESET_SECONDS = 5.0
 _CHECK_SECONDS = 1.0
+_READ_BYTES = 65_536  # at a time, of frames: what comes with one and belongs to the next is kept
 _PART_BYTES = 32_768  # written within a deadline; the peer's window may give way by four times as much at once
 _OVERDUE = "no progress in time"
 
@@ -33,10 +34,22 @@ class PeerStream:
         self._progress_seconds = progress_seconds
         self._deadline = math.inf
         self._closed = trio.Event()
+        self._ahead = bytearray()  # read from the stream, and not asked for yet
         self.peer_id = str(stream.muxed_conn.peer_id)
         self.bytes_read = 0
         self.bytes_written = 0
         self.expired = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither side has ended it, as far as is known here."""
+        muxed = self._stream.muxed_stream
+        ended = muxed.closed or muxed.recv_closed or muxed.conn.event_shutting_down.is_set()
+        return not (ended or self._closed.is_set())
+
+    def rest(self, seconds: float) -> None:
+        """Nothing is asked of it for now. It is reset if that stays so for so long."""
+        self._arm(trio.current_time() + seconds)
 
     async def watch(self) -> None:
         """Reset the stream when a read or write overstays its deadline. Returns when the stream is closed."""
@@ -51,23 +64,23 @@ class PeerStream:
 
     async def read(self, most: int, *, until: float | None = None) -> bytes:
         """Up to `most` bytes; empty at the end. `until`: a deadline of its own. Raises StreamCut."""
-        self._arm(until)
-        try:
-            data: bytes = await self._stream.read(most)
-        except EOFError:
-            return b""
-        except BaseLibp2pError as error:
-            raise StreamCut(self._why(error)) from error
-        finally:
-            self._deadline = math.inf
-        self.bytes_read += len(data)
-        return data
+        return self._take(most) if self._ahead else await self._receive(most, until)
 
     async def read_frame(self, limit: int, seconds: float) -> bytes:
         """Body of one length-prefixed frame. Raises StreamCut, or ValueError if it is longer than `limit`."""
         end = trio.current_time() + seconds  # for the whole frame: bytes that drip do not extend it
-        length = body_length(await self._read_exactly(LENGTH_BYTES, end), limit)
-        return await self._read_exactly(length, end)
+        await self._read_ahead(LENGTH_BYTES, end)
+        length = body_length(self._take(LENGTH_BYTES), limit)
+        await self._read_ahead(length, end)
+        return self._take(length)
+
+    async def has_more(self, seconds: float) -> bool:
+        """Wait for the peer's next bytes, for so long; False at the end of the stream, however it came."""
+        try:
+            await self._read_ahead(1, trio.current_time() + seconds)
+        except StreamCut:
+            return False
+        return True
 
     async def write(self, data: bytes) -> None:
         """Every part of it has a deadline of its own. Raises StreamCut."""
@@ -106,13 +119,30 @@ class PeerStream:
         if waiting is not None:
             waiting.set()
 
-    async def _read_exactly(self, count: int, end: float) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = await self.read(count - len(data), until=end)
+    async def _receive(self, most: int, until: float | None) -> bytes:
+        self._arm(until)
+        try:
+            data: bytes = await self._stream.read(most)
+        except EOFError:
+            return b""
+        except BaseLibp2pError as error:
+            raise StreamCut(self._why(error)) from error
+        finally:
+            self._deadline = math.inf
+        self.bytes_read += len(data)
+        return data
+
+    async def _read_ahead(self, count: int, end: float) -> None:
+        """Have so many bytes at hand."""
+        while len(self._ahead) < count:
+            part = await self._receive(_READ_BYTES, end)
             if not part:
                 raise StreamCut("the stream ended inside a frame")
-            data += part
+            self._ahead += part
+
+    def _take(self, most: int) -> bytes:
+        data = bytes(self._ahead[:most])
+        del self._ahead[:most]
         return data
 
     def _arm(self, until: float | None = None) -> None:
