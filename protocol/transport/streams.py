@@ -19,6 +19,7 @@ _RESET_SECONDS = 5.0
 _CHECK_SECONDS = 1.0
 _READ_BYTES = 65_536  # at a time, of frames: what comes with one and belongs to the next is kept
 _PART_BYTES = 32_768  # written within a deadline; the peer's window may give way by four times as much at once
+_CREDIT_BYTES = 32_768
 _OVERDUE = "no progress in time"
 
 
@@ -31,6 +32,7 @@ class PeerStream:
 
     def __init__(self, stream: Any, *, progress_seconds: float) -> None:
         self._stream = stream
+        _give_credit_in_batches(stream.muxed_stream)
         self._progress_seconds = progress_seconds
         self._deadline = math.inf
         self._closed = trio.Event()
@@ -154,3 +156,21 @@ class PeerStream:
         if self.expired:
             return _OVERDUE
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _give_credit_in_batches(muxed: Any) -> None:
+    """Return a Yamux stream's window to the peer by `_CREDIT_BYTES` or more.
+
+    py-libp2p sends a frame for every read, however few bytes it was. The window is eight times as large at least, so
+    that the peer does not wait for what is held back.
+    """
+    give, owed = muxed._auto_tune_and_send_window_update, 0
+
+    async def give_later(*, bytes_read: int = 0) -> None:
+        nonlocal owed
+        owed += bytes_read
+        if owed >= _CREDIT_BYTES:
+            paid, owed = owed, 0
+            await give(bytes_read=paid)
+
+    muxed._auto_tune_and_send_window_update = give_later
