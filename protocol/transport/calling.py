@@ -1,8 +1,7 @@
 """Asking side of `/shoal/call/1`, in the host process: announces a body, sends it when told to, reads the reply.
 
-A stream whose call has ended well is kept for the next call to that peer.
-
-The trainer keeps the body; chunks are pulled from it as fast as the peer takes them, two ahead.
+The trainer keeps the body; its first bytes come with the call, and chunks are pulled from it as fast as the peer takes
+them, two ahead. A stream whose call has ended well is kept for the next call to that peer.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class _Call:
     stream: PeerStream | None = None
     cancelled: bool = False
     chunks: tuple[trio.MemorySendChannel[bytes], trio.MemoryReceiveChannel[bytes]] = field(
-        default_factory=lambda: trio.open_memory_channel[bytes](_AHEAD)
+        default_factory=lambda: trio.open_memory_channel[bytes](1 + _AHEAD)
     )
 
 
@@ -67,6 +66,8 @@ class Caller:
     async def run(self, order: ipc.CallStart) -> None:
         """Ends with exactly one CallEnd."""
         call = self._calls[order.id] = _Call()
+        if order.head:
+            call.chunks[0].send_nowait(order.head)
         try:
             end = await self._call(order, call)
         except UnknownProtocol as error:
@@ -136,7 +137,7 @@ class Caller:
             raise _NotBegun(str(error)) from error
 
     async def _send_body(self, stream: PeerStream, order: ipc.CallStart, call: _Call) -> None:
-        asked = written = 0
+        asked, written = len(order.head), 0
         while written < order.size:
             while asked < order.size and asked - written < _AHEAD * self._limits.chunk_bytes:
                 length = min(self._limits.chunk_bytes, order.size - asked)

@@ -76,7 +76,9 @@ class Receiver:
         try:
             return await stream.has_more(2 * self._limits.idle_stream_seconds)
         finally:
-            self._resting -= Counter([stream.peer_id])  # drops what is 0
+            self._resting[stream.peer_id] -= 1
+            if not self._resting[stream.peer_id]:
+                del self._resting[stream.peer_id]
 
     async def _serve(self, stream: PeerStream) -> bool:
         """One call. Whether another one may follow on the stream."""
@@ -126,13 +128,14 @@ class Receiver:
         else:
             call.reserved = opening.size
             await self._channel.send(ipc.CallOpen(id, stream.peer_id, opening.name, opening.size, opening.digest))
+            end: ipc.Frame = ipc.CallCut(id)
             try:
                 if await self._go(stream, call):
-                    await self._take_body(stream, id, opening.size)
+                    end = ipc.CallWhole(id, await self._take_body(stream, id, opening.size))
                     call.handed_over = True
             finally:
                 with trio.CancelScope(shield=True):
-                    await self._channel.send(ipc.CallWhole(id) if call.handed_over else ipc.CallCut(id))
+                    await self._channel.send(end)
             if call.handed_over:
                 await self._reply(stream, call)
 
@@ -150,17 +153,22 @@ class Receiver:
                 raise AssertionError("a reply before the body")
         return False
 
-    async def _take_body(self, stream: PeerStream, id: int, size: int) -> None:
-        """Pass the body on. It must make progress, and arrive at a bearable rate: bytes that drip hold memory."""
+    async def _take_body(self, stream: PeerStream, id: int, size: int) -> bytes:
+        """Pass the body on, but for the rest that comes last, which is returned.
+
+        It must make progress, and arrive at a bearable rate: bytes that drip hold memory.
+        """
         end = trio.current_time() + self._limits.read_deadline_seconds + size / self._limits.min_call_bytes_per_second
-        missing = size
+        missing, data = size, b""
         while missing:
+            if data:
+                await self._channel.send(ipc.CallData(id, data))
             until = min(end, trio.current_time() + self._limits.read_deadline_seconds)
             data = await stream.read(min(missing, self._limits.chunk_bytes), until=until)
             if not data:
                 raise StreamCut(f"the body ended {missing} bytes early")
             missing -= len(data)
-            await self._channel.send(ipc.CallData(id, data))
+        return data
 
     async def _reply(self, stream: PeerStream, call: _Call) -> None:
         match await self._answer(call):
