@@ -1,9 +1,13 @@
-"""The stream protocol `/shoal/call/1`: one request with a body, one reply, per stream.
+"""The stream protocol `/shoal/call/1`: requests with a body and one reply each, one after another on a stream.
 
     caller:    4 bytes length | msgpack Opening
     answerer:  4 bytes length | msgpack Go or Refusal
     caller:    size raw bytes                                    only after Go: a refused body costs nobody its bytes
-    answerer:  4 bytes length | msgpack Reply or Refusal         then both close
+    answerer:  4 bytes length | msgpack Reply or Refusal         then again from the top, or either closes
+
+A refusal instead of Go is the stream's end. To open a stream costs as much as two calls on it, and two round trips:
+callers keep streams for some seconds. Whoever finds one ended before Go may call again on another one, if there was a
+body, as nothing can have been handled.
 
 The answerer has reserved the body's memory before it says Go, which costs a call one round trip. Sending the body
 unasked was rejected: 64 MiB would be on their way to a peer that is busy. Noise authenticates every byte as the

@@ -10,6 +10,7 @@ from itertools import count
 
 from ..errors import PeerUnreachable, Refused
 from . import ipc
+from .aside import aside
 from .call_wire import MAX_CALL_NAME
 from .limits import Limits
 from .process import HostLost, HostProcess
@@ -67,11 +68,11 @@ class Calls:
         return end.reply
 
     async def _call(self, addrs: list[str], name: str, body: bytes) -> ipc.CallEnd:
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(body).digest())
+        digest = await aside(len(body), lambda: hashlib.sha256(body).digest())
         host = await self._supervisor.host()
         id = next(self._ids)
         call = self._calls[id] = _Call(body, asyncio.get_running_loop().create_future())
-        host.send(ipc.CallStart(id, addrs, name, len(body), digest))
+        host.send(ipc.CallStart(id, addrs, name, len(body), digest, body[: ipc.MAX_HEAD_BYTES]))
         try:
             return await call.ended
         except asyncio.CancelledError:

@@ -6,7 +6,6 @@ the host process's account until then.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ..errors import Refused
 from . import ipc
+from .aside import aside
 from .call_wire import CallReason, is_reason
 from .limits import Limits
 from .process import HostProcess
@@ -73,13 +73,15 @@ class CallHandling:
 
     def answer(self, host: HostProcess, frame: ipc.CallWhole) -> Awaitable[None]:
         """Take the call over; the returned work answers it."""
-        return self._answer(host, self._calls.pop(frame.id))
+        call = self._calls.pop(frame.id)
+        call.chunks.append(frame.data)
+        return self._answer(host, call)
 
     async def _answer(self, host: HostProcess, call: _Call) -> None:
         id = call.opening.id
         reply: bytes | str = CallReason.FAILED  # should this task, or what the handler waits for, be cancelled
         try:
-            body = await asyncio.to_thread(_checked, call)
+            body = await aside(call.opening.size, lambda: _checked(call))
             reply = CallReason.DIGEST if body is None else await self._ask(call.opening, body)
         finally:
             host.send(ipc.CallRefuse(id, reply) if isinstance(reply, str) else ipc.CallReply(id, reply))
@@ -109,7 +111,7 @@ def _reason(opening: ipc.CallOpen, error: Refused) -> str:
 
 
 def _checked(call: _Call) -> bytes | None:
-    """The body, if it is the one announced. Runs in a thread. The chunks are let go."""
+    """The body, if it is the one announced. The chunks are let go."""
     body = b"".join(call.chunks)
     call.chunks.clear()
     return body if hashlib.sha256(body).digest() == call.opening.digest else None

@@ -18,6 +18,7 @@ import msgspec
 from .limits import Limits
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024
+MAX_HEAD_BYTES = 65_536  # of a call's body, that go with it unasked: most calls have no more
 _LENGTH = struct.Struct(">I")
 
 
@@ -120,13 +121,14 @@ class ServeChunk(Frame, frozen=True):
 
 
 class CallStart(Frame, frozen=True):
-    """Answered by CallPull and one CallEnd."""
+    """Answered by CallPull for what is beyond `head`, and one CallEnd."""
 
     id: int
     addrs: list[str]
     name: str
     size: int  # bytes of the body
     digest: bytes  # sha256 of the body
+    head: bytes  # of the body, up to MAX_HEAD_BYTES
 
 
 class CallChunk(Frame, frozen=True):
@@ -278,9 +280,10 @@ class CallData(Frame, frozen=True):
 
 
 class CallWhole(Frame, frozen=True):
-    """All of the body has come. Answered by CallReply or CallRefuse."""
+    """All of the body has come: this is the rest of it. Answered by CallReply or CallRefuse."""
 
     id: int
+    data: bytes
 
 
 class CallCut(Frame, frozen=True):

@@ -49,6 +49,9 @@ class Limits:
     a call that finds no room is answered `busy`."""
     min_call_bytes_per_second: int = 262_144
     """A body that comes slower is cut off, as it holds its memory all the while."""
+    idle_stream_seconds: float = 15.0
+    """A stream whose call has ended is kept for the next one so long by the caller, and twice as long by the answerer,
+    which keeps at most `max_received_calls_per_peer` of one peer."""
     answer_deadline_seconds: float = 30.0
     """Our own handler must answer a call within this time, else the peer is told `busy`."""
     gossip_queue_messages: int = 1024

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import trio
@@ -40,10 +41,17 @@ class UnknownProtocol(Unreachable):
 
 def parse(addrs: Sequence[str]) -> tuple[str, list[Multiaddr]]:
     """Peer id and multiaddrs without it. Raises ValueError unless all of them name one and the same peer."""
+    peer_id, bare = _parse(tuple(addrs[:_MAX_ADDRS]))
+    return peer_id, list(bare)
+
+
+@lru_cache(maxsize=512)
+def _parse(addrs: tuple[str, ...]) -> tuple[str, tuple[Multiaddr, ...]]:
+    """Takes 0.1 ms for one address, and every call asks."""
     if not addrs:
         raise ValueError("no address given")
     peers, bare = set(), []
-    for text in addrs[:_MAX_ADDRS]:
+    for text in addrs:
         try:
             addr = Multiaddr(text)
             peer = addr.value_for_protocol("p2p")
@@ -54,7 +62,7 @@ def parse(addrs: Sequence[str]) -> tuple[str, list[Multiaddr]]:
         peers.add(str(peer))
     if len(peers) != 1:
         raise ValueError(f"addresses of {len(peers)} different peers in one list")
-    return peers.pop(), bare
+    return peers.pop(), tuple(bare)
 
 
 class NoConnector(AutoConnector):

@@ -8,6 +8,7 @@ answered, even when the caller has left by then: the trainer still holds the bod
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Receiver:
         self._limits = limits
         self._nursery = nursery
         self._calls: dict[int, _Call] = {}
+        self._resting: Counter[str] = Counter()  # streams between two calls, by peer
         self.bytes_received = 0
         self.garbage = 0
         self.cut = 0
@@ -62,13 +64,33 @@ class Receiver:
         """py-libp2p's entry. Whatever the peer does, nothing is raised."""
         stream = PeerStream(net_stream, progress_seconds=self._limits.read_deadline_seconds)
         self._nursery.start_soon(stream.watch)
+        while await self._serve(stream) and await self._rest(stream):
+            pass
+        await stream.close()
+
+    async def _rest(self, stream: PeerStream) -> bool:
+        """Wait for the next call on this stream, at no place. Whether there is one."""
+        if self._resting[stream.peer_id] >= self._limits.max_received_calls_per_peer:
+            return False
+        self._resting[stream.peer_id] += 1
+        try:
+            return await stream.has_more(2 * self._limits.idle_stream_seconds)
+        finally:
+            self._resting[stream.peer_id] -= 1
+            if not self._resting[stream.peer_id]:
+                del self._resting[stream.peer_id]
+
+    async def _serve(self, stream: PeerStream) -> bool:
+        """One call. Whether another one may follow on the stream."""
+        before = stream.bytes_read
         id, call = self._channel.new_id(), _Call(stream.peer_id)
         try:
             if self._is_full_for(stream.peer_id):
                 await self._refuse(stream, CallReason.BUSY)
-                return
+                return False
             self._calls[id] = call
             await self._receive(stream, id, call)
+            return call.handed_over
         except StreamCut as error:
             self.cut += 1
             logger.debug("call from %s: %s", stream.peer_id, error)
@@ -78,9 +100,10 @@ class Receiver:
             logger.warning("bad call from %s: %s", stream.peer_id, error)
             await stream.reset()
         finally:
-            self.bytes_received += stream.bytes_read
+            self.bytes_received += stream.bytes_read - before
             if not call.handed_over:
                 self._calls.pop(id, None)
+        return False
 
     def _is_full_for(self, peer_id: str) -> bool:
         own = sum(call.peer_id == peer_id for call in self._calls.values())
@@ -105,13 +128,14 @@ class Receiver:
         else:
             call.reserved = opening.size
             await self._channel.send(ipc.CallOpen(id, stream.peer_id, opening.name, opening.size, opening.digest))
+            end: ipc.Frame = ipc.CallCut(id)
             try:
                 if await self._go(stream, call):
-                    await self._take_body(stream, id, opening.size)
+                    end = ipc.CallWhole(id, await self._take_body(stream, id, opening.size))
                     call.handed_over = True
             finally:
                 with trio.CancelScope(shield=True):
-                    await self._channel.send(ipc.CallWhole(id) if call.handed_over else ipc.CallCut(id))
+                    await self._channel.send(end)
             if call.handed_over:
                 await self._reply(stream, call)
 
@@ -129,23 +153,27 @@ class Receiver:
                 raise AssertionError("a reply before the body")
         return False
 
-    async def _take_body(self, stream: PeerStream, id: int, size: int) -> None:
-        """Pass the body on. It must make progress, and arrive at a bearable rate: bytes that drip hold memory."""
+    async def _take_body(self, stream: PeerStream, id: int, size: int) -> bytes:
+        """Pass the body on, but for the rest that comes last, which is returned.
+
+        It must make progress, and arrive at a bearable rate: bytes that drip hold memory.
+        """
         end = trio.current_time() + self._limits.read_deadline_seconds + size / self._limits.min_call_bytes_per_second
-        missing = size
+        missing, data = size, b""
         while missing:
+            if data:
+                await self._channel.send(ipc.CallData(id, data))
             until = min(end, trio.current_time() + self._limits.read_deadline_seconds)
             data = await stream.read(min(missing, self._limits.chunk_bytes), until=until)
             if not data:
                 raise StreamCut(f"the body ended {missing} bytes early")
             missing -= len(data)
-            await self._channel.send(ipc.CallData(id, data))
+        return data
 
     async def _reply(self, stream: PeerStream, call: _Call) -> None:
         match await self._answer(call):
             case ipc.CallReply(body=body):
                 await stream.write(call_wire.pack(call_wire.Reply(body)))
-                await stream.close()
             case ipc.CallRefuse(reason=reason):
                 self.garbage += reason == CallReason.DIGEST
                 await self._refuse(stream, reason)
@@ -165,4 +193,3 @@ class Receiver:
     async def _refuse(self, stream: PeerStream, reason: str) -> None:
         self.refused_busy += reason == CallReason.BUSY
         await stream.write(call_wire.pack(call_wire.Refusal(reason)))
-        await stream.close()

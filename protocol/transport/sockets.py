@@ -15,7 +15,9 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from ..pacing import Pace
+from .locks import QuickLock
 
+_READ_BYTES = 4096  # at least. Not more: bytes that the pace holds back should not come in larger steps than asked for
 _OPTIONS = (
     ("TCP_NODELAY", 1),
     ("TCP_KEEPIDLE", 10),  # seconds of silence before the first probe
@@ -46,14 +48,19 @@ class WatchedTCP(TCP):
 
     def _watch(self, stream: Any) -> None:
         _set_options(stream.stream)
+        stream.read_lock, stream.write_lock = QuickLock(), QuickLock()
         stream.stream = _PacedStream(stream.stream, self._pace)
 
 
 class _PacedStream:
-    """What py-libp2p uses of a `trio.SocketStream`, with waits. It holds a lock in each direction: order stays."""
+    """What py-libp2p uses of a `trio.SocketStream`, with waits. It holds a lock in each direction: order stays.
+
+    py-libp2p's Noise reads the two bytes of a message's length, then the message. A small one is one read here.
+    """
 
     def __init__(self, inner: trio.SocketStream, pace: Pace) -> None:
         self._inner, self._pace = inner, pace
+        self._ahead = memoryview(b"")  # read from the socket, and not asked for yet
         self.socket = inner.socket
 
     async def send_all(self, data: bytes) -> None:
@@ -61,11 +68,15 @@ class _PacedStream:
         await self._inner.send_all(data)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        data = bytes(await self._inner.receive_some(max_bytes))
-        await _sleep(self._pace.down(len(data)))
+        if not self._ahead:
+            self._ahead = memoryview(await self._inner.receive_some(max(_READ_BYTES, max_bytes or 0)))
+            await _sleep(self._pace.down(len(self._ahead)))
+        data = bytes(self._ahead[:max_bytes])
+        self._ahead = self._ahead[len(data) :]
         return data
 
     async def aclose(self) -> None:
+        self._ahead = memoryview(b"")  # a closed stream gives nothing more
         await self._inner.aclose()
 
 

@@ -17,7 +17,9 @@ from .wire import LENGTH_BYTES, body_length
 
 _RESET_SECONDS = 5.0
 _CHECK_SECONDS = 1.0
+_READ_BYTES = 65_536  # at a time, of frames: what comes with one and belongs to the next is kept
 _PART_BYTES = 32_768  # written within a deadline; the peer's window may give way by four times as much at once
+_CREDIT_BYTES = 32_768
 _OVERDUE = "no progress in time"
 
 
@@ -30,13 +32,26 @@ class PeerStream:
 
     def __init__(self, stream: Any, *, progress_seconds: float) -> None:
         self._stream = stream
+        _give_credit_in_batches(stream.muxed_stream)
         self._progress_seconds = progress_seconds
         self._deadline = math.inf
         self._closed = trio.Event()
+        self._ahead = bytearray()  # read from the stream, and not asked for yet
         self.peer_id = str(stream.muxed_conn.peer_id)
         self.bytes_read = 0
         self.bytes_written = 0
         self.expired = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether neither side has ended it, as far as is known here."""
+        muxed = self._stream.muxed_stream
+        ended = muxed.closed or muxed.recv_closed or muxed.conn.event_shutting_down.is_set()
+        return not (ended or self._closed.is_set())
+
+    def rest(self, seconds: float) -> None:
+        """Nothing is asked of it for now. It is reset if that stays so for so long."""
+        self._arm(trio.current_time() + seconds)
 
     async def watch(self) -> None:
         """Reset the stream when a read or write overstays its deadline. Returns when the stream is closed."""
@@ -51,23 +66,23 @@ class PeerStream:
 
     async def read(self, most: int, *, until: float | None = None) -> bytes:
         """Up to `most` bytes; empty at the end. `until`: a deadline of its own. Raises StreamCut."""
-        self._arm(until)
-        try:
-            data: bytes = await self._stream.read(most)
-        except EOFError:
-            return b""
-        except BaseLibp2pError as error:
-            raise StreamCut(self._why(error)) from error
-        finally:
-            self._deadline = math.inf
-        self.bytes_read += len(data)
-        return data
+        return self._take(most) if self._ahead else await self._receive(most, until)
 
     async def read_frame(self, limit: int, seconds: float) -> bytes:
         """Body of one length-prefixed frame. Raises StreamCut, or ValueError if it is longer than `limit`."""
         end = trio.current_time() + seconds  # for the whole frame: bytes that drip do not extend it
-        length = body_length(await self._read_exactly(LENGTH_BYTES, end), limit)
-        return await self._read_exactly(length, end)
+        await self._read_ahead(LENGTH_BYTES, end)
+        length = body_length(self._take(LENGTH_BYTES), limit)
+        await self._read_ahead(length, end)
+        return self._take(length)
+
+    async def has_more(self, seconds: float) -> bool:
+        """Wait for the peer's next bytes, for so long; False at the end of the stream, however it came."""
+        try:
+            await self._read_ahead(1, trio.current_time() + seconds)
+        except StreamCut:
+            return False
+        return True
 
     async def write(self, data: bytes) -> None:
         """Every part of it has a deadline of its own. Raises StreamCut."""
@@ -106,13 +121,30 @@ class PeerStream:
         if waiting is not None:
             waiting.set()
 
-    async def _read_exactly(self, count: int, end: float) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = await self.read(count - len(data), until=end)
+    async def _receive(self, most: int, until: float | None) -> bytes:
+        self._arm(until)
+        try:
+            data: bytes = await self._stream.read(most)
+        except EOFError:
+            return b""
+        except BaseLibp2pError as error:
+            raise StreamCut(self._why(error)) from error
+        finally:
+            self._deadline = math.inf
+        self.bytes_read += len(data)
+        return data
+
+    async def _read_ahead(self, count: int, end: float) -> None:
+        """Have so many bytes at hand."""
+        while len(self._ahead) < count:
+            part = await self._receive(_READ_BYTES, end)
             if not part:
                 raise StreamCut("the stream ended inside a frame")
-            data += part
+            self._ahead += part
+
+    def _take(self, most: int) -> bytes:
+        data = bytes(self._ahead[:most])
+        del self._ahead[:most]
         return data
 
     def _arm(self, until: float | None = None) -> None:
@@ -124,3 +156,21 @@ class PeerStream:
         if self.expired:
             return _OVERDUE
         return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _give_credit_in_batches(muxed: Any) -> None:
+    """Return a Yamux stream's window to the peer by `_CREDIT_BYTES` or more.
+
+    py-libp2p sends a frame for every read, however few bytes it was. The window is eight times as large at least, so
+    that the peer does not wait for what is held back.
+    """
+    give, owed = muxed._auto_tune_and_send_window_update, 0
+
+    async def give_later(*, bytes_read: int = 0) -> None:
+        nonlocal owed
+        owed += bytes_read
+        if owed >= _CREDIT_BYTES:
+            paid, owed = owed, 0
+            await give(bytes_read=paid)
+
+    muxed._auto_tune_and_send_window_update = give_later

@@ -56,7 +56,8 @@ class Ear:
                 self.fetched.append(self._whole("fetch", id))
             case ipc.CallData(id=id, data=data):
                 self._open["call", id] += data
-            case ipc.CallWhole(id=id):
+            case ipc.CallWhole(id=id, data=data):
+                self._open["call", id] += data
                 self.calls.append(self._whole("call", id))
             case ipc.ServeRequest(resource=name) | ipc.CallOpen(name=name):
                 self.names.add(name)
