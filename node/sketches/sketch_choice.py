@@ -1,34 +1,28 @@
 """Which kind of sketches a run should use, by what a composer may send. Pure.
 
     rows       tokens * top-k * layers * (share not owned here) of them a step; each 2 d bytes and a little more
-    signs      slots * layers * (share not owned here) an interval, whatever the tokens; each about 3 d f / 8 bytes
-    gradient   slots * layers vectors an interval, likewise; each about 3 r (d + f) bytes
+    gradient   slots * layers vectors an interval, whatever the tokens; each about 3 r (d + f) bytes
 
 Rows are exact but for the codec, a sample of them is still right on average, and the owner can correct what they say.
-Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. Where
-most would be, signs teach more for each byte, if they are not late: rows are corrected for that. They take two bytes of
-memory for each weight of each expert. A hundredth of the rows still helped where gradient sketches did not; below that
-nothing was measured (docs/evidence/sketches.md). A gradient sketch goes through an all-reduce, which sends an input
-once and the results of the own part once, so it counts twice where it is brought.
+Four bits of all rows teach more than eight bits of half of them, so rows are made coarser before any is left out. A
+hundredth of the rows still helped where gradient sketches did not; below that nothing was measured. Signs are never
+chosen: in real peers, where they are a step late, as many bytes of rows taught more (docs/evidence/sketches.md). A
+gradient sketch goes through an all-reduce, which sends an input once and the results of the own part once, so it counts
+twice where it is brought.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import msgspec
 
 from ...kernels.gradient_sketch import largest_rank, sketch_numel
-from ...kernels.sign_sketch import sign_sketch_nbytes, sign_sum_nbytes
 from ...kernels.sketch import row_bytes
 from ..model.init import expert_shape, experts_per_token
 from ..run.manifest import Manifest, SketchSpec
-from .row_memory import MAX_TOTAL_BYTES
 
-MANY_ROWS = 0.1  # share of the rows that must fit for rows to be chosen before signs
-LEAST_ROWS = 0.01  # and before gradient sketches
-SHORTEST_INTERVAL = 4  # inner steps between sign sketches; shorter ones taught no more
+LEAST_ROWS = 0.01  # share of the rows that must fit for rows to be chosen before gradient sketches
 LEAST_RANK = 4  # of gradient sketches; intervals are stretched to make room for it
 LONGEST_INTERVAL = 100  # inner steps
 
@@ -56,15 +50,6 @@ class Traffic:
         rows = self.tokens * self.top_k * self.num_layers * (1.0 - self.owned_share)
         return rows * row_bytes(self.hidden, spec.codec)
 
-    def sign_bytes(self) -> float:
-        """That leave a composer in one interval."""
-        experts = self.num_slots * self.num_layers * (1.0 - self.owned_share)
-        return experts * sign_sketch_nbytes(self.hidden, self.width)
-
-    def sign_memory(self) -> float:
-        """Bytes of sums that a composer keeps."""
-        return self.num_slots * self.num_layers * (1.0 - self.owned_share) * sign_sum_nbytes(self.hidden, self.width)
-
     def gradient_bytes(self, rank: int) -> float:
         """That leave a composer in one interval, in int8: twice for slots of others, once as the owner of its own."""
         times = 2.0 * (1.0 - self.owned_share) + self.owned_share
@@ -86,10 +71,6 @@ def choose_sketches(spec: SketchSpec, traffic: Traffic, *, budget_bytes: int, gr
     if traffic.row_bytes(spec) > budget_bytes:
         spec = min(spec, msgspec.structs.replace(spec, codec="int4"), key=traffic.row_bytes)
     share = budget_bytes / traffic.row_bytes(spec)
-    interval = max(SHORTEST_INTERVAL, math.ceil(traffic.sign_bytes() / budget_bytes))
-    few = gradients and share < MANY_ROWS
-    if few and interval <= spec.gradient_every and traffic.sign_memory() <= MAX_TOTAL_BYTES:
-        return msgspec.structs.replace(spec, kind="signs", budget_bytes=0, gradient_every=interval)
     if not gradients or share >= LEAST_ROWS:
         return msgspec.structs.replace(spec, kind="rows", budget_bytes=budget_bytes * spec.every)
     useful = min(LEAST_RANK, largest_rank(traffic.hidden, traffic.width))

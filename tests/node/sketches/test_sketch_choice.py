@@ -1,4 +1,4 @@
-"""Rows, signs or gradients, by the bytes that a composer may send."""
+"""Rows or gradients, by the bytes that a composer may send."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from shoal.node.run.manifest import SketchSpec
 from shoal.node.sketches.sketch_choice import (
     LEAST_ROWS,
     LONGEST_INTERVAL,
-    MANY_ROWS,
-    SHORTEST_INTERVAL,
     Traffic,
     choose_sketches,
     traffic_of,
@@ -61,20 +59,6 @@ def test_rows_are_chosen_down_to_the_stated_share() -> None:
     assert chosen(least + 1, every=4).budget_bytes == 4 * int(least + 1)  # the manifest's is of an interval
 
 
-def test_signs_are_chosen_where_most_rows_would_be_left_out_and_their_sums_fit_into_memory() -> None:
-    small = replace(LARGE, hidden=256, width=128, num_layers=8, tokens=32768)
-    many = MANY_ROWS * small.row_bytes(SketchSpec(codec="int4"))
-    assert chosen(many + 1, small).kind == "rows"
-    signs = chosen(many - 1, small)
-    assert (signs.kind, signs.gradient_every, signs.budget_bytes) == ("signs", SHORTEST_INTERVAL, 0)
-    assert chosen(many - 1, small, gradients=False).kind == "rows"
-    slower = chosen(small.sign_bytes() / 20 + 1, small)
-    assert (slower.kind, slower.gradient_every) == ("signs", 20)
-    assert chosen(small.sign_bytes() / 25, small).kind != "signs", "longer than `gradient_every`"
-    assert LARGE.sign_memory() == 7 * 16 * 48 * 6 * 2048 * 768  # 50 GB
-    assert chosen(0.2 * LARGE.row_bytes(SketchSpec(codec="int4"))).kind == "rows"
-
-
 @pytest.mark.parametrize("_", range(50))
 def test_what_is_chosen_fits_and_no_more_would(_: int) -> None:
     traffic = replace(
@@ -90,11 +74,6 @@ def test_what_is_chosen_fits_and_no_more_would(_: int) -> None:
         spec = chosen(budget, traffic, gradient_every=every)
     except ValueError:
         assert traffic.gradient_bytes(4) > max(every, LONGEST_INTERVAL) * budget
-        return
-    if spec.kind == "signs":
-        assert traffic.sign_bytes() <= spec.gradient_every * budget
-        assert SHORTEST_INTERVAL <= spec.gradient_every <= every
-        assert budget < MANY_ROWS * traffic.row_bytes(spec)
         return
     if spec.kind == "rows":
         assert spec.budget_bytes == budget >= LEAST_ROWS * traffic.row_bytes(spec)
@@ -118,8 +97,6 @@ def test_a_run_is_kept_within_its_budget_whoever_owns_the_experts() -> None:
     rows = BATCH * CONTEXT * 2 * LAYERS * row_bytes(HIDDEN, "int8")
     assert traffic.row_bytes(manifest.sketch) == rows
     assert within_budget(manifest, rows // 2).sketch.budget_bytes == rows // 2
-    many, few = {"batch_size": 64 * BATCH}, 64 * rows // 101
-    assert within_budget(manifest_of(train=many), few).sketch.kind == "signs"
-    gradient = within_budget(manifest_of(train=many, sketch={"gradient_every": 1}), few)
-    assert gradient.sketch.kind == "gradient"
+    many, few = {"batch_size": 64 * BATCH}, 64 * rows // 201
+    assert within_budget(manifest_of(train=many), few).sketch.kind == "gradient"
     assert within_budget(manifest_of(train=many, standin={"kind": "narrow"}), few).sketch.kind == "rows"
