@@ -188,7 +188,7 @@ def test_found_chooses_sketches_by_what_may_be_sent(
     assert cli.main(["found", "--sketch-budget", "200000"]) == 0
     assert (seen[-1].kind, seen[-1].budget_bytes) == ("rows", 200_000)
     assert cli.main(["found", "--sketch-budget", "10000"]) == 0  # of 430 kB
-    assert (seen[-1].kind, seen[-1].gradient_every, seen[-1].budget_bytes) == ("signs", 10, 0)
+    assert (seen[-1].kind, seen[-1].codec, seen[-1].budget_bytes) == ("rows", "int4", 10_000)
     assert cli.main(["found", "--sketch-budget", "3000"]) == 0
     assert (seen[-1].kind, seen[-1].rank, seen[-1].gradient_every, seen[-1].budget_bytes) == ("gradient", 4, 58, 0)
     assert cli.main(["found", "--sketch-budget", "3000", "--set", "sketch.rank=8"]) == 0
