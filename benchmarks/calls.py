@@ -43,16 +43,15 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 async def _measure(answerer: Transport, caller: Transport, nbytes: int, seconds: float) -> Cost:
-    body, own = os.urandom(nbytes), psutil.Process()
-    hosts = own.children(recursive=True)
+    body, hosts = os.urandom(nbytes), psutil.Process().children(recursive=True)
     await caller.call(answerer.addrs, "bench", body, deadline_seconds=CALL_SECONDS)  # connects, the first time
-    before = sum(map(_cpu_seconds, hosts)), _cpu_seconds(own)
+    before = sum(map(_cpu_seconds, hosts)), time.process_time()
     began, calls = time.monotonic(), 0
     while time.monotonic() - began < seconds:
         await caller.call(answerer.addrs, "bench", body, deadline_seconds=CALL_SECONDS)
         calls += 1
     took = time.monotonic() - began
-    spent = sum(map(_cpu_seconds, hosts)) - before[0], _cpu_seconds(own) - before[1]
+    spent = sum(map(_cpu_seconds, hosts)) - before[0], time.process_time() - before[1]
     each = 1e3 / calls
     return Cost(nbytes, each * took, each * spent[0] / 2, each * spent[1])
 
