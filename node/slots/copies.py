@@ -85,6 +85,9 @@ class CopyStore:
             log.warning("slot.copy_damaged", file=path.name, error=str(error))
             path.unlink()
             return
+        except OSError as error:  # perhaps the next start can
+            log.warning("slot.copy_not_read", file=path.name, error=str(error))
+            return
         held = self.held.get(slot)
         if held is not None and (held.epoch, held.version) >= (copy.epoch, copy.version):
             path.unlink()

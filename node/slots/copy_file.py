@@ -52,12 +52,13 @@ def read_copy(path: Path) -> tuple[SlotTensors, StandInSnapshot | None]:
 
 
 def lease_of(path: Path) -> Copy:
-    """Which state of its slot a file says it has; of what is in it nothing is checked. Refused if it says nothing."""
+    """Which state of its slot a file says it has; of what is in it nothing is checked. Refused if it says nothing,
+    OSError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
         return Copy(int(facts["epoch"]), int(facts["version"]))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise Refused("malformed", f"copy {path.name} does not say what it is of: {error!r}") from error
 
 

@@ -113,6 +113,15 @@ def test_a_copy_of_which_bytes_have_changed_is_refused(part: str, tmp_path: Path
         asyncio.run(CopyStore(tmp_path, {}).load(2))
 
 
+def test_what_cannot_be_read_is_left_for_the_next_start(tmp_path: Path) -> None:
+    asyncio.run(CopyStore(tmp_path, {}).store(2, snapshot(1)))
+    kept = (tmp_path / "slot-2.safetensors").rename(tmp_path / "kept")
+    (tmp_path / "slot-2.safetensors").symlink_to(tmp_path / "slot-2.safetensors")  # a loop
+    assert not CopyStore(tmp_path, {}).held
+    kept.rename(tmp_path / "slot-2.safetensors")
+    assert CopyStore(tmp_path, {}).held == {2: Copy(1, 3)}
+
+
 def test_a_copy_is_refreshed_beside_everything_else_and_can_be_had_meanwhile(tmp_path: Path) -> None:
     async def work() -> None:
         store = CopyStore(tmp_path, {})
