@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import Counter
@@ -98,6 +99,7 @@ class Directory:
         self._timeout_seconds = timeout_seconds
         self._gate = asyncio.Semaphore(_MAX_REQUESTS)
         self._cache: dict[tuple[str, str], _Cached] = {}  # by kind and subkey
+        self._issued: dict[tuple[str, str], float] = {}  # of ours in the same order, the latest time that one said
         self._strongest: dict[int, LeaseClaim] = {}  # by slot
         self._started_at = clock()
 
@@ -262,8 +264,9 @@ class Directory:
         place = record.subkey(envelope.sender)
         known = self._cache.get((record.kind, place))
         if envelope.sender == self._identity.peer_id and record.issued_at > self._started_at and known != entry:
-            # Ours are in the cache before they leave. This one is newer than our start, and not the last we issued.
-            if known is None or record.issued_at > known.record.issued_at:
+            # Ours are noted before they leave. This one is newer than our start, and than all that we have issued,
+            # also before this machine's clock was set back.
+            if record.issued_at > self._issued.get((record.kind, place), -math.inf):
                 self.refusals["identity-in-use"] += 1
             return None
         if known is not None and record.issued_at <= known.record.issued_at:
@@ -279,6 +282,8 @@ class Directory:
             self.refusals["full"] += 1
             return False
         self._cache[key] = entry
+        if ours:
+            self._issued[key] = max(entry.record.issued_at, self._issued.get(key, -math.inf))
         if isinstance(entry.record, LeaseRecord) and entry.sender not in self.distrusted:
             remember(self._strongest, entry.record)
         return True
