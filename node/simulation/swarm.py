@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...protocol.averaging.grouping import plan, sent_bytes
-from ...protocol.experts.ownership import Copy
+from ...protocol.experts.ownership import Copy, Rules
 from .board import Board
 from .commits import Commits
 from .engine import Engine
@@ -143,8 +143,9 @@ class Swarm:
             held=list(old.held),
             merged_until=[self.world.now] * len(old.held),
         )
-        peer.copies = {slot: Copy(epoch, old.versions[slot]) for slot, epoch in old.slots.items()} | old.copies
-        peer.watch.recall(self.world.now, old.slots, peer.id)
+        saved = {slot: Copy(epoch, old.versions[slot], mine=True) for slot, epoch in old.slots.items()}
+        peer.copies = saved | old.copies
+        peer.watch.remember(self.world.now, peer.copies, Rules(lease=self.world.lease))
         return peer
 
     def _starts(self, peer: VirtualPeer, at_start: bool) -> None:

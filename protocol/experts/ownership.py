@@ -201,13 +201,13 @@ class Watch:
             if claim.owner == peer:
                 self.claims[slot] = LeaseClaim(owner=DEPOSED_OWNER, epoch=self.fair[slot], version=0, expires_at=now)
 
-    def recall(self, now: float, epochs: Mapping[int, int], owner: str = UNKNOWN_OWNER) -> None:
+    def recall(self, now: float, epochs: Mapping[int, int]) -> None:
         """Takes in epochs by slot that the directory has forgotten, so that a claim made now is above them.
 
         Call after joining and after having been cut off, with the epochs of the stand-ins fetched from others.
         """
         claims = {
-            slot: LeaseClaim(owner=owner, epoch=epoch, version=0, expires_at=now)
+            slot: LeaseClaim(owner=UNKNOWN_OWNER, epoch=epoch, version=0, expires_at=now)
             for slot, epoch in epochs.items()
             if epoch > 0
         }
