@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...protocol import messages
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
 from ...protocol.experts.ownership import Copy
-from ...protocol.messages import StandInSnapshot
+from ...protocol.messages import SlotState, StandInSnapshot
 from ...protocol.transport.downloads import FetchEnded
 from ...protocol.transport.wire import Reason
 from ..logs import get_logger
+from ..storage.blobs import from_bytes
 from .copy_file import lease_of, read_copy, write_copy
 from .slot_state import SlotTensors
 
@@ -31,6 +34,18 @@ class Snapshot:
     copy: Copy
     tensors: SlotTensors
     published: StandInSnapshot | None = None
+
+
+def opened(data: bytes, what: str, epoch: int | None = None) -> Snapshot:
+    """A slot's state as it came from a peer.
+
+    Raises:
+        Refused: it is malformed, not finite, or of another lease than that of `epoch`.
+    """
+    state = messages.decode(data, SlotState)
+    if epoch not in (None, state.epoch):
+        raise Refused("stale", f"{what} is of epoch {state.epoch}, to be had at {epoch}")
+    return Snapshot(Copy(state.epoch, state.version), from_bytes(state.tensors, what=what), state.standin)
 
 
 async def copy_from(
@@ -55,6 +70,24 @@ async def copy_from(
         if left:
             await asyncio.sleep(RETRY_SECONDS)
     return None
+
+
+async def newer_than(
+    own: Snapshot, sources: Sequence[str], fetch: Callable[[str], Awaitable[Snapshot]], *, slot: int, seconds: float
+) -> Snapshot:
+    """What one of `sources` has kept of a slot later than `own` was written down, in the same lease; else `own`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            for peer in sources:
+                try:
+                    found = await fetch(peer)
+                except (FetchFailed, PeerUnreachable, Refused) as error:
+                    log.info("slot.no_copy_at", slot=slot, peer=peer, error=str(error))
+                    continue
+                if found.copy.epoch == own.copy.epoch and found.copy.version > own.copy.version:
+                    log.info("slot.newer_copy", slot=slot, peer=peer, copy=str(found.copy), own=str(own.copy))
+                    return found
+    return own
 
 
 class CopyStore:

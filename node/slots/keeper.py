@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic
 
-from ...protocol import messages, resources
+from ...protocol import resources
 from ...protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord
 from ...protocol.directory.standing import situation_of
 from ...protocol.errors import FetchFailed, PeerUnreachable, Refused, TransportError
@@ -36,7 +36,7 @@ from ...protocol.experts.ownership import (
     decide,
     grants_handover,
 )
-from ...protocol.messages import SlotState, SurrogateDelta
+from ...protocol.messages import SurrogateDelta
 from ...protocol.transport.downloads import Resource
 from ...protocol.transport.fetches import Turns
 from ..learning.owning import Owner
@@ -45,10 +45,9 @@ from ..logs import get_logger
 from ..peer.links import Links
 from ..seed.store import SeedMissing
 from ..standins.publishing import Published, Publishing
-from ..storage.blobs import from_bytes
 from ..watching.state import Count
 from ..watching.state import Lease as LeaseSeen
-from .copies import READ_BYTES_PER_SECOND, RETRY_SECONDS, CopyStore, Snapshot, copy_from
+from .copies import READ_BYTES_PER_SECOND, RETRY_SECONDS, CopyStore, Snapshot, copy_from, newer_than, opened
 from .slot_serving import SlotServing
 from .slot_state import SlotTensors
 
@@ -236,10 +235,12 @@ class SlotKeeper(Generic[Owner]):
             except (Refused, OSError) as error:
                 log.error("slot.copy_damaged", slot=slot, error=str(error))
                 self._copies.drop(slot)
+        fetch = partial(self._fetch, resource=resources.snapshot(slot))
         if snapshot is None:
-            fetch = partial(self._fetch, resource=resources.snapshot(slot))
             patience = self._rules.lease + self.max_slot_bytes / READ_BYTES_PER_SECOND
             snapshot = await copy_from(action.sources, fetch, slot=slot, seconds=patience)
+        elif action.outdone and self._links.manifest.ownership.snapshot_format == "full":
+            snapshot = await newer_than(snapshot, action.sources, fetch, slot=slot, seconds=self._rules.lease)
         if lost := snapshot is None:
             snapshot = await self._rebuild(slot)
         else:
@@ -285,15 +286,11 @@ class SlotKeeper(Generic[Owner]):
         return Snapshot(Copy(held, version), tensors, standin)
 
     async def _fetch(self, peer: str, resource: str, epoch: int | None = None) -> Snapshot:
-        """A slot's state from a peer. Refused if it is of another lease than that of `epoch`."""
+        """A slot's state from a peer; raises as `opened` does."""
         async with self._fetching_from.take(peer), self._fetching:
             fetch = self._links.fetch(peer, resource, max_bytes=self.max_slot_bytes, deadline_seconds=SNAPSHOT_SECONDS)
             got = await self._links.while_here(peer, fetch)
-        state = await asyncio.to_thread(messages.decode, got.data, SlotState)
-        if epoch not in (None, state.epoch):
-            raise Refused("stale", f"{resource} is of epoch {state.epoch}, to be had at {epoch}")
-        tensors = await asyncio.to_thread(lambda: from_bytes(state.tensors, what=resource))
-        return Snapshot(Copy(state.epoch, state.version), tensors, state.standin)
+        return await asyncio.to_thread(opened, got.data, resource, epoch)
 
     # -- handing over ----------------------------------------------------------------------------------------------
 

@@ -80,13 +80,15 @@ class TakeOver:
     """The owner is gone. Publish the lease first, then train.
 
     `copy` is what this peer goes on from. None means that it has no copy: ask `sources` for one, and if nobody answers
-    restart from the published stand-in or the seed, loudly.
+    restart from the published stand-in or the seed, loudly. It is `outdone` if it is this peer's own, and `sources` may
+    have one that they fetched later, before this peer was restarted.
     """
 
     slot: int
     epoch: int
     copy: Copy | None
     sources: tuple[str, ...]
+    outdone: bool = False
 
     @property
     def lost(self) -> bool:
@@ -280,7 +282,8 @@ def decide(watch: Watch, situation: Situation, rules: Rules) -> list[Action]:
                 sources = tuple(peer for peer in asked if peer != watch.me)
                 copy = situation.copies.get(slot)
                 epoch = claim.epoch + (1 if copy is None else COPY_RAISE)
-                orphans.append(TakeOver(slot, epoch, copy, sources))
+                outdone = _restored(watch, situation, slot, claim) and copy is not None and copy.version < claim.version
+                orphans.append(TakeOver(slot, epoch, copy, sources, outdone))
         elif claim.owner != watch.me and room > 0 and _behind(claim, situation.copies.get(slot)):
             orphans.append(TakeOver(slot, claim.epoch + COPY_RAISE, situation.copies[slot], ()))
         elif claim.owner != watch.me:

@@ -65,3 +65,31 @@ def test_a_copy_stays_on_disk_until_a_checkpoint_has_the_slot(tmp_path: Path) ->
         keeper._leaving = True
         assert swarm.call(keeper._let_go(0, "somebody", 7)) is None
         assert not CopyStore(folder, {}).held, "whoever has it now goes on"
+
+
+@pytest.mark.parametrize(("version", "kept_epoch"), [(60, 3), (10, 3), (60, 5), (0, 0)])
+def test_an_owner_that_comes_back_in_time_goes_on_from_the_newer_of_its_checkpoint_and_a_standbys_copy(
+    version: int, kept_epoch: int, tmp_path: Path
+) -> None:
+    """Checkpoints are ten times as far apart as copies: who comes back late would lose less."""
+    with loopback(tmp_path, manifest_of(), 2) as swarm:
+        owner, standby = swarm.peers
+        swarm.call(owner.own([0], 3))
+        published = owner.ask(lambda composer: owner.exchange.published(composer, 0))
+        assert published is not None
+        saved = owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 3))
+        later = {name: value + 1 if value.is_floating_point() else value for name, value in saved.items()}
+        if version:
+            copy = Snapshot(Copy(kept_epoch, version), later, published.snapshot())
+            swarm.call(standby.keeper._copies.store(0, copy))
+
+        owner.ask(lambda composer: owner.exchange.release(composer, 0))
+        own = Copy(3, 40, mine=True)
+        copies = owner.keeper._copies = CopyStore(tmp_path / "owner", {0: Snapshot(own, saved)})
+        assert copies.held == {0: own}
+        swarm.call(owner.keeper._take_over(TakeOver(0, 5, own, ("nobody", standby.peer_id), outdone=True)))
+        expected = later if (version, kept_epoch) == (60, 3) else saved
+        state = owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 3))
+        weights = [name for name in state if name.endswith((".gate_up", ".down"))]
+        assert weights
+        assert all(torch.equal(state[name], expected[name]) for name in weights)

@@ -253,7 +253,7 @@ def test_a_restarted_owner_takes_its_own_slot_back_at_once() -> None:
     watch = watching("a", 100.0, {0: claimed("a", 5, 40, 110.0)}, [["a"]])
     assert decide(watch, situation(100.0, [["a"]]), RULES) == []
     copy = Copy(5, 38)
-    assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 7, copy, ())]
+    assert decide(watch, situation(100.0, [["a"]], copies={0: copy}), RULES) == [TakeOver(0, 7, copy, (), outdone=True)]
 
 
 def test_a_restarted_standby_takes_over_from_its_copy_if_no_owner_shows_up() -> None:
@@ -306,6 +306,18 @@ def test_what_went_on_without_this_peer_is_followed_once_it_is_further(mine: boo
         assert not_as_far == []  # that is the very owner
     else:
         assert not_as_far == [TakeOver(0, 7, copy, ("c",))]
+
+
+@pytest.mark.parametrize(("announced", "outdone"), [(90, True), (40, False), (30, False)])
+def test_who_comes_back_in_time_asks_whether_a_standby_has_more_than_its_checkpoint(
+    announced: int, outdone: bool
+) -> None:
+    desired, mine = [["b", "c"]], Copy(5, 40, mine=True)
+    watch = Watch("b")
+    watch.remember(100.0, {0: mine}, RULES)
+    watch.observe(100.0, {0: claimed("b", 5, announced, 110.0)}, desired)  # its own, from before
+    taken = decide(watch, situation(101.0, desired, copies={0: mine}), RULES)
+    assert taken == [TakeOver(0, 7, mine, ("c",), outdone)]
 
 
 def test_who_has_given_way_once_is_an_owner_as_any_other_afterwards() -> None:
