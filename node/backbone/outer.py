@@ -22,6 +22,7 @@ from ...protocol.averaging.averaging import Outcome, OuterAverager, Status
 from ...protocol.averaging.cadence import Cadence, Grace
 from ...protocol.averaging.merging import digest as digest_of
 from ...protocol.averaging.rounds import fragment_of
+from ...protocol.directory.records import MAX_MEMBERS
 from ...protocol.directory.standing import ACTIVE_PHASES
 from ...protocol.errors import RoundFailed
 from ...protocol.messages import RoundOpen
@@ -221,7 +222,12 @@ class OuterDriver:
 
     async def _average(self, lane: _Lane, number: int, entry: Entry) -> Outcome:
         index, shunned = lane.index, self.common.shunned
-        composers = set(self._links.active_composers())
+        composers, quorum = set(self._links.active_composers()), self._links.quorum()
+        if quorum > MAX_MEMBERS:
+            raise RoundFailed(
+                f"{quorum} composers have to agree, and a round holds {MAX_MEMBERS}",
+                fix="let some of them leave, or own experts without text (`--role worker`)",
+            )
         attempt = lane.attempts.get(number, 0)
         lane.attempts = {n: a for n, a in lane.attempts.items() if n >= number}
         opening = RoundOpen(round=number, attempt=attempt, fragment=index, step=entry.steps)
@@ -235,7 +241,7 @@ class OuterDriver:
             tokens=max(1, entry.tokens),
             steps=max(1, entry.steps),
             expected=max(2, len(composers - shunned)),
-            quorum=self._links.quorum(),
+            quorum=quorum,
             grace=self._grace.seconds,
             base=self.common.held[index].digest,
             avoid=shunned,

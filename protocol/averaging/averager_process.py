@@ -35,6 +35,7 @@ from hivemind.utils.asyncio import achain, as_aiter
 from torch import Tensor
 
 from ..directory.hanging_up import until_hung_up
+from ..directory.records import MAX_MEMBERS
 from ..errors import BadSignature, DirectoryError, Refused
 from ..pacing import UNLIMITED, Pace
 from ..process_death import end_with_parent
@@ -50,7 +51,6 @@ from .rounds import fragment_of
 
 log = logging.getLogger(__name__)
 
-MAX_MEMBERS = 512
 REPORT_SECONDS = 0.5
 
 _HIVEMIND_ERRORS = (
@@ -312,7 +312,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             admit=partial(self._open_facts, order),
             round=order.own.round,
             attempt=order.own.attempt,
-            expected=max(order.expected, order.quorum),
+            expected=min(max(order.expected, order.quorum), MAX_MEMBERS),  # the rest come to another round
             quorum=order.quorum,
             grace=order.grace,
             avoid=order.avoid,

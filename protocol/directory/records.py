@@ -29,6 +29,7 @@ from ..identity import SIGNATURE_BYTES, Identity, verify
 MAX_SLOTS = 65536
 MAX_EPOCH = (1 << 48) - 1  # that messages and handles carry: a claim beyond would leave all others speechless
 MAX_FRAGMENTS = 256  # of a backbone: as many votes may one identity have in everybody's memory
+MAX_MEMBERS = 128  # of a round
 MAX_LIFETIME_SECONDS = 600.0  # no record outlives its last renewal by more
 MAX_CLOCK_AHEAD_SECONDS = 5.0  # how far in the future a record may have been issued
 EXPIRED_GRACE_SECONDS = 10.0  # a record that expired on its way is not an offence
@@ -120,7 +121,7 @@ class VoteRecord(Record, frozen=True, kw_only=True):
     round: _Counter
     fragment: Annotated[int, Meta(ge=0, lt=MAX_FRAGMENTS)]
     digest: Annotated[bytes, Meta(min_length=32, max_length=32)]  # sha256 of the fragment and its momentum
-    members: Annotated[list[PeerId], Meta(max_length=128)]  # who contributed
+    members: Annotated[list[PeerId], Meta(max_length=MAX_MEMBERS)]  # who contributed
 
     def subkey(self, sender: str) -> str:
         return f"{sender}/{self.fragment}"

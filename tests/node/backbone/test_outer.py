@@ -18,7 +18,7 @@ from shoal.node.backbone.common_state import Held
 from shoal.node.backbone.outer import MAX_ATTEMPT
 from shoal.node.learning.composer import Composer
 from shoal.protocol.averaging.merging import digest
-from shoal.protocol.directory.records import VoteRecord, seal_record
+from shoal.protocol.directory.records import MAX_MEMBERS, VoteRecord, seal_record
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import RoundOpen
 from shoal.protocol.transport.downloads import Resource
@@ -155,6 +155,22 @@ def test_a_fragment_whose_rounds_fail_holds_up_no_other(swarm: Loopback) -> None
         swarm.meeting.stuck = set()
     swarm.until(lambda: merged(swarm), "and its work is not lost")
     assert len({tuple(common(peer)) for peer in swarm.peers}) == 1
+
+
+def test_where_more_than_half_do_not_fit_into_a_round_nobody_meets(
+    swarm: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failures() -> list[float]:
+        return [peer.links.state.snapshot()["outer"]["rounds"].get("failed", 0) for peer in swarm.peers]
+
+    before, failed = rounds_of(swarm.peers[0]), failures()
+    with monkeypatch.context() as many:
+        for peer in swarm.peers:
+            many.setattr(peer.links, "quorum", lambda: MAX_MEMBERS + 1)
+            more_steps(peer, 1)
+        swarm.until(lambda: all(map(operator.gt, failures(), failed)), "all say so")
+        assert rounds_of(swarm.peers[0]) == before
+    swarm.until(lambda: merged(swarm), "and no work is lost")
 
 
 def test_votes_live_on_while_a_fragment_is_fetched(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,16 @@ def test_starts_at_once_when_everybody_is_there_and_without_stragglers_at_the_en
     assert peers[0].outcome()["status"] == "no_group"
 
 
+def test_who_finds_a_round_full_has_no_group_and_the_others_have_theirs(swarm):
+    """As the 129th composer does: a round holds 128, and its work waits for the next one."""
+    peers = swarm.start(4, sizes=(5000,), matchmaking_seconds=4.0)
+    for peer in peers:
+        peer.submit(np.full(5000, 3.0), round=0, expected=3, quorum=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert sorted(statuses(outcomes)) == ["complete"] * 3 + ["no_group"], reasons(outcomes)
+    assert {len(outcome["members"]) for outcome in outcomes if outcome["status"] == "complete"} == {3}
+
+
 def test_a_group_with_a_quorum_waits_for_the_others_as_long_as_its_leader_grants(swarm):
     peers = swarm.start(3, sizes=(5000,), matchmaking_seconds=8.0, timeout_seconds=20.0)
     for peer in peers[:2]:
