@@ -196,7 +196,8 @@ class LoraExpert(OwnedExpert):
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], hidden: int, width: int) -> Self:
         """Raises ValueError: not the state of an expert of this size, or not finite."""
-        rank = tensors["gate_up_a"].shape[0] if "gate_up_a" in tensors else 0
+        first = tensors.get("gate_up_a")
+        rank = first.shape[0] if first is not None and first.dim() == 2 else 0
         shapes = {
             "gate_up_a": (rank, hidden),
             "gate_up_b": (2 * width, rank),

@@ -139,7 +139,7 @@ def checked_state(
     if not orthogonal and not quantised:
         _check_moments(state[first], state[second], *group["betas"])
     step = state["step"]
-    if step.numel() != 1 or not 1 <= float(step) < math.inf:
+    if step.dtype not in (torch.float32, torch.int64) or step.numel() != 1 or not 1 <= float(step) < math.inf:
         raise ValueError("the optimizer's step is not one number from 1 up")
     step = step.clamp(max=_MAX_STEP)
     if not eight_bit:

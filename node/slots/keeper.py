@@ -187,6 +187,9 @@ class SlotKeeper(Generic[Owner]):
                 waits = isinstance(error, Refused) and error.reason == "no-composer"  # as the worker's phase says
                 (log.debug if waits else log.warning)("slot.attempt_failed", slot=slot, error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
+            except Exception as error:  # what nobody thought of is tried again no sooner
+                log.error("slot.attempt_broke", slot=slot, exc_info=error)
+                await asyncio.sleep(RETRY_SECONDS)
             finally:
                 self._busy.discard(slot)
 

@@ -122,6 +122,22 @@ def with_sketches(record: AuditRecord, change: Callable[[list[Any]], list[Any]],
 # Honest ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint64, torch.float16, torch.float8_e5m2])
+def test_an_optimizers_step_in_a_type_that_cannot_be_computed_with(case: Case, dtype: torch.dtype) -> None:
+    """Whoever makes the verdict raise is never convicted."""
+    step = torch.ones(()).to(dtype)
+    record = changed(case.record, "before", lambda tensors: tensors.update({"down.step": step}))
+    assert case.judge(record) is Finding.MALFORMED
+
+
+def test_low_rank_factors_that_are_no_matrices() -> None:
+    spec = manifest()
+    lora = case_of(spec, mode=ExpertMode(spec.train, "lora", rank=4))
+    assert lora.judge(lora.record) is Finding.PASSED
+    change = {"lora.gate_up_a": torch.ones(())}
+    assert lora.judge(changed(lora.record, "before", lambda tensors: tensors.update(change))) is Finding.MALFORMED
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "options",

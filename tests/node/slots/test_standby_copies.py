@@ -93,3 +93,23 @@ def test_an_owner_that_comes_back_in_time_goes_on_from_the_newer_of_its_checkpoi
         weights = [name for name in state if name.endswith((".gate_up", ".down"))]
         assert weights
         assert all(torch.equal(state[name], expected[name]) for name in weights)
+
+
+def test_a_copy_that_nothing_can_go_on_from_is_dropped(tmp_path: Path) -> None:
+    """Whoever gave it meant to keep the slot from being taken over."""
+    with loopback(tmp_path, manifest_of(), 1) as swarm:
+        [peer] = swarm.peers
+        swarm.call(peer.own([0], 3))
+        for _ in range(3):  # so that its experts have an optimizer's state
+            peer.step()
+        state = peer.ask(lambda composer: peer.exchange.snapshot(composer, 0, 3))
+        peer.ask(lambda composer: peer.exchange.release(composer, 0))
+        assert any(name.endswith(".step") for name in state)
+        bad = {
+            name: torch.ones((), dtype=torch.int8) if name.endswith(".step") else value for name, value in state.items()
+        }
+        copy = Copy(3, 1_000_000)
+        swarm.call(peer.keeper._copies.store(0, Snapshot(copy, bad)))
+        with pytest.raises(ValueError, match="optimizer"):
+            swarm.call(peer.keeper._take_over(TakeOver(0, 5, copy, ())))
+        assert 0 not in peer.keeper._copies.held
