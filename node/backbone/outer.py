@@ -12,6 +12,7 @@ voted for, and what is common, is `common_state.py`. A round without a commit ch
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -64,6 +65,7 @@ class _Lane:
     not_before: float = 0.0  # monotonic seconds; a failed round waits a little before it is tried again
     opened: int = -1  # the highest round that some peer, or this one, is looking for members for
     attempts: dict[int, int] = field(default_factory=dict)  # by round: the attempt to make next
+    heed_from: dict[str, float] = field(default_factory=dict)  # by sender, monotonic seconds: its attempts count again
 
     def failed(self, number: int) -> None:
         """The group that met was no good."""
@@ -165,8 +167,13 @@ class OuterDriver:
             self.common.remind(sender, lane.index)  # it has missed a commit
         elif message.round <= number + parts:
             lane.opened = max(lane.opened, message.round)
-            known = lane.attempts.get(message.round, 0)
-            lane.attempts[message.round] = max(known, min(message.attempt, known + ATTEMPTS_AHEAD, MAX_ATTEMPT))
+            known, now = lane.attempts.get(message.round, 0), time.monotonic()
+            if message.attempt > known and now >= lane.heed_from.get(sender, -math.inf):
+                # Once in the time of a meeting: whoever names another one all the time would keep others from meeting.
+                lane.heed_from[sender] = now + self._links.manifest.outer.matchmaking_seconds
+                lane.attempts[message.round] = min(message.attempt, known + ATTEMPTS_AHEAD, MAX_ATTEMPT)
+            else:
+                lane.attempts[message.round] = known
 
     async def _round(self, lane: _Lane, number: int, entry: Entry) -> None:
         began, index = time.monotonic(), lane.index
@@ -181,8 +188,8 @@ class OuterDriver:
                 await asyncio.wrap_future(self._trainer.ask(lambda composer: composer.withdraw_round(index)))
             if result.status is Status.COMPLETE:
                 await self._propose(index, number, result)
-            elif result.status is not Status.NO_GROUP:
-                lane.failed(number)
+            elif result.status is not Status.NO_GROUP and (result.members or told):
+                lane.failed(number)  # where nobody was met, as the own vector is none to send, nobody is to follow
             # Others may have completed what this peer saw fail: look for their votes either way.
             wait = {Status.COMPLETE: HOLD_SECONDS, Status.PARTIAL: DECISION_SECONDS}.get(result.status, 0.0)
             if await self.common.decided(index, number, wait):

@@ -7,6 +7,7 @@ import operator
 import secrets
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shoal.node.backbone.common_state import Held
 from shoal.node.backbone.outer import MAX_ATTEMPT
 from shoal.node.learning.composer import Composer
 from shoal.protocol.averaging.merging import digest
+from shoal.protocol.averaging.outcome import Outcome, Status
 from shoal.protocol.directory.records import MAX_MEMBERS, VoteRecord, seal_record
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import RoundOpen
@@ -245,6 +247,57 @@ def test_one_message_does_not_take_a_round_to_its_last_attempt(swarm: Loopback) 
     for peer in swarm.peers:
         more_steps(peer, 1)
     swarm.until(lambda: merged(swarm), "rounds go on")
+
+
+def test_who_names_ever_new_attempts_does_not_keep_others_from_meeting(swarm: Loopback) -> None:
+    victim, liar, other = swarm.peers
+    number = victim.common.next_round(0)
+    lane = victim.outer._lanes[0]
+    lane.heed_from.clear()
+    before = lane.attempts.get(number, 0)
+
+    def opens(sender: LoopbackPeer, attempt: int) -> int:
+        victim.outer.on_round_open(sender.peer_id, RoundOpen(round=number, attempt=attempt, fragment=0, step=1))
+        return lane.attempts[number]
+
+    assert opens(liar, before + 1) == before + 1
+    assert [opens(liar, before + 2 + i) for i in range(5)] == [before + 1] * 5
+    assert opens(other, before + 2) == before + 2, "others are heeded"
+    lane.heed_from[liar.peer_id] = time.monotonic()
+    assert opens(liar, before + 3) == before + 3, "and it, by the time that a meeting has had its time"
+    assert opens(liar, before) == before + 3
+
+
+def test_a_peer_that_has_nothing_to_send_leads_nobody_to_other_attempts(
+    swarm: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its weights have become too large, or NaN: it tries again about once a second."""
+    broken = swarm.peers[0]
+    numbers = rounds_of(broken)
+
+    def refuse(number: int, attempt: int, *_: Any, **__: Any) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        future.set_result(Outcome(Status.REFUSED, number, attempt))
+        return future
+
+    def attempts() -> list[int]:
+        return [
+            lane.attempts.get(number, 0)
+            for peer in swarm.peers
+            for lane, number in zip(peer.outer._lanes, numbers, strict=True)
+        ]
+
+    def refused() -> float:
+        rounds: dict[str, float] = broken.links.state.snapshot()["outer"]["rounds"]
+        return rounds.get("refused", 0)
+
+    with monkeypatch.context() as none:
+        none.setattr(broken.outer._averager, "submit", refuse)
+        began, before = refused(), attempts()
+        more_steps(broken, 1)
+        swarm.until(lambda: refused() >= began + 4, "it has tried")
+        assert attempts() == before
+    swarm.until(lambda: merged(swarm), "it is merged once it can send")
 
 
 def test_peers_that_return_with_different_rounds_agree_again(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
