@@ -122,7 +122,7 @@ class Learners(Island):
         losses = [report.loss for report in reports]
         if self.together:
             try:
-                self._merge(composer, composer.tokens - tokens)
+                self._merge(composer, sum(report.tokens for report in reports))
                 composer.tokens += (self.size - 1) * (composer.tokens - tokens)
                 losses += [answer.loss for answer in self._answers for _ in reports]
                 self.worked()

@@ -14,6 +14,7 @@ average arrives, local becomes new_common + (local_now - local_sent), so nothing
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,8 @@ class Composer(ExpertOwner):
         began = time.perf_counter()
         computed = (self.island.compute(self) if self.island is not None else None) or self.compute_alone()
         self.last_counts, self.last_batches = computed.counts, computed.batches
+        if self.collector is not None and not math.isfinite(computed.loss):
+            self.collector.withdraw(computed.tokens, computed.processes)  # of no rows, they would thin out the rest
         self._computed = computed, time.perf_counter() - began
 
     @property
@@ -207,7 +210,7 @@ class Composer(ExpertOwner):
         if sound:
             self._balance()
         self.step += 1
-        self.tokens += tokens
+        self.tokens += tokens if sound else 0  # what taught nothing gives no weight in a round
         return StepReport(loss, tokens, seconds, time.perf_counter() - middle, processes, skipped=not sound)
 
     def _balance(self) -> None:

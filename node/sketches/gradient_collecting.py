@@ -98,6 +98,10 @@ class GradientCollector:
         self._of_step = tokens
         self.tokens += tokens
 
+    def withdraw(self, tokens: int, batches: int = 1) -> None:
+        """The step that has begun has taught nothing: its tokens do not count. Rows that are not finite never do."""
+        self.tokens -= tokens
+
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. dy and dh are of the mean loss."""
         sketcher = self._sketcher(slot, layer, x_ND.device)

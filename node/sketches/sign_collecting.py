@@ -40,6 +40,10 @@ class SignCollector:
         """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
         self.begin_step(tokens)
 
+    def withdraw(self, tokens: int, batches: int = 1) -> None:
+        """The step that has begun has taught nothing: its tokens do not count. Rows that are not finite never do."""
+        self._tally.count(-tokens, -batches)
+
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. dy and dh are of the mean loss."""
         generator = self._generator(x_ND.device)

@@ -50,6 +50,10 @@ class Collector(Protocol):
         next."""
         ...
 
+    def withdraw(self, tokens: int, batches: int = 1) -> None:
+        """The step that has begun has taught nothing: its tokens do not count."""
+        ...
+
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`."""
         ...
@@ -76,7 +80,7 @@ class Tally:
         self._taken: dict[int, tuple[int, int]] = {}  # by slot, both at its last take
 
     def count(self, tokens: int, steps: int) -> None:
-        """More of both, for all slots."""
+        """More of both, for all slots; or fewer."""
         self._tokens += tokens
         self._steps += steps
 
@@ -115,6 +119,10 @@ class SketchCollector:
     def also(self, tokens: int) -> None:
         """Another process's batch of `tokens` tokens, with a mean of its own; rows of it come next."""
         self.begin_step(tokens)
+
+    def withdraw(self, tokens: int, batches: int = 1) -> None:
+        """The step that has begun has taught nothing: its tokens do not count. Rows that are not finite never do."""
+        self._tally.count(-tokens, -batches)
 
     def add(self, layer: int, slot: int, x_ND: Tensor, dy_ND: Tensor, a_NF: Tensor, dh_NH: Tensor) -> None:
         """Rows of one expert; the shard's `SketchTap`. They are encoded with those of the layer's other experts."""
