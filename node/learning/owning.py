@@ -177,6 +177,7 @@ class ExpertOwner(StandInOwner):
             self.absorb_gradient(slot, position, *gradient.dense(), tokens=tokens, rows=rows)
             return
         self.experts_of(slot)
+        gradient = gradient.small()  # as it is kept: rounded, it may be larger
         try:
             check_gradient(*gradient.dense(), tokens=tokens / (2 * self.shared_steps))  # the least of a share
         except ValueError as error:

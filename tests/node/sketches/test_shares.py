@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
 
 import torch
 from shoal.node.sketches.shares import Shares, SummedGradient
+from shoal.node.sketches.sketch_sums import LARGEST_GRADIENT
+from tiny import HIDDEN, LAYERS, WIDTH, composer_of, manifest_of
 
 
 def gradient(value: float = 1.0) -> SummedGradient:
@@ -80,3 +84,19 @@ def test_what_is_kept_takes_half_of_the_memory() -> None:
     [share] = shares.of_step()
     assert isinstance(share.gradient, SummedGradient)
     assert share.gradient.d_down.dtype == torch.bfloat16
+
+
+def test_what_is_refused_is_what_would_be_kept() -> None:
+    """Rounding to bfloat16 can take a gradient that is just small enough beyond what a step may learn from."""
+    composer = composer_of(manifest_of(sketch={"kind": "gradient", "gradient_every": 4}))
+    composer.train_step()
+    count = 3 * WIDTH * HIDDEN
+    spacing = 2.0 ** (math.floor(math.log2(LARGEST_GRADIENT / math.sqrt(count))) - 7)
+    value = (math.floor(LARGEST_GRADIENT / math.sqrt(count) / spacing) - 0.5) * spacing * 1.00001  # rounds up
+    gate_up, down = torch.full((2 * WIDTH, HIDDEN), value), torch.full((HIDDEN, WIDTH), value)
+    gate_up[0, 0] = math.sqrt((0.99999 * LARGEST_GRADIENT) ** 2 - (count - 1) * value**2)
+    for step in (1, 2):
+        mean = {position: (gate_up.clone(), down.clone()) for position in range(LAYERS)}
+        with contextlib.suppress(ValueError):
+            composer.hear_mean("liar", 0, mean, tokens=1.0, step=step)
+    composer.train_step()
