@@ -8,6 +8,7 @@ checked that the published stand-ins do their work. docs/trust.md says what that
 from __future__ import annotations
 
 import asyncio
+import time
 from random import Random
 
 from ...protocol import messages, resources
@@ -180,7 +181,8 @@ class Auditor:
             newest=newest,
             rows=manifest.sketch.kind == "rows",
         )
-        found = check_claims(record, asked, self._sent, {p: r.role for p, r in links.view().peers.items()})
+        roles = {peer: seen.role for peer, seen in links.view().peers.items()}
+        found = check_claims(record, asked, self._sent, roles, now=time.monotonic())
         if found in LIES:
             return found
         after, at_last = await self._caught_up(slot, epoch, record.seq)

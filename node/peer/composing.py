@@ -153,13 +153,15 @@ class ComposerPeer:
         self.outer = OuterDriver(
             links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest)
         )
+        standby = self.config.data_dir / "standby" / self.facts.run_id
+        lived_before = standby.exists()
         self.keeper = SlotKeeper(
             links,
             self.trainer,
             self.exchange,
             capacity=member.capacity,
             num_slots=composer.num_slots,
-            folder=self.config.data_dir / "standby" / self.facts.run_id,
+            folder=standby,
             saved=found.saved,
             max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
         )
@@ -169,6 +171,8 @@ class ComposerPeer:
             chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
             collector = composer.collector = collector_of(self.facts.manifest, seed=chance)
             self.sender = SketchSender(links, self.exchange, collector)
+            if lived_before:
+                self.sender.sent.forgot(time.monotonic())
         elif self.sketch_averager is not None:
             form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)
             composer.collector = GradientCollector(form)

@@ -21,6 +21,7 @@ hundreds of megabytes), and votes of composers that have not audited (one lie wo
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ BYTES_PER_WEIGHT = 17  # masters twice, two moments, a stand-in
 REMEMBERED = 32
 MOST_REMEMBERED = 512
 REMEMBERED_SECONDS = 30.0
+FORMER_SECONDS = 300.0  # no sketch waits longer at an owner that takes steps
 ACCUSATION_SECONDS = 30.0  # an accuser is acted on this often at most
 MAX_ACCUSED = 64  # peers that one accuser accuses at a time
 REPEATED_SECONDS = 1800.0  # an accusation that was not repeated for so long, which is every lease, is one no more
@@ -101,6 +103,11 @@ class SentLog:
 
     def __init__(self) -> None:
         self._slots: dict[int, OrderedDict[int, _Sent]] = {}  # by slot, then step
+        self._forgot_until = -math.inf  # monotonic seconds
+
+    def forgot(self, now: float) -> None:
+        """This composer has been restarted: owners may still hold what it sent before, of steps that it takes again."""
+        self._forgot_until = now + FORMER_SECONDS
 
     def sent(self, slot: int, step: int, tokens: int, experts: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Before a batch goes out: (handle, rows) of one slot. An answer that is lost leaves it at that."""
@@ -123,19 +130,22 @@ class SentLog:
         """Steps after `after` of which something was taken."""
         return [step for step, entry in self._slots.get(slot, {}).items() if step > after and entry.taken]
 
-    def check(self, slot: int, handle: bytes, used: Collection[tuple[int, int, bytes]]) -> Finding:
-        """What an owner says that it used of ours for one expert: (step, tokens, rows)."""
+    def check(self, slot: int, handle: bytes, used: Collection[tuple[int, int, bytes]], now: float) -> Finding:
+        """What an owner says that it used of ours for one expert: (step, tokens, rows). `now`: monotonic seconds."""
         steps: OrderedDict[int, _Sent] = self._slots.get(slot, OrderedDict())
         numbers = [step for step, _, _ in used]
-        if len(set(numbers)) < len(numbers):
+        old, restarted = False, now < self._forgot_until
+        if len(set(used if restarted else numbers)) < len(used):
             return Finding.FORGED_SKETCH
-        old = False
         for step, tokens, rows in used:
             entry = steps.get(step)
-            if entry is None and step < next(iter(steps), step + 1):  # or this composer has restarted since
-                old = True
-            elif entry is None or entry.digests.get(handle) != _digest(tokens, rows):
+            if entry is not None and entry.digests.get(handle) == _digest(tokens, rows):
+                continue
+            if not restarted and (entry is not None or step >= next(iter(steps), step + 1)):
                 return Finding.FORGED_SKETCH
+            old = True
+        if old and restarted:  # its steps say nothing of which others it took
+            return Finding.OLD_SKETCH
         taken = (number for number, entry in steps.items() if handle in entry.taken)
         if numbers and any(min(numbers) < number < max(numbers) and number not in numbers for number in taken):
             return Finding.LEFT_OUT
@@ -158,12 +168,15 @@ class Asked:
     rows: bool = True  # whether the run's owners step on row sketches
 
 
-def check_claims(record: AuditRecord, asked: Asked, log: SentLog, roles: Mapping[str, str]) -> Finding:
+def check_claims(
+    record: AuditRecord, asked: Asked, log: SentLog, roles: Mapping[str, str], *, now: float = math.inf
+) -> Finding:
     """A record against what the auditor knows without computing.
 
     Args:
         log: of what this composer sent; also what was taken since it asked.
         roles: of the peers in the directory.
+        now: monotonic seconds.
     """
     if (record.slot, record.epoch) != (asked.slot, asked.epoch):
         return Finding.NOT_AS_ASKED
@@ -181,7 +194,7 @@ def check_claims(record: AuditRecord, asked: Asked, log: SentLog, roles: Mapping
             return Finding.STRANGER
         mine = [(s.step, s.tokens, s.rows) for s in expert.sketches if s.sender == asked.me]
         heard = heard or bool(mine)
-        checked = log.check(record.slot, expert.handle, mine)
+        checked = log.check(record.slot, expert.handle, mine, now)
         if checked in LIES:
             return checked
         if not expert.sketches:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shoal.protocol.experts.auditing import (
     ACCUSATION_SECONDS,
+    FORMER_SECONDS,
     LIES,
     MAX_ACCUSED,
     MOST_REMEMBERED,
@@ -109,6 +110,21 @@ def test_not_what_was_asked_for(changes: dict[str, Any], finding: Finding) -> No
 def test_sketches_forged_in_the_auditors_name(change: dict[str, Any]) -> None:
     forged = with_sketches(record_of(10), (msgspec.structs.replace(mine(10, HANDLES[0]), **change),))
     assert check_claims(forged, ASKED, log_of(8, 9, 10), ROLES) is Finding.FORGED_SKETCH
+
+
+def test_what_an_owner_holds_of_a_composers_former_life_is_not_forged() -> None:
+    """The composer was killed at step 14 and went on from 9: it takes steps 10 to 14 again, with other rows."""
+    former = with_sketches(record_of(10), (mine(10, HANDLES[0]), AuditedSketch(ME, 14, 64, b"of before")))
+    again = with_sketches(record_of(10), (AuditedSketch(ME, 10, 64, b"of before"),))
+    log = log_of(9, 10, 11)
+    assert check_claims(former, ASKED, log, ROLES, now=50.0) is Finding.FORGED_SKETCH
+    log.forgot(40.0)
+    both = with_sketches(record_of(10), (mine(10, HANDLES[0]), AuditedSketch(ME, 10, 64, b"of before")))
+    for record in former, again, both:
+        assert check_claims(record, ASKED, log, ROLES, now=50.0) is Finding.OLD_SKETCH
+        assert check_claims(record, ASKED, log, ROLES, now=40.0 + FORMER_SECONDS) is Finding.FORGED_SKETCH
+    twice = with_sketches(record_of(10), (mine(10, HANDLES[0]), mine(10, HANDLES[0])))
+    assert check_claims(twice, ASKED, log, ROLES, now=50.0) is Finding.FORGED_SKETCH
 
 
 def test_one_sketch_used_twice() -> None:
