@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Group, Parameter
 
+from ..protocol.addresses import Address
 from ..protocol.pacing import UNLIMITED, Pace, Rates
 from .errors import ConfigError
 from .logs import LogFormat, LogLevel
@@ -240,11 +241,13 @@ class PeerConfig:
         for name in ("host", "http_host"):
             _require(_is_address(getattr(self, name)), name, self, "give an IP address of this machine, like 0.0.0.0")
         for host in self.announce:
-            if not host or (any(char in host for char in "/ :") and not _is_address(host)):
+            try:
+                Address.of_host(host, 1)
+            except ValueError as error:
                 raise ConfigError(
-                    f"announce = {host!r} is not a host", fix="give only a host name or an IP address, without port"
-                )
-
+                    f"announce = {host!r} is not a host",
+                    fix="give only a host name or an IP address, without port; for several, give it several times",
+                ) from error
         if self.relay is not None:
             parse_ports(self.relay)
         if self.hours is not None:
