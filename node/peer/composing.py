@@ -305,11 +305,9 @@ class ComposerPeer:
         await self.member.announce(Phase.LEAVING)
         await self.keeper.drain(left)
         keeper_task.cancel()
-        if self.keeper.held:
-            log.warning("slot.not_taken", slots=sorted(self.keeper.held), kept_in=str(self.writer.store.folder))
         self.state.enter(Phase.LEAVING, "writing a checkpoint")
         tensors, meta = await asyncio.wrap_future(self.trainer.ask(self._checkpoint_of))
-        await asyncio.to_thread(self.writer.write, tensors, meta)
+        await asyncio.to_thread(self.writer.write_last, tensors, meta, self.keeper.held)
         await self.keeper.announce()  # what is still held is in the checkpoint; the lease says so until it runs out
 
     # -- the training thread ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -25,7 +25,7 @@ class CheckpointWriter:
 
     def __init__(self, store: CheckpointStore, state: PeerState) -> None:
         self.store, self._state = store, state
-        self._writing: Future[None] | None = None
+        self._writing: Future[CheckpointError | None] | None = None
         self._one_at_a_time = threading.Lock()  # who leaves may find one that `write_soon` began still being written
 
     @property
@@ -44,8 +44,16 @@ class CheckpointWriter:
         if self._writing is not None:
             wait([self._writing], FINISH_SECONDS)
 
-    def write(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write now, after what is being written. `meta` has the `step`."""
+    def write_last(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], untaken: Collection[int]) -> None:
+        """As a peer leaves, with slots that nobody has taken from it. Raises CheckpointError if they are lost so."""
+        error = self.write(tensors, meta)
+        if untaken and error is not None:
+            raise error
+        if untaken:
+            log.warning("slot.not_taken", slots=sorted(untaken), kept_in=str(self.store.folder))
+
+    def write(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> CheckpointError | None:
+        """Write now, after what is being written. `meta` has the `step`. Returns why it could not be done, if so."""
         with self._one_at_a_time:
             began, step = time.monotonic(), int(meta["step"])
             try:
@@ -53,6 +61,7 @@ class CheckpointWriter:
             except CheckpointError as error:
                 log.error("checkpoint.failed", error=str(error))
                 self._state.note_error(error)
-                return
+                return error
             nbytes = sum(tensor.nbytes for tensor in tensors.values())
             self._state.record_checkpoint(step=step, seconds=time.monotonic() - began, nbytes=nbytes)
+            return None
