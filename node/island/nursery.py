@@ -105,7 +105,8 @@ def load() -> None:
 def main() -> None:
     """`python -m shoal.node.island.nursery FD PARENT IMPORTS`: fork until the leader's end is closed."""
     end_with_parent(int(sys.argv[2]), signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the leader, which hands over first
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C is for the leader, which hands over first
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for members
     leader = socket.socket(fileno=int(sys.argv[1]))
     if int(sys.argv[3]):

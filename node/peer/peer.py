@@ -9,8 +9,8 @@ Threads and processes, in the order in which they start (what forks comes before
     network thread  one asyncio loop: membership, ownership, exchange, rounds
     transport       spawned; the py-libp2p host
 
-All children die with the main process, however it ends. SIGTERM or SIGINT drains; a second one leaves at once. Where a
-forked child ends by itself, so does the peer, and starts over in place (`reviving.py`).
+All children die with the main process, however it ends. SIGTERM, SIGINT or SIGHUP drains; a second one of the first two
+leaves at once. Where a forked child ends by itself, so does the peer, and starts over in place (`reviving.py`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def run_peer(config: PeerConfig, manifest_to_found: Manifest | None) -> int:
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGINT; the second ends the process on the spot."""
+    """Set by the first SIGTERM or SIGINT, or SIGHUP of a terminal that is closed; another of the first two ends the
+    process on the spot. A shell and its terminal may each send a SIGHUP."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -104,6 +105,8 @@ class StopRequest:
 
     def on_signal(self, number: int, _frame: object) -> None:
         if self.requested:
+            if number == signal.SIGHUP:
+                return
             os._exit(128 + number)
         self.requested = True
         if not self.holds:
@@ -113,7 +116,10 @@ class StopRequest:
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[StopRequest]:
     stop = StopRequest()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
     try:
         yield stop
     finally:
@@ -305,7 +311,7 @@ class _Peer:
         self.state.identify(invite=str(invite))
         print_invite(
             str(invite),
-            status_url=f"{self.server.url}/status",
+            http_url=self.server.url,
             only_this_machine=all(address.reach is Reach.THIS_MACHINE for address in mine),
         )
 

@@ -158,12 +158,12 @@ def render(status: dict[str, Any]) -> Group:
     return Group(facts, Text(), peers)
 
 
-def print_invite(invite: str, *, status_url: str, only_this_machine: bool) -> None:
+def print_invite(invite: str, *, http_url: str, only_this_machine: bool) -> None:
     """Show how others join: framed on a terminal, else the bare invite on a line of its own for scripts to read.
 
     Args:
         invite: what to pass to `shoal join`.
-        status_url: where this peer's status page is.
+        http_url: where this peer serves HTTP.
         only_this_machine: the invite's addresses are loopback ones.
     """
     from rich.console import Console
@@ -179,7 +179,7 @@ def print_invite(invite: str, *, status_url: str, only_this_machine: bool) -> No
         body.append(
             "\nThis address works on this machine only. Start with --announce HOST to be reachable.\n", "yellow"
         )
-    body.append(f"\nStatus page: {status_url}/status")
+    body.append(f"\nStatus page: {http_url}/status")
     # The invite must be copied whole: a line that is too long wraps by itself, without a frame in it.
     fits = console.width >= len(invite) + 20
     console.print(Panel(body, title="shoal", expand=False, padding=(1, 2)) if fits else body, soft_wrap=not fits)

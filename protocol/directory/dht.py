@@ -382,7 +382,8 @@ def _lock_identity(identity_path: Path) -> int:
 def _forget_signal_handlers() -> None:
     # Inherited ones would run the trainer's shutdown here, or wake its event loop through the shared wake-up socket.
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, and a terminal that is closed, are the node's to handle
+        signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally`, which removes the sockets
-    for name in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for name in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_DFL)

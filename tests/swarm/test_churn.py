@@ -4,6 +4,8 @@ One swarm lives through it all, stage after stage: starting peers is what takes 
 """
 
 import math
+import os
+import random
 import signal
 
 import psutil
@@ -110,10 +112,14 @@ def comes_back(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> Peer:
 
 
 def leaves(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> None:
-    """Ctrl-C: it hands over all it has and exits with 0; nobody waits for a lease to run out."""
+    """Ctrl-C, or its terminal is closed: it hands over all it has and exits with 0; nobody waits for a lease to run out."""
     given, steps = c.epochs(), (a.status()["step"], b.status()["step"])
     commits = a.commits(), b.commits()
-    c.signal(signal.SIGINT)
+    number = random.choice([signal.SIGINT, signal.SIGHUP])
+    print(f"c gets a {number.name}")
+    os.killpg(c.process.pid, number)  # as a terminal does it: its helpers get it too
+    if number == signal.SIGHUP:
+        os.killpg(c.process.pid, number)  # the shell sends one, and the terminal another
     assert c.wait(30) == 0, c.tail()
     assert {entry["slot"] for entry in c.said("slot.released")} >= set(given)
     swarm.wait_for("a and b own everything", lambda: owned_once([a, b]), SLACK)

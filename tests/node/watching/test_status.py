@@ -301,8 +301,16 @@ def test_who_takes_no_steps_shows_how_far_the_run_is() -> None:
 
 def test_scripts_get_the_bare_invite(capsys: pytest.CaptureFixture[str]) -> None:
     invite = "shoal://198.51.100.7:31337/" + "x" * 200
-    print_invite(invite, status_url="http://127.0.0.1:1", only_this_machine=False)
+    print_invite(invite, http_url="http://127.0.0.1:1", only_this_machine=False)
     assert capsys.readouterr().out == invite + "\n"
+
+
+def test_people_get_the_status_page_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    print_invite("shoal://198.51.100.7:31337/x", http_url="http://127.0.0.1:4711", only_this_machine=True)
+    shown = capsys.readouterr().out
+    assert "shoal join shoal://198.51.100.7:31337/x" in shown
+    assert [word for word in shown.split() if "4711" in word] == ["http://127.0.0.1:4711/status"]
 
 
 @pytest.mark.parametrize(
