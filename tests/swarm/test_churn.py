@@ -112,7 +112,7 @@ def comes_back(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> Peer:
 
 
 def leaves(swarm: Swarm, a: Peer, b: Peer, c: Peer) -> None:
-    """Ctrl-C, or its terminal is closed: it hands over all it has and exits with 0; nobody waits for a lease to run out."""
+    """Ctrl-C, or its terminal is closed: it hands all over and exits with 0; nobody waits for a lease to run out."""
     given, steps = c.epochs(), (a.status()["step"], b.status()["step"])
     commits = a.commits(), b.commits()
     number = random.choice([signal.SIGINT, signal.SIGHUP])
