@@ -23,13 +23,14 @@ from ..model.presets import preset
 from ..sketches.sketch_choice import within_budget
 from ..slots.handle_key import found_key
 from ..storage.presence import make_data_dir
+from .kept_manifests import founded_before
 from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, TrainSpec, with_settings
 
 if TYPE_CHECKING:
     from ..seed.split import Checkpoint
 
 # Renewals come every quarter of a lease, and a record may not live longer than the DHT lets it.
-MIN_LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 300.0
+MIN_LEASE_SECONDS, LEASE_SECONDS, MAX_LEASE_SECONDS = 2.0, 20.0, 300.0
 
 
 def new_manifest(
@@ -39,7 +40,7 @@ def new_manifest(
     name: str | None = None,
     steps: int | None = None,
     min_composers: int = 1,
-    lease_seconds: float = 20.0,
+    lease_seconds: float = LEASE_SECONDS,
     private_layers: int = 0,
     sketch_budget: int | None = None,
     settings: Sequence[str] = (),
@@ -48,6 +49,9 @@ def new_manifest(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
     """A run to be founded by the peer of `config`, whose identity and handle key are made if need be.
+
+    If it has founded one of that name before, that one, with what is asked for otherwise; `model` and `seed` are not
+    looked at then, and may be gone.
 
     Args:
         sketch_budget: bytes that a composer may send for sketches in one step; None leaves that to `settings`.
@@ -67,9 +71,12 @@ def new_manifest(
     parts = preset(preset_name)
     train = _training(parts.train, steps, min_composers, of_preset=model is None and seed is None)
     make_data_dir(config.data_dir)
+    founder = Identity.load_or_create(config.identity_path).peer_id
+    if (before := founded_before(config.data_dir, founder, name)) is not None:
+        return _asked_again(before.manifest, steps, min_composers, lease_seconds, private_layers, settings)
     manifest = Manifest(
         name=name,
-        founder=Identity.load_or_create(config.identity_path).peer_id,
+        founder=founder,
         created_at=int(time.time()),
         model=msgspec.structs.replace(
             parts.model,
@@ -86,8 +93,8 @@ def new_manifest(
     )
     if settings:
         manifest = with_settings(manifest, settings)
-    if model is not None:
-        _check_positions(manifest.model.config, manifest, model)
+    if seed is None:
+        _check_positions(manifest.model.config, manifest, model or preset_name)
     _check_lease(manifest)
     checkpoint = None
     if seed is not None:
@@ -107,6 +114,27 @@ def new_manifest(
         manifest = msgspec.structs.replace(manifest, model=begun)
     stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
     return msgspec.structs.replace(manifest, model=stated)
+
+
+def _asked_again(
+    founded: Manifest,
+    steps: int | None,
+    min_composers: int,
+    lease_seconds: float,
+    private_layers: int,
+    settings: Sequence[str],
+) -> Manifest:
+    """A run of before, with those facts otherwise that are not what they are if nothing is said."""
+    composers = founded.train.min_composers if min_composers == 1 else min_composers
+    lease = founded.ownership.lease_seconds if lease_seconds == LEASE_SECONDS else lease_seconds
+    layers = private_layers or founded.model.private_layers
+    asked = msgspec.structs.replace(
+        founded,
+        train=_training(founded.train, steps, composers, of_preset=True),
+        ownership=msgspec.structs.replace(founded.ownership, lease_seconds=lease),
+        model=msgspec.structs.replace(founded.model, private_layers=layers),
+    )
+    return with_settings(asked, settings) if settings else asked
 
 
 def _training(train: TrainSpec, steps: int | None, min_composers: int, *, of_preset: bool) -> TrainSpec:
@@ -164,7 +192,7 @@ def _config_in(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_positions(config: Mapping[str, Any], manifest: Manifest, where: Path) -> None:
+def _check_positions(config: Mapping[str, Any], manifest: Manifest, where: Path | str) -> None:
     """Raises ConfigError for a model that is not made for texts as long as the run's."""
     context_length = manifest.data.context_length
     positions = config.get("max_position_embeddings") or context_length

@@ -10,11 +10,15 @@ import msgspec
 import pytest
 from shoal.node import cli, logs
 from shoal.node.config import PeerConfig
+from shoal.node.errors import ConfigError
 from shoal.node.learning.tokenizer import byte_tokenizer
 from shoal.node.model.init import backbone_shapes
 from shoal.node.model.presets import preset
-from shoal.node.run.manifest import Manifest
+from shoal.node.run.founding import new_manifest
+from shoal.node.run.kept_manifests import asked_otherwise, keep_manifest
+from shoal.node.run.manifest import Manifest, read_signed, sign
 from shoal.node.sketches.sketch_choice import within_budget
+from shoal.protocol.identity import Identity
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -230,3 +234,24 @@ def test_a_bias_rate_needs_the_checkpoints_routers(
     biased_checkpoint(tmp_path)
     assert cli.main(["found", "--seed", str(tmp_path), "--set", "train.bias_rate=0.001"]) == 0, capsys.readouterr().err
     assert [manifest.train.bias_rate for manifest in seen] == [0.001]
+
+
+def test_a_run_goes_on_without_what_it_was_founded_from(tmp_path: Path) -> None:
+    """Its founder is restarted by the same command, which names a folder that is gone by now."""
+    config = PeerConfig(data_dir=tmp_path / "founder")
+    first = new_manifest(config, "tiny", name="mine", steps=50, lease_seconds=5.0)
+    run = read_signed(sign(Identity.load_or_create(config.identity_path), first))
+    keep_manifest(config.data_dir, run.run_id, run.signed)
+    gone = tmp_path / "gone"
+    again = new_manifest(config, "tiny", name="mine", steps=50, lease_seconds=5.0, seed=gone)
+    assert again == first
+    assert new_manifest(config, "tiny", name="mine", model=gone) == first, "what is not named is as it was"
+    other = new_manifest(config, "tiny", name="mine", steps=60, min_composers=3, settings=["sketch.kappa=0.5"])
+    assert set(asked_otherwise(first, other)) == {"train.steps", "train.min_composers", "sketch.kappa"}
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        new_manifest(config, "tiny", name="another", seed=gone)
+
+
+def test_a_preset_is_not_for_longer_texts_than_its_model_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["found", "--set", "data.context_length=512"]) == 2
+    assert "256 positions" in capsys.readouterr().err
