@@ -5,6 +5,7 @@ For transformers, a folder that is not there is the name of a repository to down
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,10 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        files = [path, *(path.iterdir() if path.is_dir() and os.access(path, os.R_OK) else ())]
+        if shut := [file for file in files if os.access(file, os.F_OK) and not os.access(file, os.R_OK)]:
+            # safetensors calls such a file one that is not there
+            raise ConfigError(f"{shut[0]} may not be read", fix="make it readable to this user: chmod a+r") from error
         first, *_ = str(error).strip().splitlines() or [repr(error)]
         raise ConfigError(f"{path} cannot be read: {first}", fix="download it again, whole") from error
 

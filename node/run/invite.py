@@ -47,8 +47,11 @@ class Invite:
 
     @classmethod
     def parse(cls, text: str) -> Invite:
-        """Read an invite; blanks and quotes around it are forgiven. Raises InviteError saying what is wrong with it."""
-        text = text.strip().strip("'\"<>").strip()
+        """Read an invite. Blanks and quotes around it are forgiven, and that a terminal or a mail has folded it.
+
+        Raises InviteError saying what is wrong with it.
+        """
+        text = re.sub(r"\s*[\r\n]\s*", "", text.strip().strip("'\"<>").strip())
         if len(text) > _MAX_CHARS:
             raise InviteError(f"an invite has at most {_MAX_CHARS} characters, this has {len(text)}", fix=_COPY_AGAIN)
         if not text.startswith(_SCHEME):

@@ -41,6 +41,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out} cannot be made: {error.strerror}", fix="name a folder where you may write") from error
     try:
         yield partial
+        mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors writes for the own user alone
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as text

@@ -56,6 +56,8 @@ def test_a_relay_that_cannot_be_is_refused(relay: str) -> None:
 def test_how_people_paste_it(decorate: str) -> None:
     invite = Invite(addresses=(Address.of_host("1.2.3.4", 5, A),), run_id=RUN)
     assert Invite.parse(decorate.format(invite)) == invite
+    folded = f"{str(invite)[:41]}\n        {str(invite)[41:]}"
+    assert Invite.parse(decorate.format(folded)) == invite
 
 
 def test_a_shell_may_have_eaten_the_version() -> None:

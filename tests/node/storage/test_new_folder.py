@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +46,31 @@ def test_it_appears_when_it_is_whole(tmp_path: Path) -> None:
         assert not out.exists()
     assert [path.name for path in out.parent.iterdir()] == ["where"]
     assert (out / "a").read_text() == "a"
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    """As a model that a container's root exports. safetensors writes for one user alone."""
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "below").mkdir()
+        for path in (folder / "weights", folder / "below" / "more"):
+            save_file({"a": torch.zeros(3)}, path)
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    modes = {path.stat().st_mode & 0o777 for path in (plain, *(tmp_path / "model").rglob("*")) if path.is_file()}
+    assert len(modes) == 1
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_missing(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (tmp_path / "model.safetensors").chmod(0)
+    program = "import sys\nfrom shoal.node.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "evaluate", str(tmp_path)]
+    if os.geteuid() == 0:  # who may read everything
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'model.safetensors'} may not be read" in done.stderr
 
 
 def fail_halfway(out: Path, error: type[BaseException]) -> None:
