@@ -28,7 +28,7 @@ def doctor(
 
     Give it the settings that the peer has or will have: flags, environment or file, as for `join`. With an invite it
     also asks the run: do its peers answer, can they dial this machine, do the clocks agree, how fast is it. It joins as
-    a visitor with a key of its own, and leaves nothing behind. The exit code is 1 if a check failed.
+    a visitor with a key of its own, and leaves nothing behind there. The exit code is 1 if a check failed.
 
         shoal doctor
         shoal doctor INVITE --dht-port 31337 --transport-port 31338

@@ -144,7 +144,8 @@ class Links:
         try:
             await self.transport.publish(topic, data)
         except TransportError as error:
-            log.warning("gossip.publish_failed", topic=topic, error=str(error))
+            stopped = self.state.phase is Phase.STOPPED  # and the transport closed before what was said last
+            (log.debug if stopped else log.warning)("gossip.publish_failed", topic=topic, error=str(error))
 
     def open(self, data: bytes) -> Envelope | None:
         """Check a gossiped envelope's signature. None, and counted, if it does not hold."""

@@ -196,7 +196,7 @@ class Membership:
                 return
             if peer == self._links.peer_id or peer in connected or peer in self._dialling:
                 continue
-            if record.transport_addrs:
+            if record.transport_addrs and record.phase != Phase.LEAVING:  # or it has left, and cannot be dialled
                 self._dialling.add(peer)
                 self._links.spawn(self._dial(peer, self._links.dialled(record)))
 

@@ -82,7 +82,7 @@ def _facts(
         ("founder", f"`{manifest.founder}`"),
         ("family", f"{model.config.get('model_type')}, {shape.num_experts} experts in a layer, {top_k} to a token"),
         ("weights", f"{whole}, {active} to a token"),
-        ("tokens", f"{tokens:,} by {len(composers)} composers"),
+        ("tokens", f"{tokens:,} by {len(composers)} composer{'' if len(composers) == 1 else 's'}"),
         ("steps", f"{steps:,} of {train.steps:,} planned"),
         ("last outer rounds", f"{merged} (by fragment of the backbone)"),
         ("text", f"{_plain(data.corpus)}, {data.tokenizer} tokenizer, context {data.context_length}"),

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from ..errors import ConfigError
+
 FORM = Group("Form", sort_key=0)
 COPIES = Group("Copies", sort_key=1)
 
@@ -182,6 +184,8 @@ def mix(
     from .mixing import domain_tokens, mix
 
     logs.configure()
+    if generalist and not domain:
+        raise ConfigError("--generalist says how a token's domain is chosen, and there are none", fix="give --domain")
     domains = domain_tokens(seed, domain)
     config = mix([seed, *branches], out, top_k=top_k, merge=merge, seed=chance, domains=domains, bias=generalist)
     print(f"{out}: {config['model_type']} of {len(branches) + 1} experts, {top_k} to a token")

@@ -35,6 +35,7 @@ def test_it_states_the_run_its_peers_and_figures() -> None:
     assert "# fish\n" in text
     assert "`fish-0123456789ab`, since 2026-09-21" in text
     assert "| tokens | 3,000 by 2 composers |" in text
+    assert "| tokens | 1,000 by 1 composer |" in model_card(manifest, "fish-0123456789ab", [7, -1], {a: peers[a]})
     assert "| steps | 70 of 100 planned |" in text
     assert "7, none" in text
     assert f"| `{a}` | composer | 0.1.0 | 70 | 1,000 | 2.500 | 2 |" in text

@@ -120,6 +120,9 @@ def test_what_cannot_be_mixed_says_why(tmp_path: Path, capsys: pytest.CaptureFix
     told = ["branch", str(small), str(tmp_path / "out"), "--only", "router", "--steps", "1", "--context-length", "64"]
     assert main(told) == 2
     assert "has no routers" in capsys.readouterr().err
+    assert main(["mix", str(tmp_path / "mix"), str(small), str(small), "--generalist", "3"]) == 2
+    assert "give --domain" in capsys.readouterr().err
+    assert not (tmp_path / "mix").exists()
 
 
 @pytest.fixture(scope="module")
