@@ -274,13 +274,14 @@ class OuterDriver:
         await self.common.propose(index, held, fragment, momentum)
 
     async def run(self) -> None:
-        """Until cancelled: keep up with what others committed, and keep own votes alive in the directory meanwhile:
-        fetching a fragment may take longer than a vote lives."""
-        both = [asyncio.ensure_future(work) for work in (self._keep_up(), self._stay_heard())]
+        """Until cancelled: keep up with what others committed, each fragment by itself, and keep own votes alive in the
+        directory meanwhile: fetching a fragment may take longer than a vote lives."""
+        works = [self._stay_heard(), *(self._keep_up(lane) for lane in self._lanes)]
+        tasks = [asyncio.ensure_future(work) for work in works]
         try:
-            await asyncio.gather(*both)
+            await asyncio.gather(*tasks)
         finally:
-            for task in both:
+            for task in tasks:
                 task.cancel()
 
     async def _stay_heard(self) -> None:
@@ -291,16 +292,15 @@ class OuterDriver:
             self.common.repeat_votes(after=self._links.record_seconds / 3)
             await self._links.news.wait(changed, IDLE_POLL_SECONDS)
 
-    async def _keep_up(self) -> None:
+    async def _keep_up(self, lane: _Lane) -> None:
         while True:
             changed = self._links.news.next_change()
-            for lane in self._lanes:
-                lane.catching_up = True
-                try:
-                    if not lane.in_flight:
-                        await self.common.catch_up(lane.index)
-                finally:
-                    lane.catching_up = False
+            lane.catching_up = True
+            try:
+                if not lane.in_flight:
+                    await self.common.catch_up(lane.index)
+            finally:
+                lane.catching_up = False
             await self._links.news.wait(changed, IDLE_POLL_SECONDS)
 
     def _poll_idle(self, composer: Composer) -> None:
