@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json as jsonlib
-import logging
 import platform
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -17,12 +15,12 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Env
 
 from .. import __version__
-from ..protocol.errors import ShoalError
 from ..protocol.imports import importing
 from . import logs
 from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
-from .errors import NoIdentity, exit_code
+from .ending import EXPECTED, tell
+from .errors import NoIdentity
 from .peer.reviving import reap, reviving
 from .plan import plan
 from .run.runs import runs
@@ -379,18 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code or 0
     except CycloptsError:
         return 2  # cyclopts has printed what is wrong
-    except ShoalError as error:
-        return _tell(str(error), exit_code(error))
-    except OSError as error:  # a full disk, a folder of somebody else's: where is all that a user needs to know
-        where = "" if error.filename is None else f": {error.filename}"
-        return _tell(f"{error.strerror or error}{where}", 1)
-
-
-def _tell(what: str, code: int) -> int:
-    if logging.getLogger().isEnabledFor(logging.DEBUG):
-        traceback.print_exc()
-    print(f"shoal: {what}", file=sys.stderr)
-    return code
+    except EXPECTED as error:
+        return tell(error)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from ...protocol.errors import ShoalError
 from ...protocol.process_death import end_with_parent
 from ..config import PeerConfig
-from ..errors import exit_code
+from ..ending import EXPECTED, tell
 from ..logs import get_logger
 from ..storage.presence import announce_here, hold_data_dir
 from ..watching.http import StatusServer
@@ -121,9 +120,8 @@ def _code_of(peer: Callable[[], int]) -> int:
     except StartOver as over:
         print(f"shoal: {over.error}", file=sys.stderr, flush=True)
         return EXIT_START_OVER
-    except ShoalError as error:
-        print(f"shoal: {error}", file=sys.stderr, flush=True)
-        return exit_code(error)
+    except EXPECTED as error:
+        return tell(error)
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else 1
     except BaseException:  # noqa: BLE001 - whatever it was, the fork must not go on as the parent

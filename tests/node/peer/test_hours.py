@@ -195,3 +195,19 @@ def test_the_peer_does_not_outlive_the_parent(living: Living) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it lives on")
+
+
+def open_now() -> str:
+    now = datetime.now()  # noqa: DTZ005 - hours are of the local day
+    return f"{now - timedelta(hours=6):%H:%M}-{now + timedelta(hours=6):%H:%M}"
+
+
+@pytest.mark.parametrize("hours", [[], ["--hours", open_now()]], ids=["always", "by hours"])
+def test_an_error_of_the_system_is_one_line(hours: list[str], tmp_path: Path) -> None:
+    (tmp_path / "peer.tmp").mkdir()  # where the peer writes
+    command = ["join", "shoal://e/r-0123456789ab?v=1", "--host", "127.0.0.1", "--data-dir", str(tmp_path), *hours]
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal.node.cli", *command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr.splitlines() == [f"shoal: Is a directory: {tmp_path / 'peer.tmp'}"]
+    assert done.returncode == 1
