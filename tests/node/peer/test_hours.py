@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.node.peer.hours import Hours
+from shoal.node.peer.way_in import free_port
+from shoal.node.storage.last_ports import keep_ports
 from shoal.node.storage.presence import find_peer
 from shoal.node.watching.status import fetch_status
 
@@ -160,6 +163,23 @@ def test_it_can_be_stopped_while_it_rests(living: Living) -> None:
     living.process.send_signal(signal.SIGTERM)
     assert living.process.wait(20) == 0
     assert living.notes() == []
+
+
+def test_it_rests_at_the_port_of_last_time(tmp_path: Path) -> None:
+    def rest() -> str:
+        living = Living(tmp_path)
+        try:
+            living.until(living.resting)
+            return find_peer(tmp_path / "peer")
+        finally:
+            living.process.terminate()
+            living.process.wait(20)
+
+    assert rest() == rest()
+    ports = {"dht_port": 4001, "transport_port": 4002, "http_port": free_port("127.0.0.1")}
+    keep_ports(tmp_path / "peer", **ports)  # as the peer does in its hours
+    assert rest() == f"http://127.0.0.1:{ports['http_port']}"
+    assert json.loads((tmp_path / "peer" / "ports.json").read_text()) == ports
 
 
 def test_a_peer_that_fails_ends_it(living: Living) -> None:
