@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, Group, Parameter
 from cyclopts.config import Env
 
 from .. import __version__
@@ -19,7 +19,7 @@ from ..protocol.imports import importing
 from . import logs
 from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
-from .ending import EXPECTED, tell
+from .ending import as_a_peer, ended
 from .errors import NoIdentity
 from .peer.reviving import reap, reviving
 from .plan import plan
@@ -335,11 +335,11 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
 
     if config.hours is None:
         reap()
-        return reviving(live)
+        return as_a_peer(lambda: reviving(live))
     from .peer.hours import Hours
     from .peer.resting import ByHours
 
-    return ByHours(config, Hours.parse(config.hours), live).run()
+    return as_a_peer(ByHours(config, Hours.parse(config.hours), live).run)
 
 
 @app.meta.default
@@ -372,13 +372,8 @@ def _with_settings(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
-    try:
-        code: int | None = app.meta(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=True)
-        return code or 0
-    except CycloptsError:
-        return 2  # cyclopts has printed what is wrong
-    except EXPECTED as error:
-        return tell(error)
+    given = sys.argv[1:] if argv is None else argv
+    return ended(lambda: app.meta(given, exit_on_error=False, print_error=True))
 
 
 if __name__ == "__main__":
