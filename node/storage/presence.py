@@ -20,19 +20,22 @@ def make_data_dir(data_dir: Path) -> None:
     """Make it if it is missing, for this user alone.
 
     Raises:
-        DataDirUnusable: that is not possible.
+        DataDirUnusable: that is not possible, or it cannot be written to.
     """
+    _lock_file(data_dir).close()
+
+
+def _lock_file(data_dir: Path) -> IO[str]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return (data_dir / "lock").open("a+")
     except OSError as error:
-        raise _unusable(data_dir, error) from error
-
-
-def _unusable(data_dir: Path, error: OSError) -> DataDirUnusable:
-    where = error.filename or data_dir
-    said = "is a file, not a folder" if isinstance(error, FileExistsError) else f"cannot be used: {error.strerror}"
-    at = "" if str(where) == str(data_dir) else f", at {where}"
-    return DataDirUnusable(f"the data directory {data_dir} {said}{at}", fix="give a --data-dir of your own")
+        where = error.filename or data_dir
+        said = "is a file, not a folder" if isinstance(error, FileExistsError) else f"cannot be used: {error.strerror}"
+        at = "" if str(where) == str(data_dir) else f", at {where}"
+        raise DataDirUnusable(
+            f"the data directory {data_dir} {said}{at}", fix="give a --data-dir of your own"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -45,12 +48,7 @@ def hold_data_dir(data_dir: Path) -> Iterator[None]:
         IdentityInUse: another process holds it.
         DataDirUnusable: it cannot be made or written to.
     """
-    make_data_dir(data_dir)
-    try:
-        lock = (data_dir / "lock").open("a+")
-    except OSError as error:
-        raise _unusable(data_dir, error) from error
-    with lock as file:
+    with _lock_file(data_dir) as file:
         deadline = time.monotonic() + PROBED_SECONDS
         while not _lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:

@@ -28,6 +28,13 @@ def _home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(logs, "configure", lambda **_: None)
 
 
+def as_any_user() -> list[str]:
+    """What to put before a command for it to be refused what is closed to its user."""
+    if os.geteuid():
+        return []
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+
+
 HEAVY = ("torch", "hivemind", "libp2p", "transformers", "bitsandbytes", "prometheus_client")
 
 
@@ -176,6 +183,20 @@ def test_a_data_directory_that_cannot_be_one(
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", [["found"], ["join", "shoal://e/r-0123456789ab?v=1"]], ids=["found", "join"])
+def test_a_data_directory_that_may_not_be_written_to(command: list[str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    run = [*as_any_user(), sys.executable, "-m", "shoal.node.cli", *command, "--data-dir", str(tmp_path)]
+    try:
+        done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        tmp_path.chmod(0o700)
+    assert done.returncode == 2
+    assert "Permission denied" in done.stderr
+    assert "SHOAL-228" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_peers_address_stands_in_for_its_invite(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,9 +244,7 @@ def test_a_data_directory_that_may_not_be_read_is_not_called_empty(tmp_path: Pat
     (tmp_path / "peer.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "pid": os.getpid()}))
     tmp_path.chmod(0)
     program = "import sys\nfrom shoal.node.cli import main\nsys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", program, "status", "--data-dir", str(tmp_path)]
-    if os.geteuid() == 0:  # who may read everything
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
+    command = [*as_any_user(), sys.executable, "-c", program, "status", "--data-dir", str(tmp_path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     finally:
