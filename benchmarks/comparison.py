@@ -67,7 +67,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str, manifest: Manifest) -> Method:
-        """Raises ValueError: no such method; ManifestError: a setting that is not possible."""
+        """Raises ValueError: no such method; ConfigError: a setting that is not possible."""
         name, *settings = text.split(":")
         found = _METHOD.fullmatch(name)
         if found is None:

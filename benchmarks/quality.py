@@ -25,7 +25,7 @@ import torch
 
 from ..node.model.presets import preset
 from ..node.run.manifest import Manifest, with_settings
-from ..node.run.manifest_errors import ManifestError
+from ..protocol.errors import ShoalError
 from . import comparison
 from .cells import Cell, Cells
 from .comparison import PLAIN, Comparison, Method
@@ -79,7 +79,7 @@ class Bench:
         self._comparison = functools.lru_cache(maxsize=1)(self._make_comparison)
 
     def manifest(self, composers: int, tokens: int | None, settings: Sequence[str] = ()) -> Manifest:
-        """The run's facts. Raises ManifestError, ValueError."""
+        """The run's facts. Raises ConfigError, ValueError."""
         said = self.arguments
         chosen = preset(said.preset)
         outer, standin = chosen.outer, chosen.standin
@@ -215,7 +215,7 @@ def main() -> None:
             manifest = bench.comparison(0, varied).manifest
             for method in methods:
                 Method.parse(method, manifest)
-    except (ValueError, ManifestError) as error:
+    except (ValueError, ShoalError) as error:
         parser.error(str(error))
     if arguments.tune:
         methods = bench.tuned(methods)

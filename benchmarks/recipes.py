@@ -32,13 +32,13 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ..node.errors import ConfigError
 from ..node.learning.data import Batches, load_corpus
 from ..node.learning.evaluate import BATCH_WINDOWS, HELDOUT_SEED
 from ..node.model.build import MoEModel
 from ..node.model.init import backbone_shapes, expert_shape
 from ..node.model.presets import preset
 from ..node.run.manifest import Manifest, with_settings
-from ..node.run.manifest_errors import ManifestError
 from .inprocess import InProcessSwarm
 
 RECIPES = (
@@ -109,7 +109,7 @@ class Outcome:
 
 
 def manifest_of(recipe: str, steps: int, chance: int = 0) -> Manifest:
-    """Raises ValueError or ManifestError for a recipe that there is not."""
+    """Raises ValueError or ConfigError for a recipe that there is not."""
     name, *settings = recipe.split(":")
     base, *variants = name.split("+")
     chosen = preset(base)
@@ -231,7 +231,7 @@ def main() -> None:
     try:
         for recipe in recipes:
             weights_of(manifest_of(recipe, arguments.steps))
-    except (ValueError, ManifestError) as error:
+    except (ValueError, ConfigError) as error:
         parser.error(str(error))
     outcomes: list[Outcome] = []
     for chance in range(arguments.seeds):

@@ -108,7 +108,7 @@ def measure(text: str, manifest: Manifest, texts: Texts, composers: int, workers
         text: `centralized`; or `shoal` or `workers`, who own the experts, and facts of the manifest behind it.
         seed: what it starts from; by default the run's initial weights.
 
-    Raises ValueError or ManifestError for a text that is none.
+    Raises ValueError or ConfigError for a text that is none.
     """
     who, *settings = text.split(":")
     if who not in ("centralized", "shoal", "workers"):

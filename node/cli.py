@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json as jsonlib
-import logging
 import platform
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, CycloptsError, Group, Parameter
-from cyclopts.config import Env
+from cyclopts import App, Group, Parameter
 
 from .. import __version__
-from ..protocol.errors import ShoalError
 from ..protocol.imports import importing
 from . import logs
-from .config import ENV_PREFIX, PeerConfig, PresetName, Role, default_data_dir
+from .config import PeerConfig, PresetName, Role, default_data_dir
 from .doctor.command import doctor
-from .errors import NoIdentity, exit_code
+from .ending import as_a_peer, ended
+from .errors import NoIdentity
 from .peer.reviving import reap, reviving
 from .plan import plan
 from .run.runs import runs
-from .settings_file import for_each, read_settings
+from .settings_file import inside_the_peers, settings_from
 from .simulation.command import simulate
 from .upcycling.command import branch, mix, upcycle
 
@@ -51,8 +48,8 @@ app = App(
         shoal join shoal://198.51.100.7:31337/my-run-0123456789ab?v=1
         shoal status
 
-    Every setting of `found` and `join` can also stand in a TOML file (`--config peer.toml`, `log_level = "debug"`) or
-    in the environment (`SHOAL_LOG_LEVEL=debug`). Flags win over the environment, the environment over the file.
+    Every setting of a peer can also stand in a TOML file (`--config peer.toml`, `log_level = "debug"`) or in the
+    environment (`SHOAL_LOG_LEVEL=debug`). Flags win over the environment, the environment over the file.
     """,
 )
 app.meta.result_action = "return_value"
@@ -67,7 +64,8 @@ app.command(plan)
 app.command(simulate)
 app.command(upcycle)
 
-CONFIGURED = ("found", "join", "doctor")  # commands that take settings from file and environment too
+# Commands that take settings from file and environment too; so does `identity show`.
+CONFIGURED = ("found", "join", "doctor", "status", "export")
 PeerOptions = Annotated[PeerConfig | None, Parameter(name="*")]
 
 
@@ -199,7 +197,7 @@ def status(
     url:
         The peer's HTTP address. By default the peer that runs on the data directory.
     data_dir:
-        The peer's data directory. By default $SHOAL_HOME, else ~/.shoal.
+        The peer's data directory. $SHOAL_HOME changes the default, ~/.shoal.
     json:
         Print everything the peer says as JSON.
     """
@@ -233,7 +231,7 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
     out:
         Folder to write; it must not exist yet.
     data_dir:
-        Identity and temporary files of the exporting peer. By default `export` inside $SHOAL_HOME, else ~/.shoal.
+        Identity and temporary files of the exporting peer. By default `export` inside the data directory of the peer.
     log_level:
         The least important messages to log.
     """
@@ -298,7 +296,7 @@ def show(*, data_dir: Path | None = None) -> int:
     Parameters
     ----------
     data_dir:
-        The peer's data directory. By default $SHOAL_HOME, else ~/.shoal.
+        The peer's data directory. $SHOAL_HOME changes the default, ~/.shoal.
     """
     from ..protocol.identity import Identity
 
@@ -337,11 +335,11 @@ def _start(config: PeerConfig, manifest: Manifest | None) -> int:
 
     if config.hours is None:
         reap()
-        return reviving(live)
+        return as_a_peer(lambda: reviving(live))
     from .peer.hours import Hours
     from .peer.resting import ByHours
 
-    return ByHours(config, Hours.parse(config.hours), live).run()
+    return as_a_peer(ByHours(config, Hours.parse(config.hours), live).run)
 
 
 @app.meta.default
@@ -354,43 +352,18 @@ def _with_settings(
     Parameters
     ----------
     config:
-        TOML file with settings of `found`, `join` and `doctor`, named like the flags with underscores. Each takes
-        what it knows.
+        TOML file with settings of a peer, named like the flags with underscores. Each command takes what it knows.
     """
-    commands = {name: app[name] for name in CONFIGURED}
-    files = {} if config is None else for_each(commands, read_settings(config), config)
-    before = {name: command.config for name, command in commands.items()}
-    try:
-        for name, command in commands.items():
-            # cyclopts lets an earlier source win over a later one; flags come before all of them.
-            file = [files[name]] if name in files else []
-            command.config = [Env(ENV_PREFIX, command=False), *file]
+    commands = {name: app[name] for name in CONFIGURED} | {"show": identity_app["show"]}
+    with settings_from(config, commands, {"export": [inside_the_peers("export")]}):
         code: int | None = app(tokens, exit_on_error=False, print_error=True)
-    finally:
-        for name, command in commands.items():
-            command.config = before[name]
     return code or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
-    try:
-        code: int | None = app.meta(sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=True)
-        return code or 0
-    except CycloptsError:
-        return 2  # cyclopts has printed what is wrong
-    except ShoalError as error:
-        return _tell(str(error), exit_code(error))
-    except OSError as error:  # a full disk, a folder of somebody else's: where is all that a user needs to know
-        where = "" if error.filename is None else f": {error.filename}"
-        return _tell(f"{error.strerror or error}{where}", 1)
-
-
-def _tell(what: str, code: int) -> int:
-    if logging.getLogger().isEnabledFor(logging.DEBUG):
-        traceback.print_exc()
-    print(f"shoal: {what}", file=sys.stderr)
-    return code
+    given = sys.argv[1:] if argv is None else argv
+    return ended(lambda: app.meta(given, exit_on_error=False, print_error=True))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
     ├── IdentityInUse       another process uses this data directory, and so this peer's identity
     ├── NoIdentity          no identity file exists yet
     └── NoPeerHere          no running peer could be asked
+        └── PeerDied        one ran here, and ended without saying so
 
 Errors of one module only live there: `data.DataError`, `checkpoint.CheckpointError`, `manifest.ManifestError`,
 `gather.ExportFailed`. docs/errors.md lists all of them; `reference.py` writes it.
@@ -59,6 +60,10 @@ class NoPeerHere(ShoalError):
     """No running peer could be asked for its status."""
 
     code = "SHOAL-227"
+
+
+class PeerDied(NoPeerHere):
+    """A peer ran on this data directory and ended without saying so."""
 
 
 def exit_code(error: ShoalError) -> int:

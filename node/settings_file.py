@@ -1,16 +1,51 @@
-"""The settings file: TOML, of which each command takes what it knows."""
+"""Settings from elsewhere than flags: the environment, and a TOML file of which each command takes what it knows."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App
-from cyclopts.config import Dict
+from cyclopts import App, ArgumentCollection
+from cyclopts.config import Dict, Env
 
+from .config import ENV_PREFIX
 from .errors import ConfigError
+
+Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
+
+
+@contextmanager
+def settings_from(
+    file: Path | None, commands: Mapping[str, App], last: Mapping[str, Sequence[Source]]
+) -> Iterator[None]:
+    """In the block, `commands` take settings from the environment and `file`; then `last`, by command."""
+    files = {} if file is None else for_each(commands, read_settings(file), file)
+    before = {name: command.config for name, command in commands.items()}
+    try:
+        for name, command in commands.items():
+            # cyclopts lets an earlier source win over a later one; flags come before all of them.
+            of_file = [files[name]] if name in files else []
+            command.config = [Env(ENV_PREFIX, command=False), *of_file, *last.get(name, ())]
+        yield
+    finally:
+        for name, command in commands.items():
+            command.config = before[name]
+
+
+def inside_the_peers(folder: str) -> Source:
+    """For a command that is a peer of its own: where only the peer's data directory is said, `folder` in that."""
+
+    def source(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        where = arguments.get("--data-dir")
+        where.tokens = [
+            token if token.source == "cli" else token.evolve(value=str(Path(token.value) / folder))
+            for token in where.tokens
+        ]
+
+    return source
 
 
 def read_settings(file: Path) -> dict[str, Any]:

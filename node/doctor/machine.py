@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from ...protocol.errors import ShoalError
 from ...protocol.identity import Identity
 from ..config import PeerConfig
-from ..errors import ConfigError, IdentityInUse, NoPeerHere
+from ..errors import ConfigError, IdentityInUse, NoPeerHere, PeerDied
 from ..storage.presence import find_peer, hold_data_dir
 from .findings import Finding, fail, ok, warn
 
@@ -145,8 +145,11 @@ def _gpu(config: PeerConfig) -> Finding:
 
 
 def _data_dir(config: PeerConfig) -> Finding:
+    died: PeerDied | None = None
     try:
         url = find_peer(config.data_dir)
+    except PeerDied as error:
+        died = error
     except (NoPeerHere, OSError):
         pass
     else:
@@ -162,6 +165,8 @@ def _data_dir(config: PeerConfig) -> Finding:
         return Finding.of("data directory", error)
     except OSError as error:
         return fail("data directory", f"{config.data_dir}: {error.strerror}", "give a --data-dir of your own")
+    if died is not None:
+        return warn("data directory", died.cause, died.fix)
     return ok("data directory", f"{config.data_dir} is free, its peer is {identity.peer_id}")
 
 

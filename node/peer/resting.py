@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 
-from ...protocol.errors import ShoalError
 from ...protocol.process_death import end_with_parent
 from ..config import PeerConfig
-from ..errors import exit_code
+from ..ending import EXPECTED, tell
 from ..logs import get_logger
+from ..storage.last_ports import keep_ports, with_last_ports
 from ..storage.presence import announce_here, hold_data_dir
 from ..watching.http import StatusServer
 from ..watching.state import PeerState, Phase
@@ -71,11 +71,13 @@ class ByHours:
         state = PeerState(self._config.role)
         state.enter(Phase.RESTING, f"until {opens:%H:%M}")
         log.info("hours.resting", until=opens.isoformat(timespec="minutes"))
+        config = with_last_ports(self._config)
         with (
-            hold_data_dir(self._config.data_dir),
-            StatusServer(state, host=self._config.http_host, port=self._config.http_port) as server,
-            announce_here(self._config.data_dir, server.url),
+            hold_data_dir(config.data_dir),
+            StatusServer(state, host=config.http_host, port=config.http_port) as server,
+            announce_here(config.data_dir, server.url),
         ):
+            keep_ports(config.data_dir, http_port=server.port)
             while not self._stopping and not self._hours.now_open(self._clock()):
                 state.beat()
                 time.sleep(POLL_SECONDS)
@@ -121,9 +123,8 @@ def _code_of(peer: Callable[[], int]) -> int:
     except StartOver as over:
         print(f"shoal: {over.error}", file=sys.stderr, flush=True)
         return EXIT_START_OVER
-    except ShoalError as error:
-        print(f"shoal: {error}", file=sys.stderr, flush=True)
-        return exit_code(error)
+    except EXPECTED as error:
+        return tell(error)
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else 1
     except BaseException:  # noqa: BLE001 - whatever it was, the fork must not go on as the parent

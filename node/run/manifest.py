@@ -28,6 +28,7 @@ from ...protocol.envelope import decode_payload
 from ...protocol.errors import BadSignature, Refused
 from ...protocol.identity import Identity
 from ...protocol.identity import verify as verify_signature
+from ..errors import ConfigError
 from .manifest_checks import check
 from .manifest_errors import ManifestError, ManifestOversized, ManifestTampered, ProtocolMismatch, UnknownFields
 
@@ -244,14 +245,14 @@ _encoder = msgspec.msgpack.Encoder(order="sorted")
 
 
 def with_settings(manifest: Manifest, settings: Sequence[str]) -> Manifest:
-    """A manifest with some facts replaced, each setting like `sketch.kappa=20`. Raises ManifestError."""
+    """A manifest with some facts replaced, each setting like `sketch.kappa=20`. Raises ConfigError."""
     facts: dict[str, Any] = msgspec.to_builtins(manifest)
     for setting in settings:
         path, equals, text = setting.partition("=")
         part, dot, name = path.partition(".")
         known = facts.get(part)
         if not equals or not dot or not isinstance(known, dict) or name not in known:
-            raise ManifestError(
+            raise ConfigError(
                 f"{setting!r} is no fact of a manifest",
                 fix=f"take one of {part}'s: {', '.join(known)}"
                 if equals and dot and isinstance(known, dict)
@@ -261,7 +262,7 @@ def with_settings(manifest: Manifest, settings: Sequence[str]) -> Manifest:
     try:
         return msgspec.convert(facts, Manifest, strict=False)
     except msgspec.ValidationError as error:
-        raise ManifestError(f"a setting is not possible: {error}", fix="correct that value") from error
+        raise ConfigError(f"a setting is not possible: {error}", fix="correct that value") from error
 
 
 def canonical_bytes(manifest: Manifest) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ def runs(
     else:
         _show(seen)
     for error in silent:
-        print(f"shoal: {error}")
+        print(f"shoal: {error}", file=sys.stderr)
     return int(not seen)
 
 

@@ -35,12 +35,12 @@ def with_last_ports(config: PeerConfig) -> PeerConfig:
     return replace(config, **ports) if len(set(ports.values())) == len(ports) else config
 
 
-def keep_ports(data_dir: Path, *, dht_port: int, transport_port: int, http_port: int) -> None:
-    """Remember where this peer listens. Does not raise."""
+def keep_ports(data_dir: Path, **ports: int) -> None:
+    """Remember where this peer listens, by `NAMES`; of those left out, what was said before. Does not raise."""
     path = data_dir / "ports.json"
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps(dict(zip(NAMES, (dht_port, transport_port, http_port), strict=True))))
+        temporary.write_text(json.dumps(_read(path) | ports))
         temporary.replace(path)
     except OSError as error:
         log.warning("last_ports.not_written", path=str(path), error=str(error))

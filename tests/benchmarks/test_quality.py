@@ -13,9 +13,9 @@ import pytest
 import torch
 from shoal.benchmarks.comparison import Comparison, Method
 from shoal.benchmarks.quality import METHODS, main
+from shoal.node.errors import ConfigError
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import Manifest, with_settings
-from shoal.node.run.manifest_errors import ManifestError
 
 
 def manifest() -> Manifest:
@@ -50,9 +50,9 @@ def test_other_methods_are_refused(name: str) -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ManifestError):
+    with pytest.raises(ConfigError):
         Method.parse("lone:sketch.kapa=5", manifest())
-    with pytest.raises(ManifestError):
+    with pytest.raises(ConfigError):
         Method.parse("lone:sketch.kappa=-7", manifest())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,9 @@ def test_bad_files_end_with_code_2(text: str, says: str, tmp_path: Path, capsys:
     assert says in capsys.readouterr().err
 
 
-def test_one_file_serves_all_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_serves_all_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What only another command knows is left out; what none knows is an error of each."""
     file = tmp_path / "peer.toml"
     file.write_text('invite = "shoal://h/run?v=1"\nrole = "worker"\nhttp_port = 3001\npreset = "small"\n')
@@ -120,8 +123,44 @@ def test_one_file_serves_all_commands(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (founder.role, founder.invite, founder.http_port) == ("composer", None, 3001)
     assert (checked[0].invite, checked[0].http_port) == ("shoal://h/run?v=1", 3001)
     file.write_text("htp_port = 1\n")
-    for one in ("join", "found", "doctor"):
-        assert cli.main([one, "--config", str(file)]) == 2
+    for one in (["join"], ["found"], ["doctor"], ["status"], ["identity", "show"], ["export", "X", "out"]):
+        assert cli.main([*one, "--config", str(file)]) == 2
+        assert "htp_port" in capsys.readouterr().err
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The data directory that a command looks into; there is nothing in any, and its complaint names it."""
+    from shoal.node.run import gather
+
+    def export(_invite: str, _out: Path, config: PeerConfig) -> None:
+        raise ConfigError(f"at {config.data_dir}")
+
+    monkeypatch.setattr(gather, "export_run", export)
+    monkeypatch.setattr(cli.logs, "configure", lambda **_: None)
+
+    def run(*argv: str) -> Path:
+        assert cli.main(argv) in (1, 2)
+        [where] = re.findall(r"(?:on|at) (/[^ ]*)", capsys.readouterr().err)
+        return Path(where.removesuffix("/identity.key"))
+
+    return run
+
+
+@pytest.mark.parametrize("command", [["status"], ["identity", "show"], ["export", "X", "out"]], ids=" ".join)
+def test_all_who_look_for_a_peer_know_its_settings(
+    asked, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = "export" if command[0] == "export" else ""  # a peer of its own, beside the one that may be running
+    assert asked(*command) == tmp_path / "home" / inside
+    (tmp_path / "peer.toml").write_text(f'data_dir = "{tmp_path}/file"\nhttp_port = 3001\nrole = "worker"\n')
+    monkeypatch.setenv("SHOAL_CONFIG", str(tmp_path / "peer.toml"))
+    assert asked(*command) == tmp_path / "file" / inside
+    monkeypatch.setenv("SHOAL_DATA_DIR", f"{tmp_path}/variable")
+    assert asked(*command) == tmp_path / "variable" / inside
+    assert asked(*command, "--data-dir", f"{tmp_path}/flag") == tmp_path / "flag"
+    monkeypatch.delenv("SHOAL_DATA_DIR")
+    assert asked(*command, "--data-dir", f"{tmp_path}/flag") == tmp_path / "flag"
 
 
 def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     MixtralConfig(num_local_experts=4, hidden_size=64, num_hidden_layers=2, vocab_size=500).save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--json", "--set", "standin.kind=ternary"]) == 0
     assert json.loads(capsys.readouterr().out)["slots"] == 4
+    assert main(["plan", str(tmp_path), "--set", "foo=2"]) == 2
+    assert "foo=2" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "nothing")]) == 2
     assert "no preset and no checkpoint" in capsys.readouterr().err
     for nobody in ("0", "-1"):

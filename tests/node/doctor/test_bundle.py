@@ -14,7 +14,7 @@ from shoal.node.doctor.bundle import LOG_BYTES, write_bundle
 from shoal.node.doctor.findings import ok
 from shoal.node.errors import ConfigError
 from shoal.node.slots.handle_key import found_key
-from shoal.node.storage.presence import announce_here
+from shoal.node.storage.presence import announce_here, hold_data_dir
 from shoal.node.watching.http import StatusServer
 from shoal.node.watching.state import PeerState
 from shoal.protocol.identity import Identity
@@ -43,7 +43,8 @@ def test_what_helps_is_in_and_what_lets_others_in_is_not(config: PeerConfig, tmp
     log.write_text(f"joined {INVITE}\nouter.round committed\n")
     state = PeerState("composer")
     state.identify(run_id="demo-0123456789ab", invite=INVITE)
-    with StatusServer(state) as server, announce_here(config.data_dir, server.url):
+    folder = config.data_dir
+    with hold_data_dir(folder), StatusServer(state) as server, announce_here(folder, server.url):
         names = write_bundle(tmp_path / "out.tar.gz", config, [ok("memory", "enough")], log)
     inside = contents(tmp_path / "out.tar.gz")
     assert list(inside) == names == ["README.txt", "findings.json", "settings.json", "status.json", "log.txt"]

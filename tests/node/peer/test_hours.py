@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from shoal.node.peer.hours import Hours
+from shoal.node.peer.way_in import free_port
+from shoal.node.storage.last_ports import keep_ports
 from shoal.node.storage.presence import find_peer
 from shoal.node.watching.status import fetch_status
 
@@ -162,6 +165,23 @@ def test_it_can_be_stopped_while_it_rests(living: Living) -> None:
     assert living.notes() == []
 
 
+def test_it_rests_at_the_port_of_last_time(tmp_path: Path) -> None:
+    def rest() -> str:
+        living = Living(tmp_path)
+        try:
+            living.until(living.resting)
+            return find_peer(tmp_path / "peer")
+        finally:
+            living.process.terminate()
+            living.process.wait(20)
+
+    assert rest() == rest()
+    ports = {"dht_port": 4001, "transport_port": 4002, "http_port": free_port("127.0.0.1")}
+    keep_ports(tmp_path / "peer", **ports)  # as the peer does in its hours
+    assert rest() == f"http://127.0.0.1:{ports['http_port']}"
+    assert json.loads((tmp_path / "peer" / "ports.json").read_text()) == ports
+
+
 def test_a_peer_that_fails_ends_it(living: Living) -> None:
     living.set("22:00")
     living.until(lambda: living.notes() == ["began"])
@@ -195,3 +215,19 @@ def test_the_peer_does_not_outlive_the_parent(living: Living) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("it lives on")
+
+
+def open_now() -> str:
+    now = datetime.now()  # noqa: DTZ005 - hours are of the local day
+    return f"{now - timedelta(hours=6):%H:%M}-{now + timedelta(hours=6):%H:%M}"
+
+
+@pytest.mark.parametrize("hours", [[], ["--hours", open_now()]], ids=["always", "by hours"])
+def test_an_error_of_the_system_is_one_line(hours: list[str], tmp_path: Path) -> None:
+    (tmp_path / "peer.tmp").mkdir()  # where the peer writes
+    command = ["join", "shoal://e/r-0123456789ab?v=1", "--host", "127.0.0.1", "--data-dir", str(tmp_path), *hours]
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal.node.cli", *command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr.splitlines() == [f"shoal: Is a directory: {tmp_path / 'peer.tmp'}"]
+    assert done.returncode == 1

@@ -57,8 +57,15 @@ def test_from_the_command_line(state: PeerState, capsys: pytest.CaptureFixture[s
         assert f"shoal join {INVITE}" in told
         assert main(["runs", "--bootstrap", peer.url.removeprefix("http://"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["workers"] == 1
+        nobody = f"127.0.0.1:{free_port()}"
+        assert main(["runs", "--bootstrap", peer.url, "--bootstrap", nobody, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert len(json.loads(out)) == 1, "and nothing after it"
+        assert nobody in err
     assert main(["runs", "--bootstrap", peer.url]) == 1
-    assert "nobody answers" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "nobody answers" in err
+    assert not out
 
 
 def test_an_invite_with_an_ipv6_address_is_shown_whole(state: PeerState, capsys: pytest.CaptureFixture[str]) -> None:
