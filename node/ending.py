@@ -19,6 +19,14 @@ from .errors import exit_code
 
 EXPECTED = (ShoalError, OSError)  # what a user can do something about: no traceback
 UNREAD = 128 + signal.SIGPIPE
+_AS_CTRL_C = {signal.SIGTERM, signal.SIGHUP}
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Those by which people and supervisors end a process in good order. A terminal that is closed sends SIGHUP, which
+    `nohup` keeps from what it starts."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
 
 def tell(error: ShoalError | OSError) -> int:
@@ -37,7 +45,7 @@ def tell(error: ShoalError | OSError) -> int:
 def ended(command: Callable[[], int | None]) -> int:
     """Exit code of a command that leaves nothing half done when it is told to stop."""
     try:
-        with _cleaned_up_on_sigterm():
+        with _cleaned_up():
             code = command()
             sys.stdout.flush()
         return code or 0
@@ -54,9 +62,10 @@ def ended(command: Callable[[], int | None]) -> int:
 
 
 def as_a_peer(live: Callable[[], int]) -> int:
-    """Exit code of what handles SIGTERM by itself, and to which a broken pipe is a helper process that is gone."""
+    """Exit code of what handles signals by itself, and to which a broken pipe is a helper process that is gone."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in _AS_CTRL_C & set(stop_signals()):
+            signal.signal(number, signal.SIG_DFL)
     try:
         return live()
     except BrokenPipeError as error:
@@ -64,8 +73,8 @@ def as_a_peer(live: Callable[[], int]) -> int:
 
 
 @contextmanager
-def _cleaned_up_on_sigterm() -> Iterator[None]:
-    """SIGTERM leaves the block as Ctrl-C does, so that what it made on the way is removed."""
+def _cleaned_up() -> Iterator[None]:
+    """Other signals leave the block as Ctrl-C does, so that what it made on the way is removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,11 +83,12 @@ def _cleaned_up_on_sigterm() -> Iterator[None]:
         signal.signal(number, lambda *_: None)  # `timeout` sends two; the second must not end the cleaning up
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in _AS_CTRL_C & set(stop_signals())}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_unread() -> bool:

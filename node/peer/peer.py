@@ -31,6 +31,7 @@ from ...protocol.imports import importing
 from ...protocol.transport.client import Transport
 from .. import logs
 from ..config import PeerConfig
+from ..ending import stop_signals
 from ..errors import RunNotFound
 from ..logs import get_logger
 from ..run.invite import Invite
@@ -116,10 +117,7 @@ class StopRequest:
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[StopRequest]:
     stop = StopRequest()
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
+    before = {number: signal.signal(number, stop.on_signal) for number in stop_signals()}
     try:
         yield stop
     finally:

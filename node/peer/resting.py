@@ -15,7 +15,7 @@ from datetime import datetime
 
 from ...protocol.process_death import end_with_parent
 from ..config import PeerConfig
-from ..ending import EXPECTED, tell
+from ..ending import EXPECTED, stop_signals, tell
 from ..logs import get_logger
 from ..storage.last_ports import keep_ports, with_last_ports
 from ..storage.presence import announce_here, hold_data_dir
@@ -46,7 +46,7 @@ class ByHours:
 
     def run(self) -> int:
         """Until told to stop, or the peer ends by itself while the hours are open. Returns the exit code."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._on_signal) for number in stop_signals()}
         try:
             while self._rest():
                 code, ended_by_us = self._serve()
@@ -116,7 +116,7 @@ class ByHours:
 
 def _code_of(peer: Callable[[], int]) -> int:
     """What a process that does nothing but `peer` would exit with."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
     try:
         return peer()

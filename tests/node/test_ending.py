@@ -27,8 +27,10 @@ def invite() -> Iterator[str]:
         yield f"shoal://{Identity.generate().peer_id}@127.0.0.1:{port}/demo-0123456789ab?v=1"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-@pytest.mark.parametrize("command", ["export", "doctor"])
+@pytest.mark.parametrize(
+    ("command", "stop"),
+    [("export", signal.SIGTERM), ("doctor", signal.SIGTERM), ("export", signal.SIGINT), ("doctor", signal.SIGHUP)],
+)
 def test_what_is_half_done_is_removed(command: str, stop: signal.Signals, invite: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ SCRIPT = """
             file.write(what + "\\n")
 
     def live():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: told.append(1))
         note("began")
         while not told:
@@ -141,7 +142,7 @@ def test_it_rests_serves_drains_and_serves_again(living: Living) -> None:
     living.until(living.resting)
     living.set("23:00")
     living.until(lambda: living.notes() == ["began", "drained", "began"])
-    living.process.send_signal(signal.SIGINT)
+    living.process.send_signal(random.choice([signal.SIGINT, signal.SIGHUP]))  # Ctrl-C, or its terminal is closed
     assert living.process.wait(20) == 0
     assert living.notes() == ["began", "drained", "began", "drained"]
 
