@@ -25,6 +25,8 @@ from ..slots.handle_key import found_key
 from ..storage.presence import make_data_dir
 from .kept_manifests import founded_before
 from .manifest import Manifest, ModelSpec, OwnershipSpec, PrivacySpec, TrainSpec, with_settings
+from .manifest_checks import check
+from .manifest_errors import ManifestError
 
 if TYPE_CHECKING:
     from ..seed.split import Checkpoint
@@ -113,7 +115,12 @@ def new_manifest(
         begun = msgspec.structs.replace(manifest.model, start=start, bases=checkpoint.most_bases)
         manifest = msgspec.structs.replace(manifest, model=begun)
     stated = msgspec.structs.replace(manifest.model, experts=built_expert_shape(manifest.model))
-    return msgspec.structs.replace(manifest, model=stated)
+    manifest = msgspec.structs.replace(manifest, model=stated)
+    try:
+        check(manifest)
+    except ManifestError as error:  # the founder's own, who has asked for it
+        raise ConfigError(error.cause, fix=error.fix) from error
+    return manifest
 
 
 def _asked_again(

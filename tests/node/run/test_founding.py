@@ -255,3 +255,8 @@ def test_a_run_goes_on_without_what_it_was_founded_from(tmp_path: Path) -> None:
 def test_a_preset_is_not_for_longer_texts_than_its_model_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["found", "--set", "data.context_length=512"]) == 2
     assert "256 positions" in capsys.readouterr().err
+
+
+def test_facts_that_cannot_be_together_are_asked_wrongly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["found", "--set", "sketch.kind=gradient", "--set", "sketch.rank=100000"]) == 2
+    assert "sketch.rank 100000 is more than 64" in capsys.readouterr().err
