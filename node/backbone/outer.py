@@ -188,8 +188,10 @@ class OuterDriver:
                 await asyncio.wrap_future(self._trainer.ask(lambda composer: composer.withdraw_round(index)))
             if result.status is Status.COMPLETE:
                 await self._propose(index, number, result)
-            elif result.status is not Status.NO_GROUP and (result.members or told):
-                lane.failed(number)  # where nobody was met, as the own vector is none to send, nobody is to follow
+            elif result.status is Status.REFUSED and not result.members:
+                await self._go_back(index, result.detail)  # to be met at the same attempt
+            elif result.status is not Status.NO_GROUP:
+                lane.failed(number)
             # Others may have completed what this peer saw fail: look for their votes either way.
             wait = {Status.COMPLETE: HOLD_SECONDS, Status.PARTIAL: DECISION_SECONDS}.get(result.status, 0.0)
             if await self.common.decided(index, number, wait):
@@ -217,6 +219,20 @@ class OuterDriver:
                 "outer.round", round=number, fragment=index, outcome=outcome, members=members,
                 steps=entry.steps, seconds=round(seconds, 2), detail=detail,
             )  # fmt: skip
+
+    async def _go_back(self, index: int, why: str) -> None:
+        """To a fragment's common state, which is sound: what was learned here since then can go nowhere."""
+        await asyncio.wrap_future(
+            self._trainer.ask(
+                lambda composer: composer.reset_fragment(index, composer.common[index], composer.momentum[index])
+            )
+        )
+        error = RoundFailed(
+            f"what fragment {index} of the backbone learned here is lost: {why}",
+            fix="it goes on from what was merged last; if it happens again, test this machine's memory",
+        )
+        self._links.state.note_error(error)
+        log.error("outer.went_back", fragment=index, error=str(error))
 
     def _judge(self, result: Outcome, *, committed: bool) -> None:
         """Remember what the round says about its members."""

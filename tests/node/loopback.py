@@ -35,6 +35,7 @@ from shoal.node.watching.state import PeerState, Phase
 from shoal.protocol.averaging.facts import RoundFacts, pack_norms
 from shoal.protocol.averaging.merging import digest, shares, weights
 from shoal.protocol.averaging.outcome import Outcome, Status
+from shoal.protocol.averaging.parts import sendable
 from shoal.protocol.directory.dht import start_dht
 from shoal.protocol.directory.directory import Directory
 from shoal.protocol.directory.records import Lease, LeaseRecord
@@ -79,6 +80,9 @@ class Meeting:
 
     def submit(self, peer: str, number: int, attempt: int, tensor: Tensor, **facts: Any) -> Future[Outcome]:
         future: Future[Outcome] = Future()
+        if not sendable(tensor):
+            future.set_result(Outcome(Status.REFUSED, number, attempt, detail="it is not to be sent"))
+            return future
         if peer in self.absent or number % 2 in self.stuck:
             future.set_result(Outcome(Status.NO_GROUP, number, attempt))
             return future

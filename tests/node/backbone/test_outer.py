@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import operator
 import secrets
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from shoal.node.backbone.common_state import Held
 from shoal.node.backbone.outer import MAX_ATTEMPT
 from shoal.node.learning.composer import Composer
 from shoal.protocol.averaging.merging import digest
-from shoal.protocol.averaging.outcome import Outcome, Status
 from shoal.protocol.directory.records import MAX_MEMBERS, VoteRecord, seal_record
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import RoundOpen
@@ -270,17 +269,11 @@ def test_who_names_ever_new_attempts_does_not_keep_others_from_meeting(swarm: Lo
     assert opens(liar, before) == before + 3
 
 
-def test_a_peer_that_has_nothing_to_send_leads_nobody_to_other_attempts(
-    swarm: Loopback, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As its weights have become too large, or NaN: it tries again about once a second."""
+@pytest.mark.parametrize("value", [1e30, float("nan")])
+def test_a_backbone_that_cannot_be_sent_goes_back_to_what_was_merged(swarm: Loopback, value: float) -> None:
+    """One bit that has flipped is enough, and every loss is NaN from then on."""
     broken = swarm.peers[0]
     numbers = rounds_of(broken)
-
-    def refuse(number: int, attempt: int, *_: Any, **__: Any) -> Future[Outcome]:
-        future: Future[Outcome] = Future()
-        future.set_result(Outcome(Status.REFUSED, number, attempt))
-        return future
 
     def attempts() -> list[int]:
         return [
@@ -289,17 +282,19 @@ def test_a_peer_that_has_nothing_to_send_leads_nobody_to_other_attempts(
             for lane, number in zip(peer.outer._lanes, numbers, strict=True)
         ]
 
-    def refused() -> float:
-        rounds: dict[str, float] = broken.links.state.snapshot()["outer"]["rounds"]
-        return rounds.get("refused", 0)
+    def flip(composer: Composer) -> None:
+        for fragment in composer.fragments:
+            composer.backbone[fragment.names[0]].data.view(-1)[0] = value
 
-    with monkeypatch.context() as none:
-        none.setattr(broken.outer._averager, "submit", refuse)
-        began, before = refused(), attempts()
-        more_steps(broken, 1)
-        swarm.until(lambda: refused() >= began + 4, "it has tried")
-        assert attempts() == before
-    swarm.until(lambda: merged(swarm), "it is merged once it can send")
+    before = attempts()
+    broken.ask(flip)
+    more_steps(broken, 1)
+    swarm.until(lambda: merged(swarm), "it is merged again")
+    assert broken.ask(drift) == 0.0
+    assert math.isfinite(broken.ask(lambda composer: composer.train_step().loss))
+    assert attempts() == before, "nobody was led to others"
+    assert (broken.links.state.snapshot()["last_error"] or {}).get("code") == "SHOAL-107"
+    swarm.until(lambda: merged(swarm), "as any other")
 
 
 def test_peers_that_return_with_different_rounds_agree_again(swarm: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
