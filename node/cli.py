@@ -23,7 +23,7 @@ from .errors import NoIdentity
 from .peer.reviving import reap, reviving
 from .plan import plan
 from .run.runs import runs
-from .settings_file import inside_the_peers, settings_from
+from .settings_file import forget_empty_variables, inside_the_peers, settings_from
 from .simulation.command import simulate
 from .upcycling.command import branch, mix, upcycle
 
@@ -363,6 +363,7 @@ def _with_settings(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 for what went wrong, 2 for what was asked wrongly."""
     given = sys.argv[1:] if argv is None else argv
+    forget_empty_variables()
     return ended(lambda: app.meta(given, exit_on_error=False, print_error=True))
 
 

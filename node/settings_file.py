@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from cyclopts.config import Dict, Env
 
 from .config import ENV_PREFIX
 from .errors import ConfigError
+
+ALIKE = 0.88  # of names, as `difflib` counts: a letter or two are wrong
 
 Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
@@ -23,6 +28,8 @@ def settings_from(
 ) -> Iterator[None]:
     """In the block, `commands` take settings from the environment and `file`; then `last`, by command."""
     files = {} if file is None else for_each(commands, read_settings(file), file)
+    for wrong, right in misspelt(commands, os.environ):
+        print(f"shoal: {wrong} is no setting, and not used: {right} is one", file=sys.stderr)
     before = {name: command.config for name, command in commands.items()}
     try:
         for name, command in commands.items():
@@ -33,6 +40,24 @@ def settings_from(
     finally:
         for name, command in commands.items():
             command.config = before[name]
+
+
+def forget_empty_variables() -> None:
+    """A setting that is set to nothing is not set: compose files have `SHOAL_RELAY: ${RELAY:-}`."""
+    for name in [name for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and not value.strip()]:
+        del os.environ[name]
+
+
+def misspelt(commands: Mapping[str, App], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Variables that are much like a setting's, and that setting's. Others may be anybody's: Kubernetes tells where a
+    service `shoal` is by SHOAL_PORT and the like."""
+    ours = [name for name in names if name.startswith(ENV_PREFIX)]
+    if not ours:
+        return []
+    known = {f"{ENV_PREFIX}{name.upper()}" for command in commands.values() for name in _known_to(command)}
+    known |= {f"{ENV_PREFIX}HOME", f"{ENV_PREFIX}CONFIG"}
+    found = {name: get_close_matches(name, known, n=1, cutoff=ALIKE) for name in ours if name not in known}
+    return [(name, right[0]) for name, right in found.items() if right]
 
 
 def inside_the_peers(folder: str) -> Source:

@@ -268,3 +268,25 @@ def test_error_codes_are_unique_and_exit_codes_tell_whose_fault_it_is() -> None:
     assert len(set(codes)) == len(codes), sorted((kind.code, kind.__name__) for kind in kinds)
     assert exit_code(ConfigError("x")) == exit_code(InviteError("x")) == 2
     assert exit_code(IdentityInUse("x")) == 1
+
+
+def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As compose files have it: `SHOAL_RELAY: ${RELAY:-}`."""
+    for name in ("CONFIG", "MAX_MEMORY", "ANNOUNCE", "RELAY", "HTTP_PORT", "DATA_DIR"):
+        monkeypatch.setenv(f"SHOAL_{name}", "")
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    seen: list[PeerConfig] = []
+    monkeypatch.setattr(cli, "_start", lambda config, _: seen.append(config) or 0)
+    assert cli.main(["join", "INVITE"]) == 0
+    assert (seen[0].max_memory, seen[0].announce, seen[0].relay, seen[0].data_dir) == (None, (), None, tmp_path)
+
+
+def test_a_variable_that_is_nearly_a_settings_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_start", lambda *_: 0)
+    monkeypatch.setenv("SHOAL_DHT_PRT", "31337")
+    for foreign in ("PORT", "SERVICE_HOST", "SERVICE_PORT", "PORT_8470_TCP_PORT"):  # a Kubernetes service's
+        monkeypatch.setenv(f"SHOAL_{foreign}", "tcp://10.0.0.1:8470")
+    assert cli.main(["join", "INVITE"]) == 0
+    assert capsys.readouterr().err == "shoal: SHOAL_DHT_PRT is no setting, and not used: SHOAL_DHT_PORT is one\n"
