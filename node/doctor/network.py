@@ -25,6 +25,7 @@ from ..config import PeerConfig
 from ..peer.way_in import free_port, interface_addresses
 from ..run.invite import Invite
 from ..run.manifest import Manifest, verify
+from ..storage.socket_folder import own_sockets
 from .findings import Finding, fail, ok, warn
 
 DIAL_SECONDS = 5.0
@@ -46,7 +47,8 @@ def network_checks(config: PeerConfig, invite_text: str) -> Iterator[Finding]:
     yield ok("invite", f"leads to {invite.run_id}, good from {invite.reachable_from}")
     yield _addresses(invite)
     yield _way_in(config, invite)
-    with TemporaryDirectory(prefix="shoal-doctor-") as folder:  # a visitor of its own: the peer itself may be running
+    # A visitor of its own: the peer itself may be running.
+    with TemporaryDirectory(prefix="shoal-doctor-") as folder, own_sockets():
         visitor = Path(folder) / "identity.key"
         identity = Identity.load_or_create(visitor)
         try:

@@ -44,6 +44,7 @@ from ..slots.handle_key import fetch_key
 from ..storage.blobs import fragment_from_bytes, from_bytes
 from ..storage.new_folder import new_folder
 from ..storage.presence import hold_data_dir
+from ..storage.socket_folder import own_sockets
 from ..watching.state import PeerState
 from .invite import Invite
 from .joining import newest
@@ -119,7 +120,7 @@ def _write(whole: Gathered, folder: Path) -> None:
 def gather(invite_text: str, config: PeerConfig, progress: Callable[[str], None]) -> Gathered:
     """Fetch the whole model of a run. Blocks; call it from the main thread."""
     invite = Invite.parse(invite_text)
-    with hold_data_dir(config.data_dir):
+    with hold_data_dir(config.data_dir), own_sockets():
         identity = Identity.load_or_create(config.identity_path)
         dht = start_dht(
             config.identity_path,

@@ -30,10 +30,13 @@ def own_sockets() -> Iterator[Path]:
     """Within the block Python's temporary directory, in this process and its forks, is such a folder.
 
     It is gone when the process ends in good order, as multiprocessing's sockets serve until then. Where TMPDIR is so
-    long that the kernel would refuse sockets in it, the folder is in /tmp.
+    long that the kernel would refuse sockets in it, the folder is in /tmp, and torch's are too.
     """
-    asked = Path(tempfile.gettempdir())
-    shared = asked if len(os.fsencode(asked)) + 1 + _BELOW_BYTES <= _PATH_BYTES else Path("/tmp")
+    asked, variable = Path(tempfile.gettempdir()), os.environ.get("TMPDIR")
+    shared = asked
+    if len(os.fsencode(asked)) + 1 + _BELOW_BYTES > _PATH_BYTES:
+        shared = Path("/tmp")
+        os.environ["TMPDIR"] = str(shared)
     for folder in shared.glob(f"{PREFIX}*"):
         _remove_if_left(folder)
     own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=shared))
@@ -44,6 +47,8 @@ def own_sockets() -> Iterator[Path]:
         yield own
     finally:
         tempfile.tempdir = str(asked)
+        if variable is not None:
+            os.environ["TMPDIR"] = variable
 
 
 def _hold(folder: Path) -> None:

@@ -41,6 +41,7 @@ from ..addresses import Address, farthest_first
 from ..errors import ClockOff, DirectoryEnded, DirectoryError
 from ..identity import Identity
 from ..process_death import end_with_parent
+from ..torch_sharing import start_sharing
 from .bootstrap import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, answering
 from .p2pd import EXIT_DAEMON_DIED, BootstrapFailed, Daemon, DaemonOptions
 from .validator import RecordValidator
@@ -270,6 +271,7 @@ def require_alive(dht: hivemind.DHT) -> None:
 
 
 def _start_once(options: DaemonOptions, run_id: str, deadline: float) -> RunDHT:
+    start_sharing()  # a future is in shared memory
     dht = RunDHT(options, run_id)
     dht.start()
     # The deadline is for finding somebody; a start under way gets its time.

@@ -32,7 +32,7 @@ def invite() -> Iterator[str]:
     [("export", signal.SIGTERM), ("doctor", signal.SIGTERM), ("export", signal.SIGINT), ("doctor", signal.SIGHUP)],
 )
 def test_what_is_half_done_is_removed(command: str, stop: signal.Signals, invite: str, tmp_path: Path) -> None:
-    work = tmp_path / "work"
+    work = tmp_path / ("long" * 20)  # too long for the path of a socket, as temporary folders of clusters can be
     work.mkdir()
     arguments = {"export": ["export", invite, str(work / "model")], "doctor": ["doctor", invite, "--host", "127.0.0.1"]}
     environment = os.environ | {"TMPDIR": str(work), "SHOAL_HOME": str(tmp_path / "home")}
@@ -44,6 +44,7 @@ def test_what_is_half_done_is_removed(command: str, stop: signal.Signals, invite
             assert process.poll() is None
             time.sleep(0.05)
         time.sleep(1.0)  # in the middle of reaching for the run
+        assert process.poll() is None
         process.send_signal(stop)
         if stop == signal.SIGTERM:
             process.send_signal(stop)  # `timeout` sends two
