@@ -184,10 +184,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
 
     def run(self) -> None:
         signal.set_wakeup_fd(-1)  # inherited: a signal to this process would wake the parent's event loop
-        for number in (
-            signal.SIGINT,
-            signal.SIGHUP,
-        ):  # Ctrl-C, and a terminal that is closed, are the parent's to handle
+        for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, or a terminal that is closed: the parent's to handle
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         end_with_parent(self._parent_pid)
