@@ -178,6 +178,15 @@ class CopyStore:
             raise Refused("replaced", f"the copy of slot {slot} has just been replaced")
         return Snapshot(copy, tensors, published)
 
+    async def load_or_drop(self, slot: int) -> Snapshot | None:
+        """A copy that is held; None, and it is dropped, if it is damaged."""
+        try:
+            return await self.load(slot)
+        except (Refused, OSError) as error:
+            log.error("slot.copy_damaged", slot=slot, error=str(error))
+            self.drop(slot)
+            return None
+
     def set_aside(self, slot: int) -> None:
         """Forget a copy, if there is one, and one that is on its way, as the slot is owned now.
 

@@ -231,13 +231,8 @@ class SlotKeeper(Generic[Owner]):
         raise Refused("no-composer", f"no composer has made slot {slot}'s first state")
 
     async def _take_over(self, action: TakeOver) -> None:
-        slot, snapshot = action.slot, None
-        if action.copy is not None:
-            try:
-                snapshot = await self._copies.load(slot)
-            except (Refused, OSError) as error:
-                log.error("slot.copy_damaged", slot=slot, error=str(error))
-                self._copies.drop(slot)
+        slot = action.slot
+        own = snapshot = None if action.copy is None else await self._copies.load_or_drop(slot)
         fetch = partial(self._fetch, resource=resources.snapshot(slot))
         if snapshot is None:
             patience = self._rules.lease + self.max_slot_bytes / READ_BYTES_PER_SECOND
@@ -250,9 +245,12 @@ class SlotKeeper(Generic[Owner]):
             log.warning("slot.taken_over", slot=slot, epoch=action.epoch, copy=str(action.copy))
         try:
             await self._acquire(slot, action.epoch, snapshot)
-        except ValueError:
-            self._copies.drop(slot)  # if it was that one: the next try asks others
-            raise
+        except ValueError as error:
+            if own is None or snapshot is own:
+                self._copies.drop(slot)  # if it was that one: the next try asks others
+                raise
+            log.warning("slot.newer_copy_refused", slot=slot, error=str(error))  # of somebody who may mean no good
+            await self._acquire(slot, action.epoch, own)
         if lost:
             log.error("slot.lost", slot=slot, epoch=action.epoch, restart="from its stand-ins or the run's seed")
             self._links.state.count(Count.LOST_SLOTS)

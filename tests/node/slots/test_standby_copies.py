@@ -113,3 +113,22 @@ def test_a_copy_that_nothing_can_go_on_from_is_dropped(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="optimizer"):
             swarm.call(peer.keeper._take_over(TakeOver(0, 5, copy, ())))
         assert 0 not in peer.keeper._copies.held
+
+
+def test_a_newer_copy_that_nothing_can_go_on_from_costs_an_owner_nothing(tmp_path: Path) -> None:
+    """A standby that lies must not part an owner that comes back from its own checkpoint."""
+    with loopback(tmp_path, manifest_of(), 2) as swarm:
+        owner, liar = swarm.peers
+        swarm.call(owner.own([0], 3))
+        published = owner.ask(lambda composer: owner.exchange.published(composer, 0))
+        assert published is not None
+        saved = owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 3))
+        bad = {name: value[..., :1].clone() if value.dim() > 1 else value for name, value in saved.items()}
+        swarm.call(liar.keeper._copies.store(0, Snapshot(Copy(3, 60), bad, published.snapshot())))
+        owner.ask(lambda composer: owner.exchange.release(composer, 0))
+        own = Copy(3, 40, mine=True)
+        owner.keeper._copies = CopyStore(tmp_path / "owner", {0: Snapshot(own, saved)})
+        swarm.call(owner.keeper._take_over(TakeOver(0, 5, own, (liar.peer_id,), outdone=True)))
+        assert owner.keeper.held == {0: 5}
+        state = owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 5))
+        assert all(torch.equal(state[name], saved[name]) for name in saved if name.endswith((".gate_up", ".down")))
