@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,9 @@ from .errors import exit_code
 
 EXPECTED = (ShoalError, OSError)  # what a user can do something about: no traceback
 UNREAD = 128 + signal.SIGPIPE
+# `timeout` sends two signals, and the second must not end the cleaning up. Later ones may: a library that was being
+# imported may have taken the first for an error of its own.
+AGAIN_SECONDS = 5.0
 _AS_CTRL_C = {signal.SIGTERM, signal.SIGHUP}
 
 
@@ -79,9 +84,13 @@ def _cleaned_up() -> Iterator[None]:
         yield
         return
 
+    told = -math.inf
+
     def end(number: int, _frame: object) -> None:
-        signal.signal(number, lambda *_: None)  # `timeout` sends two; the second must not end the cleaning up
-        raise SystemExit(128 + number)
+        nonlocal told
+        if time.monotonic() > told + AGAIN_SECONDS:
+            told = time.monotonic()
+            raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, end) for number in _AS_CTRL_C & set(stop_signals())}
     try:
