@@ -43,7 +43,10 @@ def test_what_is_half_done_is_removed(
     environment = os.environ | {"TMPDIR": str(work), "SHOAL_HOME": str(tmp_path / "home")}
     made = {"export": "model.*.partial", "doctor": "shoal-doctor-*/identity.key"}[command]
     with (
-        subprocess.Popen([*SHOAL, *arguments[command]], env=environment, stderr=subprocess.DEVNULL) as process,
+        # Tests that a shell runs in the background ignore Ctrl-C, and what they start inherits that.
+        subprocess.Popen(
+            ["env", "--default-signal", *SHOAL, *arguments[command]], env=environment, stderr=subprocess.DEVNULL
+        ) as process,
         ExitStack() as connections,
     ):
         # It reaches for the run by then. A library that is being imported may take a signal for an error of its own.
