@@ -171,7 +171,7 @@ class Composer(ExpertOwner):
         computed = (self.island.compute(self) if self.island is not None else None) or self.compute_alone()
         self.last_counts, self.last_batches = computed.counts, computed.batches
         if self.collector is not None and not math.isfinite(computed.loss):
-            self.collector.withdraw(computed.tokens, computed.processes)  # of no rows, they would thin out the rest
+            self.collector.withdraw(computed.tokens, computed.batches)  # of no rows, they would thin out the rest
         self._computed = computed, time.perf_counter() - began
 
     @property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from shoal.kernels.sign_sketch import SignSketch
-from shoal.node.learning.composer import Composer
+from shoal.node.learning.composer import Composer, Computed
 from shoal.node.sketches.gradient_collecting import GradientCollector, GradientForm
 from shoal.node.sketches.sign_collecting import SignCollector
 from shoal.node.sketches.sketching import SketchCollector
@@ -55,6 +57,20 @@ def test_its_tokens_count_in_no_sketch(kind: str) -> None:
     assert {(each.tokens, each.steps) for each in taken.values()} == {(report.tokens, 1)}
     sketches = [sketch for each in taken.values() for sketch in each.layers]
     assert any(sketch.num_rows if not isinstance(sketch, SignSketch) else True for sketch in sketches)
+
+
+def test_of_one_batch_that_several_processes_computed_one_step_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an island's stages do; what several had a batch each of counts as so many."""
+    composer = composer_of(manifest_of(), owned=[0])
+    collector = composer.collector = SketchCollector(composer.manifest.sketch, composer.shape, seed=1)
+    counts = composer.compute_alone().counts
+    collector.take(dict.fromkeys(range(1, SLOTS), 1.0))
+    for batches in (1, 4):
+        computed = Computed(math.nan, 96 * batches, counts, processes=4, batches=batches)
+        collector.begin_step(computed.tokens, batches)
+        monkeypatch.setattr(composer, "compute_alone", lambda computed=computed: computed)
+        composer.compute()
+        assert {(each.tokens, each.steps) for each in collector.take({1: 1.0}).values()} == {(0, 0)}
 
 
 def test_its_tokens_count_in_no_gradient_sketch() -> None:
