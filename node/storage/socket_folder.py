@@ -47,7 +47,9 @@ def own_sockets() -> Iterator[Path]:
         yield own
     finally:
         tempfile.tempdir = str(asked)
-        if variable is not None:
+        if variable is None:
+            os.environ.pop("TMPDIR", None)
+        else:
             os.environ["TMPDIR"] = variable
 
 

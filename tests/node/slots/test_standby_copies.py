@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback import loopback
+from loopback import Loopback, LoopbackPeer, loopback
 from shoal.node.slots.copies import CopyStore, Snapshot
+from shoal.node.slots.slot_state import SlotTensors
 from shoal.node.storage.blobs import to_bytes
 from shoal.protocol import messages
 from shoal.protocol.experts.ownership import Copy, TakeOver
@@ -67,6 +68,14 @@ def test_a_copy_stays_on_disk_until_a_checkpoint_has_the_slot(tmp_path: Path) ->
         assert not CopyStore(folder, {}).held, "whoever has it now goes on"
 
 
+def at_epoch_3(swarm: Loopback, owner: LoopbackPeer) -> tuple[SlotTensors, StandInSnapshot]:
+    """Slot 0 of a peer that owns it since then, and what it has published."""
+    swarm.call(owner.own([0], 3))
+    published = owner.ask(lambda composer: owner.exchange.published(composer, 0))
+    assert published is not None
+    return owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 3)), published.snapshot()
+
+
 @pytest.mark.parametrize(("version", "kept_epoch"), [(60, 3), (10, 3), (60, 5), (0, 0)])
 def test_an_owner_that_comes_back_in_time_goes_on_from_the_newer_of_its_checkpoint_and_a_standbys_copy(
     version: int, kept_epoch: int, tmp_path: Path
@@ -74,13 +83,10 @@ def test_an_owner_that_comes_back_in_time_goes_on_from_the_newer_of_its_checkpoi
     """Checkpoints are ten times as far apart as copies: who comes back late would lose less."""
     with loopback(tmp_path, manifest_of(), 2) as swarm:
         owner, standby = swarm.peers
-        swarm.call(owner.own([0], 3))
-        published = owner.ask(lambda composer: owner.exchange.published(composer, 0))
-        assert published is not None
-        saved = owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 3))
+        saved, published = at_epoch_3(swarm, owner)
         later = {name: value + 1 if value.is_floating_point() else value for name, value in saved.items()}
         if version:
-            copy = Snapshot(Copy(kept_epoch, version), later, published.snapshot())
+            copy = Snapshot(Copy(kept_epoch, version), later, published)
             swarm.call(standby.keeper._copies.store(0, copy))
 
         owner.ask(lambda composer: owner.exchange.release(composer, 0))
@@ -119,12 +125,9 @@ def test_a_newer_copy_that_nothing_can_go_on_from_costs_an_owner_nothing(tmp_pat
     """A standby that lies must not part an owner that comes back from its own checkpoint."""
     with loopback(tmp_path, manifest_of(), 2) as swarm:
         owner, liar = swarm.peers
-        swarm.call(owner.own([0], 3))
-        published = owner.ask(lambda composer: owner.exchange.published(composer, 0))
-        assert published is not None
-        saved = owner.ask(lambda composer: owner.exchange.snapshot(composer, 0, 3))
+        saved, published = at_epoch_3(swarm, owner)
         bad = {name: value[..., :1].clone() if value.dim() > 1 else value for name, value in saved.items()}
-        swarm.call(liar.keeper._copies.store(0, Snapshot(Copy(3, 60), bad, published.snapshot())))
+        swarm.call(liar.keeper._copies.store(0, Snapshot(Copy(3, 60), bad, published)))
         owner.ask(lambda composer: owner.exchange.release(composer, 0))
         own = Copy(3, 40, mine=True)
         owner.keeper._copies = CopyStore(tmp_path / "owner", {0: Snapshot(own, saved)})
