@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...protocol.averaging.averaging import OuterAverager
-from ...protocol.averaging.merging import digest as digest_of
 from ...protocol.experts.auditing import BYTES_PER_WEIGHT, SentLog
 from ...protocol.experts.handles import Handles
 from ...protocol.identity import Identity
@@ -18,20 +17,15 @@ from ...protocol.messages import MAX_SKETCH_BYTES
 from ..audits.auditor import Auditor
 from ..backbone.common_state import CommonState, Held
 from ..backbone.outer import OuterDriver
-from ..capacity import device_to_use
 from ..config import PeerConfig
 from ..learning.composer import Composer, StepReport
-from ..learning.data import Batches, Corpus, Encode, load_corpus, seed_of_peer, tokens_of
-from ..learning.expert_mode import ExpertMode
+from ..learning.data import Corpus, load_corpus, seed_of_peer
 from ..learning.persistence import composer_tensors
-from ..learning.tokenizer import Encoder
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..model.cut import backbone_fragments, cadences
 from ..run.joining import catch_up, go_to_the_swarms_step
-from ..run.manifest_errors import ManifestError
 from ..seed.joining import SeedAtHome, start_of
-from ..seed.store import TOKENIZER
 from ..sketches.gradient_collecting import GradientCollector
 from ..sketches.gradient_receiving import GradientReceiver
 from ..sketches.gradient_rounds import GradientRounds, form_of, sketch_averager
@@ -47,9 +41,10 @@ from ..storage.checkpoint import CheckpointStore
 from ..storage.checkpoint_writer import CheckpointWriter
 from ..watching.state import Count, PeerState, Phase, StepPart
 from .background import NetworkThread
+from .beginning import batches_of, composer_of, go_on, seed_of
 from .links import Links
 from .membership import Membership
-from .restoring import Restored, restore_composer
+from .restoring import Restored
 from .reviving import HELPER_ENDED
 from .serving import Library
 
@@ -111,90 +106,19 @@ class ComposerPeer:
     def _run(
         self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest
     ) -> int:
-        device = device_to_use(self.config.device)
+        self.links, self.member = links, member
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         if self.config.island > 1:
-            from ..island.forms import island_of
-
-            self.island = island_of(self.config, self.facts.manifest)
-            self.island.nursery()  # it has seconds of work to do, while the model is built here
-            torch.set_num_threads(self.island.threads)
+            self._open_island()
         self.state.enter(Phase.SYNCING, "building the model")
-        assert library.handle_key is not None
-        seed = library.seed = self._seed(links)
-        start = start_of(
-            self.facts.manifest, library.handle_key, seed, network, lambda what: self.state.enter(Phase.SYNCING, what)
-        )
-        self.batches = self._batches(seed)
-        try:
-            composer = Composer(
-                self.facts.manifest,
-                owned=(),
-                next_batch=self.batches.next,
-                fit_seed=seed_of_peer(self.identity.peer_id, self.facts.run_id) % (1 << 31),
-                start=start,
-                device=device,
-                mode=ExpertMode.of(self.config, self.facts.manifest.train),
-            )
-        except ValueError as error:
-            raise ManifestError(f"the model cannot be built: {error}", fix="ask the founder for another run") from error
-        order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
-        if self.island is not None:
-            self.island.serve(composer)
-        held, found = self._restore(composer, order)
-        self.composer = composer
-        self.trainer = Trainer(composer, self._after_step)
-        weights = 3 * composer.shape.hidden * composer.shape.width * composer.shape.num_layers
-        self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
-        self.exchange.restore(composer, found.standins)
-        self.exchange.fetch_first = None if seed is None else seed.fetch_experts
-        self.common = CommonState(links, self.trainer, self.fragments, held)
-        self.outer = OuterDriver(
-            links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest)
-        )
-        standby = self.config.data_dir / "standby" / self.facts.run_id
-        lived_before = standby.exists()
-        self.keeper = SlotKeeper(
-            links,
-            self.trainer,
-            self.exchange,
-            capacity=member.capacity,
-            num_slots=composer.num_slots,
-            folder=standby,
-            saved=found.saved,
-            max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
-        )
+        order, held, found = self._begin(network, library)
+        self._own_experts(library.seed, order, found)
         del found  # this frame lives as long as the peer trains: it would keep every slot a second time
-        self.sender: SketchSender | GradientSender | None = None
-        if self.facts.manifest.sketch.goes_to_owners:
-            chance = seed_of_peer(self.identity.peer_id, f"{self.facts.run_id} sketches") % (1 << 31)
-            collector = composer.collector = collector_of(self.facts.manifest, seed=chance)
-            self.sender = SketchSender(links, self.exchange, collector)
-            if lived_before:
-                self.sender.sent.forgot(time.monotonic())
-        elif self.sketch_averager is not None:
-            form, rounds = form_of(self.facts), GradientRounds(links, self.sketch_averager)
-            composer.collector = GradientCollector(form)
-            self.sender = GradientSender(links, self.trainer, self.exchange, composer.collector, rounds)
-            GradientReceiver(links, self.trainer, self.exchange, self.keeper, form, rounds)
-            member.on_sketch_open = rounds.on_sketch_open
-        self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
-        self._between_seconds = 0.0
-        composer.on_computed = self._on_computed
-        if self.facts.manifest.sketch.goes_to_owners:
-            links.transport.answer_calls(self.receiver.answer, admit=self.receiver.admit)
-        self.deposing = Deposing(links, audits=True)
-        sent = self.sender.sent if isinstance(self.sender, SketchSender) else SentLog()
-        max_record_bytes = BYTES_PER_WEIGHT * weights + MAX_SKETCH_BYTES + HEADER_BYTES
-        self.auditor = Auditor(
-            links, self.trainer, self.exchange, self.deposing, sent, max_record_bytes=max_record_bytes
-        )
-        member.on_accusation = self.deposing.on_accusation
-        self.links, self.member = links, member
-        library.stock(self.trainer, self.common, self.exchange, self.keeper)
-        member.on_deltas, member.on_counts = self.exchange.on_deltas, self.exchange.on_counts
-        member.on_round_open, member.on_records = self.outer.on_round_open, self.exchange.on_leases
+        self._merge_backbones(held)
+        self._trade_sketches()
+        self._watch_owners()
+        self._listen(library)
         stop.holds = True
         life = asyncio.run_coroutine_threadsafe(self._live(stop), network.loop)
         life.add_done_callback(lambda _: self.trainer.stop())
@@ -204,10 +128,108 @@ class ComposerPeer:
         except HELPER_ENDED:
             if self.state.phase in (Phase.TRAINING, Phase.FINISHED):
                 self.writer.finish()
-                self.writer.write(*self._checkpoint_of(composer))
+                self.writer.write(*self._checkpoint_of(self.composer))
             raise
         self.state.enter(Phase.STOPPED)
         return 0
+
+    # -- putting it together, each part on those before it -----------------------------------------------------------
+
+    def _open_island(self) -> None:
+        from ..island.forms import island_of
+
+        self.island = island_of(self.config, self.facts.manifest)
+        self.island.nursery()  # it has seconds of work to do, while the model is built here
+        torch.set_num_threads(self.island.threads)
+
+    def _begin(self, network: NetworkThread, library: Library) -> tuple[LayerOrder, list[Held], Restored]:
+        """The composer where the run, or its own disk, has it."""
+        config, run, peer_id = self.config, self.facts, self.identity.peer_id
+        assert library.handle_key is not None
+        seed = library.seed = seed_of(config, run, self.links)
+        start = start_of(
+            run.manifest, library.handle_key, seed, network, lambda what: self.state.enter(Phase.SYNCING, what)
+        )
+        corpus, self.corpus = self.corpus, None  # up to a GiB, and its tokens take as much again
+        assert corpus is not None
+        self.batches = batches_of(config, run, peer_id, corpus, seed, self.state.beat)
+        composer = self.composer = composer_of(config, run, peer_id, start, self.batches)
+        order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
+        if self.island is not None:
+            self.island.serve(composer)
+        held, found = go_on(self.writer.store, composer, self.batches, order)
+        self.state.resume(step=composer.step)
+        self.trainer = Trainer(composer, self._after_step)
+        return order, held, found
+
+    def _own_experts(self, seed: SeedAtHome | None, order: LayerOrder, found: Restored) -> None:
+        """Stand-ins for all experts, and slots of its own."""
+        links, composer = self.links, self.composer
+        weights = self._weights_in_a_slot()
+        self.exchange = Exchange(links, self.trainer, composer, order, max_standin_bytes=4 * weights + HEADER_BYTES)
+        self.exchange.restore(composer, found.standins)
+        self.exchange.fetch_first = None if seed is None else seed.fetch_experts
+        standby = self.config.data_dir / "standby" / self.facts.run_id
+        self._lived_before = standby.exists()
+        self.keeper = SlotKeeper(
+            links,
+            self.trainer,
+            self.exchange,
+            capacity=self.member.capacity,
+            num_slots=composer.num_slots,
+            folder=standby,
+            saved=found.saved,
+            max_slot_bytes=SNAPSHOT_BYTES_PER_WEIGHT * weights + HEADER_BYTES,
+        )
+
+    def _weights_in_a_slot(self) -> int:
+        shape = self.composer.shape
+        return 3 * shape.hidden * shape.width * shape.num_layers
+
+    def _merge_backbones(self, held: list[Held]) -> None:
+        self.common = CommonState(self.links, self.trainer, self.fragments, held)
+        self.outer = OuterDriver(
+            self.links, self.trainer, self.averager, self.common, cadences(self.fragments, self.facts.manifest)
+        )
+
+    def _trade_sketches(self) -> None:
+        """Send owners what its tokens teach their experts, and take what others' tokens teach its own."""
+        links, composer, run = self.links, self.composer, self.facts
+        self.sender: SketchSender | GradientSender | None = None
+        if run.manifest.sketch.goes_to_owners:
+            chance = seed_of_peer(self.identity.peer_id, f"{run.run_id} sketches") % (1 << 31)
+            collector = composer.collector = collector_of(run.manifest, seed=chance)
+            self.sender = SketchSender(links, self.exchange, collector)
+            if self._lived_before:
+                self.sender.sent.forgot(time.monotonic())
+        elif self.sketch_averager is not None:
+            form, rounds = form_of(run), GradientRounds(links, self.sketch_averager)
+            composer.collector = GradientCollector(form)
+            self.sender = GradientSender(links, self.trainer, self.exchange, composer.collector, rounds)
+            GradientReceiver(links, self.trainer, self.exchange, self.keeper, form, rounds)
+            self.member.on_sketch_open = rounds.on_sketch_open
+        self.receiver = SketchReceiver(links, self.trainer, self.exchange, self.keeper, composer)
+        self._between_seconds = 0.0
+        composer.on_computed = self._on_computed
+        if run.manifest.sketch.goes_to_owners:
+            links.transport.answer_calls(self.receiver.answer, admit=self.receiver.admit)
+
+    def _watch_owners(self) -> None:
+        """Audit what others do with the experts they own."""
+        self.deposing = Deposing(self.links, audits=True)
+        sent = self.sender.sent if isinstance(self.sender, SketchSender) else SentLog()
+        max_record_bytes = BYTES_PER_WEIGHT * self._weights_in_a_slot() + MAX_SKETCH_BYTES + HEADER_BYTES
+        self.auditor = Auditor(
+            self.links, self.trainer, self.exchange, self.deposing, sent, max_record_bytes=max_record_bytes
+        )
+
+    def _listen(self, library: Library) -> None:
+        """From now on the network's thread calls into all of it."""
+        member, exchange = self.member, self.exchange
+        library.stock(self.trainer, self.common, exchange, self.keeper)
+        member.on_accusation = self.deposing.on_accusation
+        member.on_deltas, member.on_counts = exchange.on_deltas, exchange.on_counts
+        member.on_round_open, member.on_records = self.outer.on_round_open, exchange.on_leases
 
     # -- the network thread ----------------------------------------------------------------------------------------
 
@@ -359,37 +381,3 @@ class ComposerPeer:
             "batches": self.batches.state_dict(),
         }
         return composer_tensors(composer) | standins, meta
-
-    # -- starting --------------------------------------------------------------------------------------------------
-
-    def _seed(self, links: Links) -> SeedAtHome | None:
-        if not self.facts.manifest.model.start:
-            return None
-        return SeedAtHome(links, self.config.data_dir / "seed", self.config.join_seconds)
-
-    def _batches(self, seed: SeedAtHome | None) -> Batches:
-        manifest = self.facts.manifest
-        encode: Encode = tokens_of
-        if manifest.data.tokenizer == "seed":
-            assert seed is not None
-            end = manifest.model.config.get("eos_token_id")
-            encode = Encoder(seed.store.need(TOKENIZER), end, progress=self.state.beat)
-        corpus, self.corpus = self.corpus, None  # up to a GiB, and its tokens take as much again
-        assert corpus is not None
-        index, num_shards = self.config.data_shard or (0, 1)
-        return Batches(
-            corpus.shard(index, num_shards, encode),
-            manifest.train.batch_size,
-            manifest.data.context_length,
-            seed=seed_of_peer(self.identity.peer_id, self.facts.run_id),
-        )
-
-    def _restore(self, composer: Composer, order: LayerOrder) -> tuple[list[Held], Restored]:
-        """The common state, slots and stand-ins of the newest checkpoint, or of the seed."""
-        found = restore_composer(self.writer.store, composer, self.batches, order)
-        if found is None:
-            found = Restored([-1] * len(self.fragments), {}, {})
-        else:
-            self.state.resume(step=composer.step)
-        digests = [digest_of(c, m) for c, m in zip(composer.common, composer.momentum, strict=True)]
-        return [Held(number, digest) for number, digest in zip(found.rounds, digests, strict=True)], found
