@@ -155,15 +155,21 @@ class CopyStore:
         path = self._path(slot)
         # A name of its own: a write whose task was cancelled goes on in its thread.
         partial = path.with_suffix(f".{next(self._stores)}.partial")
+        writing = asyncio.get_running_loop().run_in_executor(
+            None, write_copy, partial, snapshot.copy, snapshot.tensors, snapshot.published
+        )
         try:
-            await asyncio.to_thread(write_copy, partial, snapshot.copy, snapshot.tensors, snapshot.published)
+            await asyncio.shield(writing)
             partial.replace(path)
         except OSError as error:
             log.warning("slot.copy_not_written", slot=slot, folder=str(self._folder), error=str(error))
             return False
         finally:
             # A full disk is tried again and again: half-written ones would keep it full.
-            partial.unlink(missing_ok=True)
+            if writing.done():
+                partial.unlink(missing_ok=True)
+            else:
+                writing.add_done_callback(lambda _: partial.unlink(missing_ok=True))
         self._saved.pop(slot, None)
         self.held[slot] = snapshot.copy
         return True
