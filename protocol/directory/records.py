@@ -81,6 +81,10 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     round: _Counter  # outer rounds committed
     fidelity: _Finite  # mean over its published stand-ins, at most 1; 0 where it has none
 
+    def __post_init__(self) -> None:
+        if not all(address.endswith(f"/p2p/{self.peer_id}") for address in (*self.transport_addrs, *self.dht_addrs)):
+            raise ValueError("an address is another peer's, or nobody's")
+
     def subkey(self, sender: str) -> str:
         _require_writer(self.peer_id, sender)
         return sender
