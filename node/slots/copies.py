@@ -23,7 +23,7 @@ from .slot_state import SlotTensors
 log = get_logger(__name__)
 
 RETRY_SECONDS = 1.0  # after an attempt that failed
-DISK_RETRY_SECONDS = 60.0  # after a copy that came and could not be written: to fetch it again costs its owner as much
+DISK_RETRY_SECONDS = 60.0  # after one that came and could not be written: to fetch it again costs its holder as much
 READ_BYTES_PER_SECOND = 1 << 20  # of a slot: who waits for its holder thinks that others read as fast
 
 
@@ -34,6 +34,11 @@ class Snapshot:
     copy: Copy
     tensors: SlotTensors
     published: StandInSnapshot | None = None
+
+
+def pause_after(error: Exception) -> float:
+    """Seconds until what failed so is tried again."""
+    return DISK_RETRY_SECONDS if isinstance(error, OSError) else RETRY_SECONDS
 
 
 def opened(data: bytes, what: str, epoch: int | None = None) -> Snapshot:
