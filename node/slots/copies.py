@@ -107,7 +107,7 @@ class CopyStore:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.partial"):
-            left.unlink()
+            _remove(left)
         self._stores = itertools.count()
         self._saved = dict(saved)
         self._refreshing: dict[int, asyncio.Task[None]] = {}
@@ -121,14 +121,14 @@ class CopyStore:
             slot, copy = int(path.stem.removeprefix("slot-")), lease_of(path)
         except (Refused, ValueError) as error:
             log.warning("slot.copy_damaged", file=path.name, error=str(error))
-            path.unlink()
+            _remove(path)
             return
         except OSError as error:  # perhaps the next start can
             log.warning("slot.copy_not_read", file=path.name, error=str(error))
             return
         held = self.held.get(slot)
         if held is not None and (held.epoch, held.version) >= (copy.epoch, copy.version):
-            path.unlink()
+            _remove(path)
             return
         self._saved.pop(slot, None)
         self.held[slot] = copy
@@ -172,9 +172,9 @@ class CopyStore:
         finally:
             # A full disk is tried again and again: half-written ones would keep it full.
             if writing.done():
-                partial.unlink(missing_ok=True)
+                _remove(partial)
             else:
-                writing.add_done_callback(lambda _: partial.unlink(missing_ok=True))
+                writing.add_done_callback(lambda _: _remove(partial))
         self._saved.pop(slot, None)
         self.held[slot] = snapshot.copy
         return True
@@ -210,7 +210,15 @@ class CopyStore:
     def drop(self, slot: int) -> None:
         """Forget a copy, on disk too, if there is one, and one that is on its way."""
         self.set_aside(slot)
-        self._path(slot).unlink(missing_ok=True)
+        _remove(self._path(slot))
 
     def _path(self, slot: int) -> Path:
         return self._folder / f"slot-{slot}.safetensors"
+
+
+def _remove(path: Path) -> None:
+    """If it is there, and the disk lets it: after errors, disks are mounted so that they can only be read."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("slot.copy_not_removed", file=path.name, error=str(error))

@@ -174,6 +174,17 @@ def test_a_full_disk_keeps_the_old_copy_and_no_halves(tmp_path: Path) -> None:
     asyncio.run(work())
 
 
+def test_a_disk_that_lets_nothing_be_written_or_removed_ends_nothing(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = CopyStore(tmp_path, {})
+        for name in ("slot-2.0.partial", "slot-2.safetensors"):
+            (tmp_path / name).mkdir()
+        assert not await store.store(2, snapshot(1))
+        store.drop(2)
+
+    asyncio.run(work())
+
+
 def test_a_write_that_nobody_waits_for_any_more_leaves_nothing(tmp_path: Path) -> None:
     """A slot that is taken over while a newer copy of it is being written down."""
 
