@@ -23,6 +23,7 @@ import torch
 from ..kernels.bases import Bases
 from ..kernels.copies import JUDGED_ROWS
 from ..kernels.lora import lora_bytes
+from ..protocol.directory.records import MAX_OWNED
 from .config import DEVICE, PeerConfig
 from .errors import ConfigError
 from .learning.expert_mode import ExpertMode
@@ -148,9 +149,9 @@ def usable_bytes(device: torch.device, max_memory_gib: float | None) -> float:
 def slots_that_fit(
     shape: ExpertShape, standin: StandInSpec, device: torch.device, usable: float, mode: ExpertMode | None = None
 ) -> int:
-    """Slots that a peer can own with so many bytes."""
+    """Slots that a peer can own with so many bytes, and name in its records."""
     usable = max(0.0, usable - working_bytes(shape, mode))
-    return min(shape.num_experts, int(usable // slot_bytes(shape, standin, device, mode)))
+    return min(shape.num_experts, MAX_OWNED, int(usable // slot_bytes(shape, standin, device, mode)))
 
 
 def standin_bytes(shape: ExpertShape, standin: StandInSpec) -> int:

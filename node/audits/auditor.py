@@ -128,7 +128,7 @@ class Auditor:
 
     async def _accuse(self) -> None:
         peers = self._links.view().peers
-        for owner, accusation in self._accusations.items():
+        for owner, accusation in list(self._accusations.items()):  # another one may be found out meanwhile
             if owner in peers:
                 await self._links.gossip(NEWS_TOPIC, accusation)
 

@@ -86,14 +86,17 @@ class ByHours:
     def _serve(self) -> tuple[int, bool]:
         """Exit code of the peer, and whether it was this parent that ended it."""
         parent = os.getpid()
-        child = os.fork()
+        # Signals wait until the parent knows whom to pass them on to, and the child what to do about them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+        child = None if self._stopping else os.fork()
         if child == 0:
             end_with_parent(parent, signal.SIGKILL)  # its own children go with it
             os.setsid()  # Ctrl-C reaches the parent only, which passes it on once
             os._exit(_code_of(self._peer))
         self._child = child
-        if self._stopping:  # told so while it forked
-            os.kill(child, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+        if child is None:
+            return 0, True
         ended = False
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -118,6 +121,7 @@ def _code_of(peer: Callable[[], int]) -> int:
     """What a process that does nothing but `peer` would exit with."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     try:
         return peer()
     except StartOver as over:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ...protocol.errors import ShoalError
+from ..storage.whole_file import write_whole
 
 TOKENIZER, BACKBONE, _FIRST_SLOT = 0, 1, 2
 DIGEST_BYTES = 32
@@ -129,12 +130,10 @@ def parse_index(data: bytes) -> list[bytes] | None:
 
 
 def write_part(folder: Path, data: bytes) -> bytes:
-    """Write it under its digest, which is returned."""
+    """Write it under its digest, which is returned. OSError, which names the file, if it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data).digest()
     path = folder / digest.hex()
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        write_whole(path, data)
     return digest

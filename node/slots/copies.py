@@ -23,7 +23,7 @@ from .slot_state import SlotTensors
 log = get_logger(__name__)
 
 RETRY_SECONDS = 1.0  # after an attempt that failed
-DISK_RETRY_SECONDS = 60.0  # after a copy that came and could not be written: to fetch it again costs its owner as much
+DISK_RETRY_SECONDS = 60.0  # after one that came and could not be written: to fetch it again costs its holder as much
 READ_BYTES_PER_SECOND = 1 << 20  # of a slot: who waits for its holder thinks that others read as fast
 
 
@@ -34,6 +34,11 @@ class Snapshot:
     copy: Copy
     tensors: SlotTensors
     published: StandInSnapshot | None = None
+
+
+def pause_after(error: Exception) -> float:
+    """Seconds until what failed so is tried again."""
+    return DISK_RETRY_SECONDS if isinstance(error, OSError) else RETRY_SECONDS
 
 
 def opened(data: bytes, what: str, epoch: int | None = None) -> Snapshot:
@@ -102,7 +107,7 @@ class CopyStore:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.partial"):
-            left.unlink()
+            _remove(left)
         self._stores = itertools.count()
         self._saved = dict(saved)
         self._refreshing: dict[int, asyncio.Task[None]] = {}
@@ -116,14 +121,14 @@ class CopyStore:
             slot, copy = int(path.stem.removeprefix("slot-")), lease_of(path)
         except (Refused, ValueError) as error:
             log.warning("slot.copy_damaged", file=path.name, error=str(error))
-            path.unlink()
+            _remove(path)
             return
         except OSError as error:  # perhaps the next start can
             log.warning("slot.copy_not_read", file=path.name, error=str(error))
             return
         held = self.held.get(slot)
         if held is not None and (held.epoch, held.version) >= (copy.epoch, copy.version):
-            path.unlink()
+            _remove(path)
             return
         self._saved.pop(slot, None)
         self.held[slot] = copy
@@ -155,15 +160,21 @@ class CopyStore:
         path = self._path(slot)
         # A name of its own: a write whose task was cancelled goes on in its thread.
         partial = path.with_suffix(f".{next(self._stores)}.partial")
+        writing = asyncio.get_running_loop().run_in_executor(
+            None, write_copy, partial, snapshot.copy, snapshot.tensors, snapshot.published
+        )
         try:
-            await asyncio.to_thread(write_copy, partial, snapshot.copy, snapshot.tensors, snapshot.published)
+            await asyncio.shield(writing)
             partial.replace(path)
         except OSError as error:
             log.warning("slot.copy_not_written", slot=slot, folder=str(self._folder), error=str(error))
             return False
         finally:
             # A full disk is tried again and again: half-written ones would keep it full.
-            partial.unlink(missing_ok=True)
+            if writing.done():
+                _remove(partial)
+            else:
+                writing.add_done_callback(lambda _: _remove(partial))
         self._saved.pop(slot, None)
         self.held[slot] = snapshot.copy
         return True
@@ -199,7 +210,15 @@ class CopyStore:
     def drop(self, slot: int) -> None:
         """Forget a copy, on disk too, if there is one, and one that is on its way."""
         self.set_aside(slot)
-        self._path(slot).unlink(missing_ok=True)
+        _remove(self._path(slot))
 
     def _path(self, slot: int) -> Path:
         return self._folder / f"slot-{slot}.safetensors"
+
+
+def _remove(path: Path) -> None:
+    """If it is there, and the disk lets it: after errors, disks are mounted so that they can only be read."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("slot.copy_not_removed", file=path.name, error=str(error))

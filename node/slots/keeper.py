@@ -47,7 +47,7 @@ from ..seed.store import SeedMissing
 from ..standins.publishing import Published, Publishing
 from ..watching.state import Count
 from ..watching.state import Lease as LeaseSeen
-from .copies import READ_BYTES_PER_SECOND, RETRY_SECONDS, CopyStore, Snapshot, copy_from, newer_than, opened
+from .copies import READ_BYTES_PER_SECOND, CopyStore, Snapshot, copy_from, newer_than, opened, pause_after
 from .slot_serving import SlotServing
 from .slot_state import SlotTensors
 
@@ -186,10 +186,10 @@ class SlotKeeper(Generic[Owner]):
             except (FetchFailed, PeerUnreachable, Refused, SeedMissing, TransportError, ValueError, OSError) as error:
                 waits = isinstance(error, Refused) and error.reason == "no-composer"  # as the worker's phase says
                 (log.debug if waits else log.warning)("slot.attempt_failed", slot=slot, error=str(error))
-                await asyncio.sleep(RETRY_SECONDS)  # still busy: every bit of news would try it again
+                await asyncio.sleep(pause_after(error))  # still busy: every bit of news would try it again
             except Exception as error:  # what nobody thought of is tried again no sooner
                 log.error("slot.attempt_broke", slot=slot, exc_info=error)
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(pause_after(error))
             finally:
                 self._busy.discard(slot)
 

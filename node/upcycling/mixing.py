@@ -176,5 +176,10 @@ def domain_tokens(folder: Path, texts: Sequence[str]) -> list[Tensor]:
 
 
 def _shape(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return tuple(config.get(name) for name in names)
+    """What decides which weights there are, and what they compute: the mixture has the seed's."""
+    names = (
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act",
+    )  # fmt: skip
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return head, *(config.get(name) for name in names)

@@ -27,6 +27,7 @@ from ..errors import Refused
 from ..identity import SIGNATURE_BYTES, Identity, verify
 
 MAX_SLOTS = 65536
+MAX_OWNED = 4096  # slots of one peer: its records list them
 MAX_EPOCH = (1 << 48) - 1  # that messages and handles carry: a claim beyond would leave all others speechless
 MAX_FRAGMENTS = 256  # of a backbone: as many votes may one identity have in everybody's memory
 MAX_MEMBERS = 128  # of a round
@@ -77,9 +78,13 @@ class PeerRecord(Record, frozen=True, kw_only=True):
     tokens: _Counter  # trained on since it joined
     tokens_per_second: Annotated[float, Meta(ge=0.0, le=1e12)]
     loss: _Finite  # nats per token, recent mean; 0 before the first step
-    slots: Annotated[list[_Slot], Meta(max_length=4096)]  # that it owns, as it sees it
+    slots: Annotated[list[_Slot], Meta(max_length=MAX_OWNED)]  # that it owns, as it sees it
     round: _Counter  # outer rounds committed
     fidelity: _Finite  # mean over its published stand-ins, at most 1; 0 where it has none
+
+    def __post_init__(self) -> None:
+        if not all(address.endswith(f"/p2p/{self.peer_id}") for address in (*self.transport_addrs, *self.dht_addrs)):
+            raise ValueError("an address is another peer's, or nobody's")
 
     def subkey(self, sender: str) -> str:
         _require_writer(self.peer_id, sender)
@@ -101,7 +106,7 @@ class LeaseRecord(Record, frozen=True, kw_only=True):
     max_bytes: ClassVar[int] = 98304
 
     owner: PeerId
-    leases: Annotated[list[Lease], Meta(max_length=4096)]
+    leases: Annotated[list[Lease], Meta(max_length=MAX_OWNED)]
 
     def __post_init__(self) -> None:
         if len({lease.slot for lease in self.leases}) < len(self.leases):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..addresses import Address
-from ..errors import Refused
+from ..errors import PeerUnreachable, Refused, ShoalError
 from ..identity import Identity
 from .asking import expect, reach, reach_to_meet, unreachable
 from .punching import meet
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 MEETINGS, MEET_WINDOW_SECONDS = 60, 60.0
+_GONE = (PeerUnreachable, Refused, OSError, TimeoutError)  # what asking a relay may come to
 HEAR_SECONDS = 2.0  # from the relay's answer until what it said to the listeners is here
 
 
@@ -136,8 +137,9 @@ class Borrower:
                 finally:
                     self.connected.clear()
                     writer.close()
-            except (Refused, OSError, TimeoutError) as error:
-                logger.warning("the relay %s is gone, trying again in %.0f s: %s", self._relay.host, pause, error)
+            except _GONE as error:
+                told = error.cause if isinstance(error, ShoalError) else error
+                logger.warning("the relay %s is gone, trying again in %.0f s: %s", self._relay.host, pause, told)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -169,7 +171,7 @@ class Borrower:
                 await splice((reader, writer), await self._listener(listener))
             finally:
                 writer.close()
-        except (Refused, OSError, TimeoutError) as error:
+        except _GONE as error:
             logger.debug("a connection by the relay was not carried: %s", error)
 
     async def _meet(self, take: Take, listener: int) -> None:
@@ -186,7 +188,7 @@ class Borrower:
                 await splice(ends, await self._listener(listener))
             finally:
                 ends[1].close()
-        except (Refused, OSError, TimeoutError, ValueError) as error:
+        except (*_GONE, ValueError) as error:
             logger.debug("nobody was met: %s", error)
 
     async def _listener(self, index: int) -> Ends:

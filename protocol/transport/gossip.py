@@ -13,7 +13,9 @@ What py-libp2p 0.8.1 does that a training swarm cannot live with, and what stand
 - a message with a malformed key raises inside a service task and ends the whole service: caught and counted;
 - whole messages are kept to detect equivocation (up to 900 MB of ours): off, as duplicates are told by id anyway;
 - the time of every message is kept for ever, for adaptive gossip, which is off: nothing is kept;
-- a message may name any number of topics, of which notes are kept for ever: one that names several is dropped.
+- a message may name any number of topics, of which notes are kept for ever: one that names several is dropped;
+- so may a GRAFT or PRUNE, and every heartbeat looks through those notes: topics that are not ours are passed over;
+- who grafts and does not listen stays in the mesh when it has left: forgotten then, as is what it pruned.
 """
 
 from __future__ import annotations
@@ -150,6 +152,19 @@ class Router(GossipSub):
             del queue[: -self._max_pending_messages_per_peer]
         super()._prune_pending_messages(peer_id)
 
+    async def handle_graft(self, graft_msg: Any, sender_peer_id: ID) -> None:
+        if graft_msg.topicID in self.mesh:
+            await super().handle_graft(graft_msg, sender_peer_id)
+
+    async def handle_prune(self, prune_msg: Any, sender_peer_id: ID) -> None:
+        if prune_msg.topicID in self.mesh:
+            await super().handle_prune(prune_msg, sender_peer_id)
+
+    def remove_peer(self, peer_id: ID) -> None:
+        super().remove_peer(peer_id)
+        for peers in self.back_off.values():
+            peers.pop(peer_id, None)
+
     async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Any) -> None:
         message = self.mcache.get(msg_id)
         if message is not None and len(message.data) >= _IDONTWANT_FROM_BYTES:
@@ -223,6 +238,11 @@ class Gossip(Pubsub):
         """Check, deliver and forward what was received. Runs forever."""
         async for forwarder, message in self._to_handle:
             await self.push_msg(forwarder, message)
+
+    def _handle_dead_peer(self, peer_id: ID) -> None:
+        super()._handle_dead_peer(peer_id)
+        if not self._peer_is_connected(peer_id):  # py-libp2p leaves out those that speak and do not listen
+            self.router.remove_peer(peer_id)
 
     async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
         try:

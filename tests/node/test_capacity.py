@@ -29,6 +29,8 @@ from shoal.node.learning.expert_mode import ExpertMode
 from shoal.node.model.init import backbone_shapes, expert_shape
 from shoal.node.model.presets import preset
 from shoal.node.run.manifest import ExpertShape, Manifest, StandInSpec, TrainSpec
+from shoal.protocol.directory.records import MAX_EPOCH, Lease, LeaseRecord, seal_record
+from shoal.protocol.identity import Identity
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LARGE = ExpertShape(num_layers=48, num_experts=128, hidden=2048, width=768, act="silu", std=0.02)
@@ -49,6 +51,16 @@ def test_slots_follow_memory_and_the_number_there_is(monkeypatch: pytest.MonkeyP
     assert fit(None) == 128
     monkeypatch.setattr(capacity, "free_bytes", lambda _: 0)
     assert fit(None) == fit(100.0) == 0
+
+
+def test_nobody_owns_more_than_its_records_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "free_bytes", lambda _: 1000 * GIB)
+    owner = Identity.generate()
+    many = ExpertShape(num_layers=1, num_experts=6000, hidden=64, width=64, act="silu", std=0.02)
+    slots = range(fit(None, many))
+    assert len(slots) > 4000
+    leases = [Lease(slot, MAX_EPOCH, 1 << 53) for slot in slots]
+    seal_record(owner, "run", LeaseRecord(owner=owner.peer_id, leases=leases, issued_at=1.0, expires_at=2.0))
 
 
 @pytest.mark.parametrize("kind", ["lowbit", "narrow"])

@@ -228,6 +228,23 @@ def test_nobody_is_deposed_on_the_word_of_others(pair: tuple[Watched, LoopbackWo
     assert worker.peer.deposing.distrust.distrusted([p.peer_id for p in it.swarm.peers]) == set()
 
 
+def test_an_owner_may_be_found_out_while_others_are_told_of_one(pair: tuple[Watched, LoopbackWorker]) -> None:
+    it, worker = pair
+    auditor = it.auditors[it.swarm.peers[0].peer_id]
+    slot = min(worker.held)
+
+    async def tell() -> None:
+        for owner in (worker.peer_id, it.swarm.peers[1].peer_id):
+            auditor._accusations[owner] = Accusation(owner, slot, worker.held[slot], "wrong-update")
+            telling.append(asyncio.create_task(auditor._accuse()))
+            await asyncio.sleep(0)  # until it waits for gossip to go out
+        await asyncio.gather(*telling)
+
+    telling: list[asyncio.Task[None]] = []
+    it.swarm.call(tell())
+    auditor._accusations.clear()
+
+
 def test_only_active_composers_may_look_into_a_step(pair: tuple[Watched, LoopbackWorker], tmp_path: Path) -> None:
     it, worker = pair
     slot = min(worker.held)

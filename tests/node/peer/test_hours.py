@@ -54,7 +54,7 @@ def test_open_as_long_as_they_say_and_next_when_they_begin(begin: int, length: i
 
 # A peer that only says what happens to it, under the real parent and a clock that the test sets.
 SCRIPT = """
-    import signal, sys, time
+    import os, signal, sys, time
     from datetime import datetime
     from pathlib import Path
     from shoal.node.config import PeerConfig
@@ -69,6 +69,13 @@ SCRIPT = """
     def note(what):
         with (folder / "notes").open("a") as file:
             file.write(what + "\\n")
+
+    def forked():
+        if (folder / "slow").exists():
+            note("forked")
+            time.sleep(1.0)
+
+    os.register_at_fork(after_in_child=forked)
 
     def live():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -145,6 +152,16 @@ def test_it_rests_serves_drains_and_serves_again(living: Living) -> None:
     living.process.send_signal(random.choice([signal.SIGINT, signal.SIGHUP]))  # Ctrl-C, or its terminal is closed
     assert living.process.wait(20) == 0
     assert living.notes() == ["began", "drained", "began", "drained"]
+
+
+def test_a_signal_that_comes_while_it_forks_is_not_lost(living: Living) -> None:
+    (living.folder / "slow").touch()
+    living.until(living.resting)
+    living.set("22:00")
+    living.until(lambda: living.notes() == ["forked"])
+    living.process.send_signal(signal.SIGTERM)
+    assert living.process.wait(20) == 128 + signal.SIGTERM
+    assert living.notes() == ["forked"]
 
 
 def test_it_rests_too_when_the_hours_end_before_it_has_joined(living: Living) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from loopback import Loopback, loopback
 from shoal.node.seed import fetching
 from shoal.node.seed.fetching import fetch_parts
 from shoal.node.seed.store import SeedMissing, SeedStore, write_part
+from shoal.node.slots.copies import RETRY_SECONDS
 from shoal.protocol import resources
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from shoal.protocol.transport.fetches import Turns
@@ -128,3 +130,23 @@ def test_a_slot_whose_first_experts_are_nowhere_to_be_had_is_tried_again(swarm: 
     finally:
         peer.exchange.fetch_first = None
     assert 1 not in peer.keeper._busy
+
+
+def test_what_the_disk_did_not_take_is_not_fetched_again_at_once(swarm: Loopback) -> None:
+    """Every try costs its holder a whole part."""
+    peer = swarm.peers[0]
+
+    async def full(slot: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part")
+
+    async def claim() -> None:
+        peer.keeper._spawn(1, peer.keeper._claim(1, 1))
+        (claiming,) = peer.keeper._tasks
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(claiming, 1.5 * RETRY_SECONDS)
+
+    peer.exchange.fetch_first = full
+    try:
+        swarm.call(claim())
+    finally:
+        peer.exchange.fetch_first = None

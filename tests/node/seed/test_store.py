@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -84,3 +85,11 @@ def test_names_of_parts() -> None:
     for name in ("seed", "seed/-1", "seed-index/0", f"seed/{last + 1}"):
         with pytest.raises(Refused):
             resources.parse_resource(name)
+
+
+def test_a_full_disk_is_named_and_keeps_no_halves(tmp_path: Path) -> None:
+    name = hashlib.sha256(b"part").hexdigest()
+    (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=name):
+        write_part(tmp_path, b"part")
+    assert list(tmp_path.iterdir()) == []

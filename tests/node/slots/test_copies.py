@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,43 @@ def test_a_full_disk_keeps_the_old_copy_and_no_halves(tmp_path: Path) -> None:
         assert equal(await store.load(2), snapshot(1))
         assert await store.store(2, snapshot(3))
         assert equal(await store.load(2), snapshot(3))
+
+    asyncio.run(work())
+
+
+def test_a_disk_that_lets_nothing_be_written_or_removed_ends_nothing(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = CopyStore(tmp_path, {})
+        for name in ("slot-2.0.partial", "slot-2.safetensors"):
+            (tmp_path / name).mkdir()
+        assert not await store.store(2, snapshot(1))
+        store.drop(2)
+
+    asyncio.run(work())
+
+
+def test_a_write_that_nobody_waits_for_any_more_leaves_nothing(tmp_path: Path) -> None:
+    """A slot that is taken over while a newer copy of it is being written down."""
+
+    async def work() -> None:
+        loop, begun, may_go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+
+        class Slow(dict[str, Any]):
+            def items(self) -> Any:
+                loop.call_soon_threadsafe(begun.set)
+                may_go_on.wait()
+                return super().items()
+
+        store = CopyStore(tmp_path, {})
+        storing = asyncio.create_task(store.store(2, replace(snapshot(1), tensors=Slow(snapshot(1).tensors))))
+        await begun.wait()
+        storing.cancel()
+        await asyncio.gather(storing, return_exceptions=True)
+        may_go_on.set()
+        await asyncio.to_thread(int)  # behind the write
+        assert names(tmp_path) == []
+        assert not store.held
 
     asyncio.run(work())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from shoal.node.upcycling.mixing import TIES_KEPT, domain_tokens, mix, route_by_
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
-def dense(folder: Path, *, hidden: int = 32) -> Path:
+def dense(folder: Path, *, hidden: int = 32, **changes: Any) -> Path:
     torch.manual_seed(random.randrange(1 << 30))
     config = LlamaConfig(
         vocab_size=256, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.06, bos_token_id=None,
         eos_token_id=None,
     )  # fmt: skip
+    config.update(changes)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -113,8 +115,11 @@ def test_ties_against_one_number_at_a_time() -> None:
 
 def test_what_cannot_be_mixed_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, large = dense(tmp_path / "small"), dense(tmp_path / "large", hidden=64)
-    with pytest.raises(ConfigError, match="another shape"):
-        mix([small, large], tmp_path / "mix", top_k=1, merge="mean", seed=0)
+    changes: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 16, "hidden_act": "gelu"}
+    other = [dense(tmp_path / name, **{name: value}) for name, value in changes.items()]
+    for branch in (large, *other):
+        with pytest.raises(ConfigError, match="another shape"):
+            mix([small, branch], tmp_path / "mix", top_k=1, merge="mean", seed=0)
     with pytest.raises(ConfigError, match="a seed and a branch"):
         mix([small], tmp_path / "mix", top_k=1, merge="mean", seed=0)
     told = ["branch", str(small), str(tmp_path / "out"), "--only", "router", "--steps", "1", "--context-length", "64"]

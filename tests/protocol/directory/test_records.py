@@ -39,7 +39,7 @@ def peer_record(identity: Identity, **changes: Any) -> PeerRecord:
         "role": "composer",
         "phase": "training",
         "capacity": 4,
-        "transport_addrs": ["/ip4/1.2.3.4/tcp/4001"],
+        "transport_addrs": [f"/ip4/1.2.3.4/tcp/4001/p2p/{identity.peer_id}"],
         "dht_addrs": [],
         "metrics_url": "",
         "version": "0.1.0",
@@ -108,9 +108,10 @@ def test_round_trip(make: Callable[..., Record]) -> None:
         (
             peer_record,
             "dc0012cb412e848000000000cb412e84bc00000000d934313244334b6f6f574134586f70314a6154334d487877594d6b"
-            "436570597376346950566f704d5877437a35694859644266655342a8636f6d706f736572a8747261696e696e670491b5"
-            "2f6970342f312e322e332e342f7463702f3430303190a0a5302e312e30010708cb4023000000000000cb3ff400000000"
-            "000092000302cb3fe0000000000000",
+            "436570597376346950566f704d5877437a35694859644266655342a8636f6d706f736572a8747261696e696e670491d9"
+            "4e2f6970342f312e322e332e342f7463702f343030312f7032702f313244334b6f6f574134586f70314a6154334d4878"
+            "77594d6b436570597376346950566f704d5877437a3569485964426665534290a0a5302e312e30010708cb4023000000"
+            "000000cb3ff400000000000092000302cb3fe0000000000000",
         ),
         (
             lease_record,
@@ -209,6 +210,9 @@ def test_times_just_in_bounds(times: tuple[float, float]) -> None:
         (peer_record, {"capacity": -1}),
         (peer_record, {"transport_addrs": ["1.2.3.4:5"]}),
         (peer_record, {"transport_addrs": ["/ip4/1.2.3.4/tcp/1"] * 17}),
+        (peer_record, {"transport_addrs": ["/ip4/1.2.3.4/tcp/1"]}),
+        (peer_record, {"transport_addrs": [f"/ip4/1.2.3.4/tcp/1/p2p/{Identity.generate().peer_id}"]}),
+        (peer_record, {"dht_addrs": [f"/ip4/1.2.3.4/tcp/1/p2p/{Identity.generate().peer_id}"]}),
         (peer_record, {"dht_addrs": ["/" + "x" * 256]}),
         (peer_record, {"dht_addrs": ["/ip4/1.2.3.4\n"]}),
         (peer_record, {"metrics_url": "javascript:alert(1)"}),
