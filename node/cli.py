@@ -173,10 +173,6 @@ def join(
         What to do there: `composer` trains on data, `worker` trains experts for composers and needs no data,
         `bootstrap` helps others to find the run, `observer` only looks.
     """
-    if invite.startswith(("http://", "https://")):
-        from .watching.status import fetch_invite
-
-        invite = fetch_invite(invite)
     config = replace(peer or PeerConfig(), role=role, invite=invite)
     return _start(config, None)
 
@@ -227,7 +223,7 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
     Parameters
     ----------
     invite:
-        The run's invite.
+        The run's invite, or in a network that you trust the HTTP address of a peer.
     out:
         Folder to write; it must not exist yet.
     data_dir:
