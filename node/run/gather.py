@@ -107,8 +107,8 @@ def _write(whole: Gathered, folder: Path) -> None:
         return whole.slots[slot][f"{layer}.gate_up"], whole.slots[slot][f"{layer}.down"]
 
     length = whole.manifest.data.context_length
-    end = whole.manifest.model.config.get("eos_token_id")
-    tokenizer = read_tokenizer(whole.tokenizer, length, end) if whole.tokenizer else byte_tokenizer(length)
+    config = whole.manifest.model.config
+    tokenizer = read_tokenizer(whole.tokenizer, length, config) if whole.tokenizer else byte_tokenizer(length)
     card = model_card(whole.manifest, whole.run_id, whole.rounds, whole.peers)
     backbone = {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()}
     try:
