@@ -200,7 +200,7 @@ def status(
     from .storage.presence import find_peer
     from .watching.status import SHOWN, fetch_status, render
 
-    peer = url or find_peer((data_dir or default_data_dir()).expanduser())
+    peer = url or find_peer(PeerConfig(data_dir=data_dir or default_data_dir()).data_dir)
     told = fetch_status(peer) if json else fetch_status(peer, needed=SHOWN)
     if json:
         print(jsonlib.dumps(told, indent=2))
