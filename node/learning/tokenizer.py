@@ -91,10 +91,11 @@ def read_tokenizer(tokenizer_json: bytes, context_length: int, config: Mapping[s
     from transformers import PreTrainedTokenizerFast  # not above: seconds that peers without a backbone need not spend
 
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
-    special = {}
+    special: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = first_end(config.get(f"{name}_id"))
-        special[name] = tokenizer.id_to_token(token) if token is not None and token >= 0 else None
+        text = tokenizer.id_to_token(token) if token is not None and token >= 0 else None
+        special |= {} if text is None else {name: text}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, **special)
 
 
