@@ -173,10 +173,6 @@ def join(
         What to do there: `composer` trains on data, `worker` trains experts for composers and needs no data,
         `bootstrap` helps others to find the run, `observer` only looks.
     """
-    if invite.startswith(("http://", "https://")):
-        from .watching.status import fetch_invite
-
-        invite = fetch_invite(invite)
     config = replace(peer or PeerConfig(), role=role, invite=invite)
     return _start(config, None)
 
@@ -204,7 +200,7 @@ def status(
     from .storage.presence import find_peer
     from .watching.status import SHOWN, fetch_status, render
 
-    peer = url or find_peer((data_dir or default_data_dir()).expanduser())
+    peer = url or find_peer(PeerConfig(data_dir=data_dir or default_data_dir()).data_dir)
     told = fetch_status(peer) if json else fetch_status(peer, needed=SHOWN)
     if json:
         print(jsonlib.dumps(told, indent=2))
@@ -227,7 +223,7 @@ def export(invite: str, out: Path, *, data_dir: Path | None = None, log_level: l
     Parameters
     ----------
     invite:
-        The run's invite.
+        The run's invite, or in a network that you trust the HTTP address of a peer.
     out:
         Folder to write; it must not exist yet.
     data_dir:

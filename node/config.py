@@ -19,7 +19,7 @@ from cyclopts import Group, Parameter
 
 from ..protocol.addresses import Address
 from ..protocol.pacing import UNLIMITED, Pace, Rates
-from .errors import ConfigError
+from .errors import ConfigError, DataDirUnusable
 from .logs import LogFormat, LogLevel
 from .peer.hours import Hours
 
@@ -39,6 +39,13 @@ LOCAL = Group("This machine", sort_key=3)
 def default_data_dir() -> Path:
     """$SHOAL_HOME, else ~/.shoal."""
     return Path(os.environ.get("SHOAL_HOME") or "~/.shoal")
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a user whom the machine does not know, without $HOME
+        raise DataDirUnusable(f"{path}: this user has no home folder", fix="give a --data-dir of your own") from None
 
 
 def parse_gib(text: str) -> float:
@@ -192,7 +199,7 @@ class PeerConfig:
     """The least important messages to log. `debug` also shows tracebacks of expected errors."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_dir", Path(self.data_dir).expanduser().absolute())
+        object.__setattr__(self, "data_dir", _at_home(Path(self.data_dir)).absolute())
         for name, choices in (
             ("role", Role), ("log_format", LogFormat), ("log_level", LogLevel), ("own", Literal["share", "none"]),
             ("reach", Reach), ("expert_mode", ExpertModeName), ("island_form", IslandForm),

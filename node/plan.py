@@ -153,7 +153,8 @@ def plan(
         found = plan_of(manifest, memory, composers, mode=mode, device=device)
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"{model} is no model to train: {error}", fix="give a preset, or a checkpoint of a MoE family"
+            f"{model} is no model to train: {error}",
+            fix="give a preset, or a checkpoint of a MoE family; `shoal upcycle` makes one of a dense checkpoint",
         ) from error
     if json:
         print(jsonlib.dumps(asdict(found), indent=2))

@@ -198,3 +198,13 @@ def test_named_metrics_exist() -> None:
     for page in PAGES:
         named = set(re.findall(r"\bshoal_[a-z_]+", page.read_text(encoding="utf-8")))
         assert named <= known, (name_of(page), named - known)
+
+
+def test_what_peers_warn_of_is_explained() -> None:
+    explained = (ROOT / "docs" / "watching.md").read_text(encoding="utf-8")
+    for part in ("node", "protocol"):
+        for file in (ROOT / part).rglob("*.py"):
+            for event in re.findall(
+                r'log\.(?:warning|error)\(\s*"([a-z_]+\.[a-z_]+)"', file.read_text(encoding="utf-8")
+            ):
+                assert f"`{event}`" in explained, f"{event} of {file.relative_to(ROOT)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 import time
@@ -56,7 +57,7 @@ def write_bundle(out: Path, config: PeerConfig, findings: Sequence[Finding], log
         parts["status.json"] = _json(told)
     if log is not None:
         parts["log.txt"] = _tail(log)
-    blanked = {name: _without_invites(text).replace(str(Path.home()), "~") for name, text in parts.items()}
+    blanked = {name: _without_home(_without_invites(text)) for name, text in parts.items()}
     _refuse_secrets(blanked, config.data_dir)
     try:
         with tarfile.open(out, "x:gz") as archive:
@@ -85,6 +86,11 @@ def _tail(log: Path) -> str:
         raise ConfigError(
             f"cannot read the log {log}: {error.strerror}", fix="name the file that the log is in"
         ) from None
+
+
+def _without_home(text: str) -> str:
+    home = os.path.expanduser("~")  # "~" itself where the user has none, "/" in some containers
+    return text if home in ("", "/") else text.replace(home, "~")
 
 
 def _without_invites(text: str) -> str:

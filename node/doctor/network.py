@@ -23,6 +23,7 @@ from ...protocol.relay.borrower import probe
 from ...protocol.transport.client import Transport
 from ..config import PeerConfig
 from ..peer.way_in import free_port, interface_addresses
+from ..run.asking import invite_of
 from ..run.invite import Invite
 from ..run.manifest import Manifest, verify
 from ..storage.socket_folder import own_sockets
@@ -40,7 +41,7 @@ FETCHED = 32 << 20  # at most
 def network_checks(config: PeerConfig, invite_text: str) -> Iterator[Finding]:
     """Every one of them, as it is done; what a failure makes pointless is left out. Call it from the main thread."""
     try:
-        invite = Invite.parse(invite_text)
+        invite = invite_of(invite_text)
     except ShoalError as error:
         yield Finding.of("invite", error)
         return

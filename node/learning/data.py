@@ -122,12 +122,15 @@ def load_corpus(source: str, *, heldout_fraction: float = 0.05, max_bytes: int =
     train: list[Document] = []
     for document in sorted(documents.values()):
         (held if int.from_bytes(document.digest[:8]) < boundary else train).append(document)
-    if not train:
+    if not documents:
         raise DataError(f"no text at {source!r}", fix="point --data at a UTF-8 text file or a folder of them")
-    # Of a handful of documents none may have fallen there: the lowest hash is held out, so that there is an evaluation.
+    # Of a handful of documents all may have fallen on one side: the lowest hash is held out, so that there is an
+    # evaluation, and the highest is trained on.
     if not held and len(train) > 1:
         held.append(train.pop(0))
-    if not held:
+    if not train and len(held) > 1:
+        train.append(held.pop())
+    if not held or not train:
         raise DataError(
             f"too little text at {source!r}: {read} bytes cannot be split into training and held-out text",
             fix=f"use more text: more files, or one file of over {2 * DOCUMENT_BYTES} bytes",

@@ -8,8 +8,8 @@ never encodes to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -86,16 +86,17 @@ class Encoder:
         return np.concatenate(parts)
 
 
-def read_tokenizer(
-    tokenizer_json: bytes, context_length: int, end: int | Sequence[int] | None
-) -> PreTrainedTokenizerFast:
-    """The same as a Hugging Face tokenizer, for `save_pretrained`."""
+def read_tokenizer(tokenizer_json: bytes, context_length: int, config: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The same as a Hugging Face tokenizer, for `save_pretrained`, with the special tokens of the model's config."""
     from transformers import PreTrainedTokenizerFast  # not above: seconds that peers without a backbone need not spend
 
     tokenizer = Tokenizer.from_str(tokenizer_json.decode())
-    first = first_end(end)
-    text = None if first is None else tokenizer.id_to_token(first)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, eos_token=text)
+    special: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = first_end(config.get(f"{name}_id"))
+        text = tokenizer.id_to_token(token) if token is not None and token >= 0 else None
+        special |= {} if text is None else {name: text}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, **special)
 
 
 def byte_tokenizer(context_length: int) -> PreTrainedTokenizerFast:

@@ -270,7 +270,7 @@ class ComposerPeer:
         awake, lease = True, self.facts.manifest.ownership.lease_seconds
         try:
             while not stop.requested:
-                self._set_phase()
+                await self._set_phase()
                 done, _ = await asyncio.wait(tasks, timeout=POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()  # they end by failing only; that ends the peer, with the reason
@@ -287,7 +287,7 @@ class ComposerPeer:
     def _work(self) -> list[Coroutine[Any, Any, None]]:
         return [self.keeper.run(), self.outer.run(), self.exchange.run(), self.auditor.run()]
 
-    def _set_phase(self) -> None:
+    async def _set_phase(self) -> None:
         """Wait for company, train, be finished."""
         self.state.beat()
         step = self.keeper.step = self.composer.step
@@ -312,6 +312,7 @@ class ComposerPeer:
             waited = time.monotonic() - self._company_since
             # The first steps teach most: they should not go to experts that nobody trains yet.
             if started or unowned == 0 or waited > self.facts.manifest.ownership.lease_seconds:
+                await go_to_the_swarms_step(self.links, self.trainer)  # of who came back at the same time, too
                 self.state.enter(Phase.TRAINING)
                 self.trainer.start_training()
             else:

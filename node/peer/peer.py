@@ -34,6 +34,7 @@ from ..config import PeerConfig
 from ..ending import stop_signals
 from ..errors import RunNotFound
 from ..logs import get_logger
+from ..run.asking import invite_of
 from ..run.invite import Invite
 from ..run.kept_manifests import asked_otherwise, founded_before, keep_manifest
 from ..run.manifest import Manifest, Run, read_signed, sign
@@ -134,9 +135,12 @@ class _Peer:
     def run(self, manifest_to_found: Manifest | None) -> int:
         """Main thread: start the parts in their order, then do the role's work until told to stop."""
         config, state = self.config, self.state
-        state.enter(Phase.JOINING, "starting the directory")
+        state.enter(Phase.JOINING, "reading the invite")
         founded = self._founded(manifest_to_found)
-        invite = None if config.invite is None else Invite.parse(config.invite)
+        invite = None
+        if config.invite is not None:
+            invite = invite_of(config.invite, keep_in=config.data_dir, seconds=config.join_seconds)
+        state.enter(Phase.JOINING, "starting the directory")
         if founded is not None:
             run_id = founded.run_id
         elif invite is not None:

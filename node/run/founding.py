@@ -239,7 +239,10 @@ def _of_checkpoint(manifest: Manifest, checkpoint: Checkpoint, seed: Path) -> Ma
     try:
         built_expert_shape(manifest.model)
     except ValueError as error:
-        raise ConfigError(f"{seed} cannot start a run: {error}", fix="take one of a MoE family") from error
+        raise ConfigError(
+            f"{seed} cannot start a run: {error}",
+            fix="take one of a MoE family; `shoal upcycle` makes one of a dense checkpoint",
+        ) from error
     return manifest
 
 

@@ -46,7 +46,7 @@ from ..storage.new_folder import new_folder
 from ..storage.presence import hold_data_dir
 from ..storage.socket_folder import own_sockets
 from ..watching.state import PeerState
-from .invite import Invite
+from .asking import invite_of
 from .joining import newest
 from .manifest import PROTOCOL_VERSION, Manifest, verify
 
@@ -107,8 +107,8 @@ def _write(whole: Gathered, folder: Path) -> None:
         return whole.slots[slot][f"{layer}.gate_up"], whole.slots[slot][f"{layer}.down"]
 
     length = whole.manifest.data.context_length
-    end = whole.manifest.model.config.get("eos_token_id")
-    tokenizer = read_tokenizer(whole.tokenizer, length, end) if whole.tokenizer else byte_tokenizer(length)
+    config = whole.manifest.model.config
+    tokenizer = read_tokenizer(whole.tokenizer, length, config) if whole.tokenizer else byte_tokenizer(length)
     card = model_card(whole.manifest, whole.run_id, whole.rounds, whole.peers)
     backbone = {name: tensor.view(shapes[name]) for name, tensor in whole.backbone.items()}
     try:
@@ -119,7 +119,7 @@ def _write(whole: Gathered, folder: Path) -> None:
 
 def gather(invite_text: str, config: PeerConfig, progress: Callable[[str], None]) -> Gathered:
     """Fetch the whole model of a run. Blocks; call it from the main thread."""
-    invite = Invite.parse(invite_text)
+    invite = invite_of(invite_text)
     with hold_data_dir(config.data_dir), own_sockets():
         identity = Identity.load_or_create(config.identity_path)
         dht = start_dht(

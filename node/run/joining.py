@@ -117,7 +117,7 @@ async def _standins(links: Links, exchange: Exchange, progress: Callable[[str], 
 
 
 async def go_to_the_swarms_step(links: Links, trainer: Trainer[Composer]) -> None:
-    """Who comes late, comes back or wakes goes on with the schedule where the others are."""
+    """Who begins, comes back or wakes goes on with the schedule where the others are."""
     step = swarm_step(links)
 
     def align(composer: Composer) -> None:
@@ -130,7 +130,10 @@ async def go_to_the_swarms_step(links: Links, trainer: Trainer[Composer]) -> Non
 
 
 def swarm_step(links: Links) -> int:
-    """Where the run is: the median step of the composers that train; 0 if none does."""
-    links.view()
-    steps = [step for peer, step in links.active_steps.items() if peer != links.peer_id]
-    return int(statistics.median_low(steps)) if steps else 0
+    """Where the run is: the median step of the other composers that train, or else that wait to; 0 without any."""
+    peers = links.view().peers
+    for waiting in (False, True):
+        others = [peer for peer in links.active_composers(waiting=waiting) if peer != links.peer_id]
+        if others:
+            return int(statistics.median_low(peers[peer].step for peer in others))
+    return 0

@@ -35,7 +35,10 @@ class Checkpoint:
         try:
             self.blocks = moe_blocks(self.network)
         except (ValueError, KeyError) as error:
-            raise ConfigError(f"{folder} cannot start a run: {error}", fix="take one of a MoE family") from error
+            raise ConfigError(
+                f"{folder} cannot start a run: {error}",
+                fix="take one of a MoE family; `shoal upcycle` makes one of a dense checkpoint",
+            ) from error
         tokenizer = folder / "tokenizer.json"
         self.most_bases = 0  # of a layer, in what `split` wrote
         self.tokenizer = tokenizer.read_bytes() if tokenizer.is_file() and self.vocabulary > 256 else b""

@@ -82,20 +82,6 @@ def fetch_status(
     return status
 
 
-def fetch_invite(url: str) -> str:
-    """The invite that the peer at `url` shows.
-
-    Whoever can answer in its place chooses the run: only for networks that one trusts.
-
-    Raises:
-        NoPeerHere: nobody answered there, or it has none yet.
-    """
-    invite = str(fetch_status(url).get("invite", ""))
-    if not invite:
-        raise NoPeerHere(f"the peer at {url} shows no invite yet", fix="wait until it is in the run, and try again")
-    return invite
-
-
 def render(status: dict[str, Any]) -> Group:
     """A status as tables for a terminal."""
     from rich.console import Group

@@ -4,6 +4,7 @@ import importlib.machinery
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +59,26 @@ def test_a_slot_that_has_learned_less_is_a_loss(script: ModuleType) -> None:
     two.holds("b", {0: (2, 99), 2: (1, 100), 3: (1, 100)}, standby=set())
     with pytest.raises(script.Stopped, match="slot 0 at b has had 99 updates, and had 100 before"):
         two.swarm.look()
+
+
+def test_where_only_weights_travel_lost_slots_alone_are_a_loss(script: ModuleType) -> None:
+    two = Two(script)
+    two.swarm.weights_only = True
+    two.holds("b", {0: (2, 0), 2: (1, 100), 3: (1, 100)}, standby=set())
+    two.swarm.look()
+    two.states["b"].count(Count.LOST_SLOTS)
+    with pytest.raises(script.Stopped, match="b found no copy of a slot"):
+        two.swarm.look()
+
+
+def test_a_loss_while_a_peer_restarts_does_not_leave_it_down(script: ModuleType, tmp_path: Path) -> None:
+    two = Two(script)
+    peer = two.swarm.peers[0]
+    peer.restart = ["sh", "-c", f"sleep {3 * script.POLL_SECONDS}; touch {tmp_path}/started"]
+    two.holds("b", {0: (2, 99), 2: (1, 100), 3: (1, 100)}, standby=set())
+    with pytest.raises(script.Stopped, match="slot 0 at b has had 99 updates"):
+        two.swarm.restart(peer, 60.0)
+    assert (tmp_path / "started").exists()
 
 
 def test_what_a_deposed_owner_still_says_is_no_loss(script: ModuleType) -> None:

@@ -197,22 +197,12 @@ def test_a_data_directory_that_may_not_be_written_to(command: list[str], tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_a_peers_address_stands_in_for_its_invite(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = []
-    monkeypatch.setattr(cli, "_start", lambda config, manifest: seen.append(config.invite) or 0)
-    state = PeerState("bootstrap")
-    with StatusServer(state) as server:
-        assert cli.main(["join", server.url]) == 1
-        assert "no invite yet" in capsys.readouterr().err
-        state.identify(invite="shoal://e/r-0123456789ab?v=1")
-        assert cli.main(["join", server.url]) == 0
-        monkeypatch.setenv("SHOAL_INVITE", f"{server.url}/status")
-        assert cli.main(["join"]) == 0
-    assert seen == ["shoal://e/r-0123456789ab?v=1"] * 2
-    assert cli.main(["join", server.url]) == 1
-    assert "nobody answers" in capsys.readouterr().err
+def test_a_peers_address_stands_in_for_its_invite(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    settings = ["--data-dir", str(tmp_path)]
+    with StatusServer(PeerState("bootstrap")) as server:
+        for command in (["join", server.url, "--join-seconds", "1"], ["export", server.url, str(tmp_path / "out")]):
+            assert cli.main([*command, *settings]) == 1
+            assert "no invite yet" in capsys.readouterr().err
 
 
 def test_identity_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

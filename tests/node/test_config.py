@@ -85,6 +85,14 @@ def test_home_moves_the_default_data_dir(joined, tmp_path: Path) -> None:
     assert PeerConfig(data_dir=Path("~/y")).data_dir == Path.home() / "y"
 
 
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("SHOAL_HOME")
+    monkeypatch.setenv("HOME", "~")  # what Python finds for a user id that the machine does not know
+    for command in (["status"], ["found"], ["identity", "show"]):
+        assert cli.main(command) == 2
+        assert "no home folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -19,7 +19,7 @@ from shoal.node.model.presets import preset
 from shoal.node.plan import GIB, PROCESSES, plan_of
 from shoal.node.run.manifest import Manifest, ModelSpec, StandInSpec
 from shoal.node.sketches.sketch_choice import traffic_of
-from transformers import MixtralConfig
+from transformers import LlamaConfig, MixtralConfig
 
 
 def manifest(name: str = "tiny") -> Manifest:
@@ -83,6 +83,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for rank in ("-5", "0", "1000"):
         assert main(["plan", "small", "--expert-mode", "lora", "--lora-rank", rank]) == 2
         assert "give --lora-rank" in capsys.readouterr().err
+
+
+def test_a_dense_model_is_one_to_upcycle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=500).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "shoal upcycle" in capsys.readouterr().err
 
 
 def test_how_many_experts_a_token_takes_is_known_under_every_name() -> None:

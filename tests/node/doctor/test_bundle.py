@@ -61,6 +61,15 @@ def test_what_helps_is_in_and_what_lets_others_in_is_not(config: PeerConfig, tmp
         assert key.read_bytes().hex() not in "".join(inside.values())
 
 
+@pytest.mark.parametrize("home", ["/", "~"])
+def test_a_home_that_is_no_folder_of_the_users_hides_nothing(
+    home: str, config: PeerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", home)  # of user ids that a container does not know
+    write_bundle(tmp_path / "out.tar.gz", config, [ok("disk", "a/b")], None)
+    assert json.loads(contents(tmp_path / "out.tar.gz")["findings.json"])[0]["said"] == "a/b"
+
+
 @pytest.mark.parametrize("form", [bytes.hex, lambda secret: secret.hex().upper()], ids=["lower", "upper"])
 def test_a_log_with_a_key_in_it_is_refused(form: Callable[[bytes], str], config: PeerConfig, tmp_path: Path) -> None:
     log = tmp_path / "peer.log"

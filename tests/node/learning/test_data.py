@@ -141,6 +141,23 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         Batches(np.zeros(10, dtype=np.uint8), 1, 11, seed=0)
 
 
+def test_a_text_whose_hash_is_held_out_is_a_text_all_the_same(tmp_path: Path) -> None:
+    def corpus_of(*numbers: int) -> Corpus:
+        for old in tmp_path.iterdir():
+            old.unlink()
+        for number in numbers:
+            (tmp_path / f"{number}.txt").write_text(f"text {number}")
+        return load_corpus(str(tmp_path))
+
+    whole = corpus_of(*range(200))
+    held = [int(document.text.split()[1]) for document in whole.heldout_documents]
+    assert len(held) > 1
+    with pytest.raises(DataError, match="too little text"):
+        corpus_of(held[0])
+    two = corpus_of(*held[:2])
+    assert (len(two.train), len(two.heldout_documents)) == (1, 1)
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=200))
 def test_tokenizer_is_the_bytes(text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from loopback import SECONDS, loopback
 from shoal.node.run import joining
+from shoal.node.watching.state import Phase
 from shoal.protocol.transport.downloads import FetchQuery, Resource
 from tiny import SLOTS, manifest_of
 
@@ -36,3 +37,24 @@ def test_an_owner_that_does_not_send_keeps_no_newcomer_from_beginning(
         assert len(said) == SLOTS - 1
         assert newcomer.exchange._book.subscribers[0].point.epoch == 1
         assert newcomer.exchange._book.subscribers[SLOTS - 1].point.epoch == 0
+
+
+def test_who_comes_back_with_others_that_wait_goes_on_at_their_step(tmp_path: Path) -> None:
+    """All were down: one has its checkpoint, another none, and nobody trains yet."""
+    with loopback(tmp_path, manifest_of(), 2) as swarm:
+        back, bare = swarm.peers
+        back.ask(lambda composer: composer.go_to(300))
+        back.links.state.resume(step=300)
+        for peer in swarm.peers:
+            peer.links.state.enter(Phase.READY)
+            swarm.call(peer.member.announce())
+        swarm.until(
+            lambda: (
+                all(not peer.links.active_composers() for peer in swarm.peers)
+                and bare.links.view().peers[back.peer_id].step == 300
+            ),
+            "each knows that the other waits",
+        )
+        for peer in swarm.peers:
+            swarm.call(joining.go_to_the_swarms_step(peer.links, peer.trainer))
+        assert [peer.ask(lambda composer: composer.step) for peer in swarm.peers] == [300, 300]

@@ -41,4 +41,6 @@ def test_it_states_the_run_its_peers_and_figures() -> None:
     assert f"| `{a}` | composer | 0.1.0 | 70 | 1,000 | 2.500 | 2 |" in text
     assert f"| `{c}` | worker | 0.1.0 | 0 | 0 |  | 1 |" in text
     assert d not in text
-    assert "wiki / 'dump' # mine, " in text, "what a founder writes stays within its cell"
+    assert "| text | what each composer named, else wiki / 'dump' # mine |" in text, (
+        "what a founder writes stays within its cell"
+    )

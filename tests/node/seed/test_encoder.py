@@ -37,15 +37,16 @@ def test_a_tokenizer_saved_with_truncation_and_padding_cuts_and_fills_nothing() 
 
 
 def test_the_same_as_a_hugging_face_tokenizer() -> None:
-    tokenizer = read_tokenizer(TOKENIZER, 16, 10)
+    tokenizer = read_tokenizer(TOKENIZER, 16, {"bos_token_id": 9, "eos_token_id": 10, "pad_token_id": 11})
     assert tokenizer("grüße").input_ids == list("grüße".encode())
-    assert tokenizer.eos_token_id == 10
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (9, 10, 11)
 
 
 def test_of_several_ends_the_first_is_exported() -> None:
-    assert read_tokenizer(TOKENIZER, 16, [10, 11]).eos_token_id == 10
-    assert read_tokenizer(TOKENIZER, 16, []).eos_token_id is None
-    assert read_tokenizer(TOKENIZER, 16, None).eos_token_id is None
+    assert read_tokenizer(TOKENIZER, 16, {"eos_token_id": [10, 11]}).eos_token_id == 10
+    assert read_tokenizer(TOKENIZER, 16, {"eos_token_id": []}).eos_token_id is None
+    none = read_tokenizer(TOKENIZER, 16, {"eos_token_id": None, "pad_token_id": -1})
+    assert (none.bos_token_id, none.eos_token_id, none.pad_token_id) == (None, None, None)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
