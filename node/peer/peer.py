@@ -139,7 +139,8 @@ class _Peer:
         founded = self._founded(manifest_to_found)
         invite = None
         if config.invite is not None:
-            invite = invite_of(config.invite, keep_in=config.data_dir, seconds=config.join_seconds)
+            seconds = config.join_seconds
+            invite = invite_of(config.invite, keep_in=config.data_dir, seconds=seconds, beat=state.beat)
         state.enter(Phase.JOINING, "starting the directory")
         if founded is not None:
             run_id = founded.run_id

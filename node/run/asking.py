@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ...protocol.errors import ShoalError
@@ -22,12 +23,15 @@ log = get_logger(__name__)
 ASK_AGAIN_SECONDS = 1.0
 
 
-def invite_of(told: str, *, keep_in: Path | None = None, seconds: float = 0.0) -> Invite:
+def invite_of(
+    told: str, *, keep_in: Path | None = None, seconds: float = 0.0, beat: Callable[[], None] = lambda: None
+) -> Invite:
     """The invite that `told` is, or that the peer at that HTTP address shows.
 
     Args:
         keep_in: the data directory.
         seconds: how long to ask an address that never answered before.
+        beat: called before every time that it is asked.
 
     Raises:
         InviteError: it is none.
@@ -37,6 +41,7 @@ def invite_of(told: str, *, keep_in: Path | None = None, seconds: float = 0.0) -
         return Invite.parse(told)
     deadline, reason = time.monotonic() + seconds, ""
     while True:
+        beat()
         try:
             invite = Invite.parse(_ask(told))
         except NoPeerHere as error:

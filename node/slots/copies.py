@@ -37,8 +37,9 @@ class Snapshot:
 
 
 def pause_after(error: Exception) -> float:
-    """Seconds until what failed so is tried again."""
-    return DISK_RETRY_SECONDS if isinstance(error, OSError) else RETRY_SECONDS
+    """Seconds until what failed so is tried again: longer if it was the disk, which is what other OSErrors tell of."""
+    network = isinstance(error, TimeoutError | ConnectionError)
+    return DISK_RETRY_SECONDS if isinstance(error, OSError) and not network else RETRY_SECONDS
 
 
 def opened(data: bytes, what: str, epoch: int | None = None) -> Snapshot:

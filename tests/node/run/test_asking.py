@@ -67,7 +67,7 @@ def test_a_peer_that_starts_later_is_waited_for(tmp_path: Path, monkeypatch: pyt
     with shown(None) as url:
         port, invite, asked = int(url.rpartition(":")[2]), an_invite("a"), threading.Event()
     monkeypatch.setattr(asking.log, "warning", lambda *_, **__: asked.set())
-    done = threading.Event()
+    done, beats = threading.Event(), list[str]()
 
     def start() -> None:
         assert asked.wait(30)
@@ -77,10 +77,11 @@ def test_a_peer_that_starts_later_is_waited_for(tmp_path: Path, monkeypatch: pyt
     later = threading.Thread(target=start)
     later.start()
     try:
-        assert invite_of(url, keep_in=tmp_path, seconds=30) == invite
+        assert invite_of(url, keep_in=tmp_path, seconds=30, beat=lambda: beats.append(url)) == invite
     finally:
         done.set()
         later.join()
+    assert len(beats) > 1, "/healthz would call it stalled"
 
 
 @pytest.mark.parametrize("damaged", ["", "[]", '{"http://127.0.0.1:1": 1}', '{"http://127.0.0.1:1": "shoal://x"}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from shoal.node.slots import copies
-from shoal.node.slots.copies import CopyStore, Snapshot, copy_from
+from shoal.node.slots.copies import DISK_RETRY_SECONDS, RETRY_SECONDS, CopyStore, Snapshot, copy_from, pause_after
 from shoal.node.storage.blobs import to_bytes
 from shoal.protocol.errors import Refused
 from shoal.protocol.experts.ownership import Copy
@@ -313,3 +314,9 @@ def test_whoever_is_busy_is_asked_again_before_a_slot_is_given_up(monkeypatch: p
         assert asked == ["without", "busy"], "not for ever"
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError(), Refused("busy", "now"), ValueError()])
+def test_only_a_disk_is_given_a_minute(error: Exception) -> None:
+    assert pause_after(error) == RETRY_SECONDS
+    assert pause_after(OSError(errno.ENOSPC, "full")) == DISK_RETRY_SECONDS
