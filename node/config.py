@@ -104,8 +104,8 @@ class PeerConfig:
     find the run."""
 
     data: Annotated[str, Parameter(group=DATA)] = "stdlib"
-    """Text to train on: a file, a folder, or `stdlib` for the sources of Python's own library. In a `.jsonl` file each
-    line is an object, and its `text` a document."""
+    """Text to train on: a file, a folder, or `stdlib` for the sources of Python's own library. Each line of a `.jsonl`
+    file, and each row of a `.parquet` one, has a document as its `text`."""
 
     data_shard: Annotated[
         tuple[int, int] | None, Parameter(group=DATA, n_tokens=1, metavar="INDEX/COUNT", converter=_shard_from_tokens)

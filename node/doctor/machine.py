@@ -29,6 +29,7 @@ GOOD_FILES = 1024
 GOOD_SHM = 256 << 20
 WRITTEN = 32 << 20
 SLOW_DISK = 20e6  # bytes per second
+READ = GIB  # of a text
 _FINE = (0, errno.EADDRINUSE)
 
 
@@ -190,17 +191,16 @@ def _ports(config: PeerConfig) -> Finding:
 
 
 def _text(config: PeerConfig) -> Finding:
-    from ..learning.data import load_corpus
+    from ..learning.token_file import check_text
 
     if config.data == "stdlib":
         return ok("text", "the sources of Python's own library, unless the run names another text")
     try:
-        corpus = load_corpus(config.data)
+        documents, read = check_text(config.data, READ)
     except ShoalError as error:
         return Finding.of("text", error)
-    return ok(
-        "text", f"{len(corpus.train):,} documents of {config.data} to train on, {corpus.train_bytes / 1e6:.1f} MB"
-    )
+    least = "at least " if read > READ else ""
+    return ok("text", f"{least}{documents:,} documents in {config.data}, {read / 1e6:.1f} MB")
 
 
 def _why_not(host: str, port: int) -> int:

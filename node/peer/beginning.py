@@ -10,8 +10,9 @@ from ..backbone.common_state import Held
 from ..capacity import device_to_use
 from ..config import PeerConfig
 from ..learning.composer import Composer
-from ..learning.data import Batches, Corpus, Encode, seed_of_peer, tokens_of
+from ..learning.data import Batches, Encode, seed_of_peer, tokens_of
 from ..learning.expert_mode import ExpertMode
+from ..learning.token_file import training_tokens
 from ..learning.tokenizer import Encoder
 from ..run.manifest_errors import ManifestError
 from ..seed.joining import SeedAtHome
@@ -34,27 +35,41 @@ def seed_of(config: PeerConfig, run: Run, links: Links) -> SeedAtHome | None:
 
 
 def batches_of(
-    config: PeerConfig, run: Run, peer_id: str, corpus: Corpus, seed: SeedAtHome | None, beat: Callable[[], None]
+    config: PeerConfig, run: Run, peer_id: str, seed: SeedAtHome | None, say: Callable[[str], None]
 ) -> Batches:
-    """Windows of this peer's shard of a text, drawn by its own seed.
+    """Windows of this peer's shard of its text, drawn by its own seed.
 
     Args:
         seed: with its tokenizer fetched, where the run's tokens are that one's.
-        beat: called now and then, while text becomes tokens.
+        say: told how far it is, now and then, while text becomes tokens.
     """
-    manifest = run.manifest
+    manifest, doing = run.manifest, "making tokens of the text"
     encode: Encode = tokens_of
+    tokenizer, end = b"", manifest.model.config.get("eos_token_id")
     if manifest.data.tokenizer == "seed":
         assert seed is not None
-        end = manifest.model.config.get("eos_token_id")
-        encode = Encoder(seed.store.need(TOKENIZER), end, progress=beat)
-    index, num_shards = config.data_shard or (0, 1)
+        tokenizer = seed.store.need(TOKENIZER)
+        encode = Encoder(tokenizer, end, progress=lambda: say(doing))
+    tokens = training_tokens(
+        text_of(config, run),
+        config.data_dir / "tokens",
+        shard=config.data_shard or (0, 1),
+        encode=encode,
+        tokenizer=tokenizer + repr(end).encode() if tokenizer else b"",
+        say=say,
+    )
     return Batches(
-        corpus.shard(index, num_shards, encode),
+        tokens,
         manifest.train.batch_size,
         manifest.data.context_length,
         seed=seed_of_peer(peer_id, run.run_id),
+        num_tokens=manifest.model.config.get("vocab_size"),
     )
+
+
+def text_of(config: PeerConfig, run: Run) -> str:
+    """Its own, or the run's."""
+    return config.data if config.data != "stdlib" else run.manifest.data.corpus
 
 
 def composer_of(config: PeerConfig, run: Run, peer_id: str, start: Start, batches: Batches) -> Composer:

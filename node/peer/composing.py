@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from ..backbone.common_state import CommonState, Held
 from ..backbone.outer import OuterDriver
 from ..config import PeerConfig
 from ..learning.composer import Composer, StepReport
-from ..learning.data import Corpus, load_corpus, seed_of_peer
+from ..learning.data import seed_of_peer
 from ..learning.persistence import composer_tensors
+from ..learning.token_file import check_text
 from ..learning.trainer import Trainer
 from ..logs import get_logger
 from ..model.cut import backbone_fragments, cadences
@@ -41,7 +43,7 @@ from ..storage.checkpoint import CheckpointStore
 from ..storage.checkpoint_writer import CheckpointWriter
 from ..watching.state import Count, PeerState, Phase, StepPart
 from .background import NetworkThread
-from .beginning import batches_of, composer_of, go_on, seed_of
+from .beginning import batches_of, composer_of, go_on, seed_of, text_of
 from .links import Links
 from .membership import Membership
 from .restoring import Restored
@@ -89,8 +91,7 @@ class ComposerPeer:
         self.writer = CheckpointWriter(CheckpointStore(config.data_dir / "checkpoints" / run.run_id), state)
         self.island: Island | None = None
         self._company_since: float | None = None  # monotonic seconds; enough composers to begin with
-        # Before others know of this peer: text is what is wrong most often. After what forks, which would keep it.
-        self.corpus: Corpus | None = load_corpus(config.data if config.data != "stdlib" else run.manifest.data.corpus)
+        check_text(text_of(config, run))  # before others know of this peer: text is what is wrong most often
 
     def run(self, network: NetworkThread, links: Links, member: Membership, library: Library, stop: StopRequest) -> int:
         """Train until told to stop; returns the exit code."""
@@ -147,12 +148,10 @@ class ComposerPeer:
         config, run, peer_id = self.config, self.facts, self.identity.peer_id
         assert library.handle_key is not None
         seed = library.seed = seed_of(config, run, self.links)
-        start = start_of(
-            run.manifest, library.handle_key, seed, network, lambda what: self.state.enter(Phase.SYNCING, what)
-        )
-        corpus, self.corpus = self.corpus, None  # up to a GiB, and its tokens take as much again
-        assert corpus is not None
-        self.batches = batches_of(config, run, peer_id, corpus, seed, self.state.beat)
+        say = functools.partial(self.state.enter, Phase.SYNCING)
+        start = start_of(run.manifest, library.handle_key, seed, network, say)
+        self.batches = batches_of(config, run, peer_id, seed, say)
+        say("building the model")
         composer = self.composer = composer_of(config, run, peer_id, start, self.batches)
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)
         if self.island is not None:
