@@ -10,7 +10,6 @@ or the tokenizer change, another one is made.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 from array import array
@@ -20,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..logs import get_logger
 from .data import Document, Encode, Tokens, documents_in, files_of, num_held_out, shard_of
 from .text_files import DataError
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 TOGETHER = 24 << 20  # more than the standard library has, so that its tokens are in hash order as a whole
 CHECKED_BYTES = SAID_EVERY = 16 << 20
@@ -128,7 +128,7 @@ def _make(source: str, folder: Path, made_from: str, shard: tuple[int, int], enc
         partial.unlink(missing_ok=True)
         fix = f"about {num_bytes / 1e9:.1f} GB must be free there; --data-shard takes a part of the text"
         raise DataError(f"cannot write the text's tokens to {folder}: {error.strerror}", fix=fix) from error
-    log.info("corpus read source=%s documents=%d bytes=%d tokens=%d", source, len(wanted), num_bytes, count)
+    log.info("text.read", source=source, documents=len(wanted), bytes=num_bytes, tokens=count)
     made = _open(folder, made_from)
     assert made is not None
     return made

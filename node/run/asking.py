@@ -55,6 +55,9 @@ def invite_of(
             reason = error.cause
             time.sleep(ASK_AGAIN_SECONDS)
         else:
+            kept = _kept(keep_in).get(told)
+            if kept is not None and kept.run_id != invite.run_id:  # as when that peer has lost its volume
+                log.warning("invite.other_run", run_id=invite.run_id, before=kept.run_id)
             _keep(keep_in, told, invite)
             return invite
 

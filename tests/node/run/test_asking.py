@@ -43,7 +43,11 @@ def test_an_invite_is_itself(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_who_starts_while_that_peer_is_down_comes_back_by_what_it_said(tmp_path: Path) -> None:
+def test_who_starts_while_that_peer_is_down_comes_back_by_what_it_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, object]] = []
+    monkeypatch.setattr(asking.log, "warning", lambda event, **facts: said.append((event, facts.get("before"))))
     before, after = an_invite("before"), an_invite("after")
     with shown(before) as url:
         assert invite_of(url, keep_in=tmp_path) == before
@@ -57,8 +61,13 @@ def test_who_starts_while_that_peer_is_down_comes_back_by_what_it_said(tmp_path:
     port = int(url.rpartition(":")[2])
     with shown(None, port):  # it is starting
         assert invite_of(url, keep_in=tmp_path) == before
+    assert {event for event, _ in said} == {"invite.kept"}
     with shown(after, port):
         assert invite_of(url, keep_in=tmp_path) == after
+        assert said[-1] == ("invite.other_run", before.run_id)
+        said.clear()
+        assert invite_of(url, keep_in=tmp_path) == after
+        assert not said
     assert invite_of(url, keep_in=tmp_path) == after
 
 
