@@ -21,8 +21,8 @@ Kept for backward: x (once, not per expert) and h. Autograd over the plain formu
 expert's six, and a composer that has no memory for h checkpoints whole blocks anyway. Weights of stand-ins are never
 kept: `dense()` is asked again.
 
-Rejected: one grouped matmul on a CPU (transformers' own was no faster than one product after the other:
-`./dev bench kernels`), and padding every expert to the same number of rows
+Rejected: one grouped matmul on a CPU (transformers' own is no faster than one product after the other but for experts
+of about 64 x 64, where either may win: `./dev bench kernels`), and padding every expert to the same number of rows
 (wastes work exactly when routing is uneven).
 """
 
