@@ -248,12 +248,15 @@ def _build(identity: Identity, start: ipc.Start) -> Any:
         connection_config=ConnectionConfig(
             max_connections=limits.max_connections,
             high_watermark=limits.max_connections,
-            low_watermark=0,  # we know whom to connect to; links.py does it
-            min_connections=0,
+            # As many are not accepted: places for whom we dial, however many strangers there are. py-libp2p's own
+            # connector would look for peers until it has so many; links.py does that, which knows whom.
+            low_watermark=limits.max_connections // 4,
+            min_connections=limits.max_connections // 4,
         ),
         # Its circuit breaker and degradation answer a burst of refusals by refusing everybody.
         resource_manager=ResourceManager(
-            limits=ResourceLimits(max_connections=limits.max_connections, max_streams=_MAX_STREAMS),
+            # A connection takes two of its places while it is made.
+            limits=ResourceLimits(max_connections=2 * limits.max_connections, max_streams=_MAX_STREAMS),
             enable_circuit_breaker=False,
             enable_graceful_degradation=False,
             enable_memory_limits=False,

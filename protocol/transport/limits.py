@@ -67,7 +67,7 @@ class Limits:
     publish_window: int = 32
     """`publish` calls under way at once; further calls wait."""
     max_connections: int = 256
-    """Open connections."""
+    """Open connections. A quarter is kept for peers that this one dials."""
     dial_seconds: float = 10.0
     """Per address, TCP and both handshakes."""
     redial_max_seconds: float = 15.0

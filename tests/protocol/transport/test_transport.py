@@ -129,6 +129,19 @@ def test_a_host_that_keeps_dying_is_fatal(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_strangers_leave_room_for_whom_a_peer_dials_itself(tmp_path: Path) -> None:
+    """Identities cost nothing: whoever takes all places would cut a peer off from its swarm."""
+
+    async def scenario() -> None:
+        async with swarm(tmp_path, 6, max_connections=4) as (host, friend, *strangers):
+            await asyncio.gather(*(stranger.connect(host.addrs) for stranger in strangers), return_exceptions=True)
+            await until(lambda: len(host.connected_peers()) >= 3, "as many strangers as get in")
+            await host.connect(friend.addrs)
+            await until(lambda: friend.peer_id in host.connected_peers(), "the friend")
+
+    run(scenario())
+
+
 def test_connections_that_have_ended_take_no_places(tmp_path: Path) -> None:
     """A peer lives for weeks, and others come and go."""
 
