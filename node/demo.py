@@ -129,33 +129,13 @@ class Demo:
             time.sleep(POLL_SECONDS)
 
     def table(self) -> Table:
-        """The live table."""
-        table = Table(title=f"swarm {self.peers[0].get('run_id', '')}", title_justify="left", expand=False)
-        for column, justify in (
-            ("peer", "left"), ("phase", "left"), ("slots", "left"), ("step", "right"), ("speed", "right"),
-            ("loss", "right"), ("outer: last", "left"), ("commits", "right"), ("fidelity", "right"), ("sent", "right"),
-        ):  # fmt: skip
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        """The live table. It fits a terminal of 80 columns."""
+        title = f"swarm {self.peers[0].get('run_id', '')}"
+        table = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0))
+        for column in ("peer", "phase", "experts", "step", "speed", "loss", "merges", "fidelity", "sent"):
+            table.add_column(column, justify="left" if column in ("peer", "phase") else "right", no_wrap=True)
         for peer in self.peers:
-            status = peer.status or {}
-            outer = status.get("outer") or {}
-            last = outer.get("last") or {}
-            fidelity = [v for v in (status.get("fidelity") or {}).values() if v is not None]
-            sent = sum(item["bytes"] for item in status.get("bytes", []) if item["direction"] == "out")
-            role = status.get("role")
-            trains = role == "composer"
-            table.add_row(
-                peer.name,
-                str(status.get("phase", "starting")),
-                _ranges((status.get("slots") or {}).get("owned", [])),
-                f"{status.get('step', 0)}/{status.get('steps_total', 0)}" if role in ("composer", "worker") else "",
-                speed_text(status) if role in ("composer", "worker") else "",
-                f"{status['loss']:.3f}" if status.get("loss") is not None else "",
-                f"#{last['round']} {last['outcome']} {last['seconds_ago']:.0f}s ago" if last else "",
-                f"{(outer.get('rounds') or {}).get('committed', 0):.0f}" if trains else "",
-                f"{sum(fidelity) / len(fidelity):.3f}" if fidelity else "",
-                _size(sent),
-            )
+            table.add_row(peer.name, *_cells(peer.status or {}))
         return table
 
     def run(self) -> None:
@@ -303,15 +283,25 @@ def _unmerged(peer: Peer) -> bool:
     return bool(peer.get("unmerged_steps", 0))
 
 
-def _ranges(slots: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2,5."""
-    parts: list[list[int]] = []
-    for slot in slots:
-        if parts and slot == parts[-1][1] + 1:
-            parts[-1][1] = slot
-        else:
-            parts.append([slot, slot])
-    return ",".join(f"{a}-{b}" if b > a else str(a) for a, b in parts)
+def _cells(status: dict[str, Any]) -> list[str]:
+    """What the live table says of one peer."""
+    learns = status.get("role") in ("composer", "worker")
+    outer = status.get("outer") or {}
+    merges = f"{(outer.get('rounds') or {}).get('committed', 0):.0f}"
+    if last := outer.get("last"):
+        merges += f" ({last['seconds_ago']:.0f}s ago)"
+    fidelity = [v for v in (status.get("fidelity") or {}).values() if v is not None]
+    owned = (status.get("slots") or {}).get("owned", [])
+    return [
+        str(status.get("phase", "starting")),
+        f"{len(owned)}/{status['slots_total']}" if learns and status.get("slots_total") else "",
+        f"{status.get('step', 0)}/{status.get('steps_total', 0)}" if learns else "",
+        speed_text(status).replace("tokens", "tok") if learns else "",
+        f"{status['loss']:.3f}" if status.get("loss") is not None else "",
+        merges if status.get("role") == "composer" else "",
+        f"{sum(fidelity) / len(fidelity):.3f}" if fidelity else "",
+        _size(sum(item["bytes"] for item in status.get("bytes", []) if item["direction"] == "out")),
+    ]
 
 
 def _size(count: float) -> str:

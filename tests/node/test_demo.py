@@ -1,5 +1,7 @@
 """`./dev demo` watches its peers by HTTP; that the swarm itself works is for tests/swarm."""
 
+import argparse
+import io
 import json
 import signal
 import subprocess
@@ -7,12 +9,14 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import cast
 
 import pytest
+from rich.console import Console
 from shoal.node import demo
 from shoal.node.demo import Demo, DemoFailed, Peer, peer_environment
 from shoal.node.watching.http import StatusServer
-from shoal.node.watching.state import PeerState
+from shoal.node.watching.state import Count, Lease, PeerState, Phase
 
 
 def test_peers_are_asked_directly_whatever_proxy_the_environment_names(
@@ -92,3 +96,30 @@ def test_a_folder_in_which_something_is_stays_as_it_is(
         assert ended.value.code == 2
         assert "name a new one" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("role", ["composer", "worker", "bootstrap"])
+def test_the_live_table_fits_a_terminal(role: str, tmp_path: Path) -> None:
+    state = PeerState(role)
+    state.identify(run_id="demo-0123456789ab", steps_total=3000, slots_total=16)
+    state.enter(Phase.TRAINING)
+    state.resume(step=2998)
+    state.record_step(step=2999, tokens=30_000_000, loss=2.3456, seconds={}, rows=99_999)
+    state.record_round(outcome="committed", round=374, fragment=0, members=3, seconds=1.0)
+    state.set_slots(leases=[Lease(slot=slot, epoch=1, version=0) for slot in range(0, 16, 2)])
+    state.set_fidelity({0: 0.9123})
+    state.count(Count.BYTES, "sketches", "out", by=123_456_789)
+    shown = io.StringIO()
+    screen = Console(file=shown, width=80, force_terminal=True, color_system=None)
+    watched = Demo(argparse.Namespace(), tmp_path, screen)
+    process = cast("subprocess.Popen[bytes]", None)
+    watched.peers = [Peer(f"{role}-10", process, tmp_path, tmp_path / "log", status=state.snapshot())]
+    screen.print(watched.table())
+    lines = shown.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "\u2026" not in shown.getvalue(), "something is cut"
+    for cell in (f"{role}-10 training", "2.346", "0.912", "123 MB"):
+        assert cell in lines[2]
+    for cell in (" 8/16 ", "2999/3000", "/s"):
+        assert (cell in lines[2]) == (role != "bootstrap")
+    assert ("1 (0s ago)" in lines[2]) == (role == "composer")
