@@ -9,6 +9,7 @@ or the tokenizer change, another one is made.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -89,8 +90,9 @@ def _made_from(source: str, shard: tuple[int, int], tokenizer: bytes) -> str:
     for part in (FORMAT, source.encode(), repr(shard).encode(), hashlib.blake2b(tokenizer).digest()):
         digest.update(len(part).to_bytes(8) + part)
     for path in files_of(source)[1]:
-        found = path.stat()
-        digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+            found = path.stat()
+            digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
