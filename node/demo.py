@@ -131,8 +131,10 @@ class Demo:
     def table(self) -> Table:
         """The live table. It fits a terminal of 80 columns."""
         title = f"swarm {self.peers[0].get('run_id', '')}"
-        table = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0))
-        for column in ("peer", "phase", "experts", "step", "speed", "loss", "merges", "fidelity", "sent"):
+        table = Table(
+            title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        for column in ("peer", "phase", "owns", "step", "speed", "loss", "merges", "fidelity", "sent"):
             table.add_column(column, justify="left" if column in ("peer", "phase") else "right", no_wrap=True)
         for peer in self.peers:
             table.add_row(peer.name, *_cells(peer.status or {}))
@@ -289,7 +291,7 @@ def _cells(status: dict[str, Any]) -> list[str]:
     outer = status.get("outer") or {}
     merges = f"{(outer.get('rounds') or {}).get('committed', 0):.0f}"
     if last := outer.get("last"):
-        merges += f" ({last['seconds_ago']:.0f}s ago)"
+        merges += f" ({last['seconds_ago']:.0f}s)"
     fidelity = [v for v in (status.get("fidelity") or {}).values() if v is not None]
     owned = (status.get("slots") or {}).get("owned", [])
     return [

@@ -100,26 +100,30 @@ def test_a_folder_in_which_something_is_stays_as_it_is(
 
 @pytest.mark.parametrize("role", ["composer", "worker", "bootstrap"])
 def test_the_live_table_fits_a_terminal(role: str, tmp_path: Path) -> None:
-    state = PeerState(role)
+    now = 0.0
+    state = PeerState(role, clock=lambda: now, wall=lambda: now)
     state.identify(run_id="demo-0123456789ab", steps_total=3000, slots_total=16)
     state.enter(Phase.TRAINING)
     state.resume(step=2998)
-    state.record_step(step=2999, tokens=30_000_000, loss=2.3456, seconds={}, rows=99_999)
-    state.record_round(outcome="committed", round=374, fragment=0, members=3, seconds=1.0)
-    state.set_slots(leases=[Lease(slot=slot, epoch=1, version=0) for slot in range(0, 16, 2)])
+    for number in range(374):
+        state.record_round(outcome="committed", round=number, fragment=0, members=3, seconds=1.0)
+    for step in range(2988, 3000):
+        now += 1.0
+        state.record_step(step=step, tokens=12_345, loss=2.3456, seconds={}, rows=12_345)
+    state.set_slots(leases=[Lease(slot=slot, epoch=1, version=0) for slot in range(10)])
     state.set_fidelity({0: 0.9123})
     state.count(Count.BYTES, "sketches", "out", by=123_456_789)
     shown = io.StringIO()
     screen = Console(file=shown, width=80, force_terminal=True, color_system=None)
     watched = Demo(argparse.Namespace(), tmp_path, screen)
     process = cast("subprocess.Popen[bytes]", None)
-    watched.peers = [Peer(f"{role}-10", process, tmp_path, tmp_path / "log", status=state.snapshot())]
+    watched.peers = [Peer(f"{role}-0", process, tmp_path, tmp_path / "log", status=state.snapshot())]
     screen.print(watched.table())
     lines = shown.getvalue().splitlines()
     assert len(lines) == 3
     assert "\u2026" not in shown.getvalue(), "something is cut"
-    for cell in (f"{role}-10 training", "2.346", "0.912", "123 MB"):
+    for cell in (f"{role}-0 ", "2.346", "0.912", "123 MB"):
         assert cell in lines[2]
-    for cell in (" 8/16 ", "2999/3000", "/s"):
+    for cell in (" 10/16 ", "2999/3000", " 12,345 "):
         assert (cell in lines[2]) == (role != "bootstrap")
-    assert ("1 (0s ago)" in lines[2]) == (role == "composer")
+    assert (" 374 (12s) " in lines[2]) == (role == "composer")
