@@ -180,6 +180,8 @@ class Demo:
                     next_line += LINE_SECONDS
                     self.say("   ".join(_progress(peer) for peer in composers))
                 time.sleep(POLL_SECONDS)
+        if not self.console.is_terminal:
+            self.console.print()  # where there is one, the table has ended its line
 
     def call(self, name: str, command: Sequence[str]) -> None:
         """Run a `shoal` command to its end, with its own data folder."""
