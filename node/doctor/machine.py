@@ -29,7 +29,7 @@ GOOD_FILES = 1024
 GOOD_SHM = 256 << 20
 WRITTEN = 32 << 20
 SLOW_DISK = 20e6  # bytes per second
-READ = GIB  # of a text
+READ = 256 << 20  # bytes of a text: its documents are counted in memory
 _FINE = (0, errno.EADDRINUSE)
 
 

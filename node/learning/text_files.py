@@ -90,7 +90,7 @@ def _opened(path: Path) -> io.BufferedReader:
         return path.open("rb")
     import pyarrow  # not above: a fifth of a second that few need
 
-    path.stat()  # its error says less
+    path.stat()  # pyarrow says less of what is not there
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=PACKED[path.suffix]))
 
 

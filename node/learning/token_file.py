@@ -87,18 +87,20 @@ def training_tokens(
 
 def _made_from(source: str, shard: tuple[int, int], tokenizer: bytes) -> str:
     digest = hashlib.blake2b(digest_size=16, person=b"shoal-tokens")
-    for part in (FORMAT, source.encode(), repr(shard).encode(), hashlib.blake2b(tokenizer).digest()):
+    for part in (FORMAT, os.fsencode(source), repr(shard).encode(), hashlib.blake2b(tokenizer).digest()):
         digest.update(len(part).to_bytes(8) + part)
     for path in files_of(source)[1]:
         with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
             found = path.stat()
-            digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            digest.update(os.fsencode(path) + f"\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
 def _open(folder: Path, made_from: str) -> Tokens | None:
     """The finished file, or None."""
-    for path in folder.glob(f"{made_from}-*.*"):
+    for path in folder.glob(f"{made_from}-*"):
+        if not _NAME.fullmatch(path.name):
+            continue
         count, kind = path.name.removeprefix(f"{made_from}-").split(".")
         dtype = np.dtype(kind)
         if int(count) == 0:
@@ -127,9 +129,11 @@ def _make(source: str, folder: Path, made_from: str, shard: tuple[int, int], enc
             os.fsync(file.fileno())
         partial.rename(folder / f"{made_from}-{count}.{dtype}")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         fix = f"about {num_bytes / 1e9:.1f} GB must be free there; --data-shard takes a part of the text"
         raise DataError(f"cannot write the text's tokens to {folder}: {error.strerror}", fix=fix) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is there only if something went wrong
+            partial.unlink()
     log.info("text.read", source=source, documents=len(wanted), bytes=num_bytes, tokens=count)
     made = _open(folder, made_from)
     assert made is not None

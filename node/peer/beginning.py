@@ -35,21 +35,28 @@ def seed_of(config: PeerConfig, run: Run, links: Links) -> SeedAtHome | None:
 
 
 def batches_of(
-    config: PeerConfig, run: Run, peer_id: str, seed: SeedAtHome | None, say: Callable[[str], None]
+    config: PeerConfig,
+    run: Run,
+    peer_id: str,
+    seed: SeedAtHome | None,
+    *,
+    say: Callable[[str], None],
+    beat: Callable[[], None],
 ) -> Batches:
     """Windows of this peer's shard of its text, drawn by its own seed.
 
     Args:
         seed: with its tokenizer fetched, where the run's tokens are that one's.
         say: told how far it is, now and then, while text becomes tokens.
+        beat: called more often than that.
     """
-    manifest, doing = run.manifest, "making tokens of the text"
+    manifest = run.manifest
     encode: Encode = tokens_of
     tokenizer, end = b"", manifest.model.config.get("eos_token_id")
     if manifest.data.tokenizer == "seed":
         assert seed is not None
         tokenizer = seed.store.need(TOKENIZER)
-        encode = Encoder(tokenizer, end, progress=lambda: say(doing))
+        encode = Encoder(tokenizer, end, progress=beat)
     tokens = training_tokens(
         text_of(config, run),
         config.data_dir / "tokens",

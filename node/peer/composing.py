@@ -150,7 +150,7 @@ class ComposerPeer:
         seed = library.seed = seed_of(config, run, self.links)
         say = functools.partial(self.state.enter, Phase.SYNCING)
         start = start_of(run.manifest, library.handle_key, seed, network, say)
-        self.batches = batches_of(config, run, peer_id, seed, say)
+        self.batches = batches_of(config, run, peer_id, seed, say=say, beat=self.state.beat)
         say("building the model")
         composer = self.composer = composer_of(config, run, peer_id, start, self.batches)
         order = LayerOrder(Handles(library.handle_key), composer.shape.num_layers)

@@ -55,9 +55,6 @@ def invite_of(
             reason = error.cause
             time.sleep(ASK_AGAIN_SECONDS)
         else:
-            kept = _kept(keep_in).get(told)
-            if kept is not None and kept.run_id != invite.run_id:  # as when that peer has lost its volume
-                log.warning("invite.other_run", run_id=invite.run_id, before=kept.run_id)
             _keep(keep_in, told, invite)
             return invite
 
@@ -85,8 +82,11 @@ def _kept(folder: Path | None) -> dict[str, Invite]:
 
 def _keep(folder: Path | None, url: str, invite: Invite) -> None:
     """The latest only: a peer is told one address."""
-    if folder is None or _kept(folder) == {url: invite}:
+    kept = _kept(folder)
+    if folder is None or kept == {url: invite}:
         return
+    if url in kept and kept[url].run_id != invite.run_id:  # as when that peer has lost its volume
+        log.warning("invite.other_run", run_id=invite.run_id, before=kept[url].run_id)
     try:
         write_whole(folder / "invites.json", json.dumps({url: str(invite)}).encode(), mode=0o600)
     except OSError as error:

@@ -107,6 +107,31 @@ def test_a_full_disk_is_named_and_nothing_stays(text: Path, tmp_path: Path) -> N
         subprocess.run(["umount", "--lazy", folder], check=True)  # what was made is mapped
 
 
+def test_where_no_file_can_be_is_named(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("a file where a folder should be")
+    with pytest.raises(DataError, match=r"cannot write .*tokens: File exists"):
+        made(text, tmp_path / "tokens")
+
+
+def test_what_ends_on_the_way_leaves_nothing(text: Path, tmp_path: Path) -> None:
+    def fail(documents: list[Document]) -> Tokens:
+        raise RuntimeError("a tokenizer that fails")
+
+    with pytest.raises(RuntimeError, match="that fails"):
+        made(text, tmp_path / "tokens", encode=fail)
+    assert os.listdir(tmp_path / "tokens") == []
+
+
+def test_names_need_not_be_text(text: Path, tmp_path: Path) -> None:
+    """As file systems have them: a name in another encoding than UTF-8, and what somebody put beside the tokens."""
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/texts-\xff"))
+    text.rename(named)
+    wanted = np.array(made(named, tmp_path / "tokens"))
+    [file] = (tmp_path / "tokens").iterdir()
+    (tmp_path / "tokens" / f"{file.name.partition('-')[0]}-old.copy").write_bytes(b"")
+    np.testing.assert_array_equal(made(named, tmp_path / "tokens"), wanted)
+
+
 def test_a_shard_without_documents_is_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number in range(2):
