@@ -37,6 +37,7 @@ from .fetching import Fetcher
 from .gossip import Gossip, Router
 from .inbox import GossipCounts
 from .links import Links, NoConnector, Unreachable, parse
+from .muxing import Muxing
 from .receiving import Receiver
 from .serving import Server
 from .sockets import WatchedTCP, port_is_free
@@ -239,12 +240,13 @@ def _build(identity: Identity, start: ipc.Start) -> Any:
     limits = start.limits
     folder = Path(start.pace_folder) if start.pace_folder else None
     pace = Pace(folder, Rates(start.rate_up, start.rate_down))
+    negotiate_seconds = int(limits.dial_seconds) or 1
     host = new_host(
         key_pair=create_new_key_pair(identity.seed),
         transports=[WatchedTCP(pace)],
         muxer_preference="YAMUX",
         disable_identify_address_discovery=True,  # peers find each other through the directory
-        negotiate_timeout=int(limits.dial_seconds) or 1,
+        negotiate_timeout=negotiate_seconds,
         connection_config=ConnectionConfig(
             max_connections=limits.max_connections,
             high_watermark=limits.max_connections,
@@ -266,6 +268,7 @@ def _build(identity: Identity, start: ipc.Start) -> Any:
     swarm: Any = host.get_network()
     swarm.retry_config = RetryConfig(max_retries=0)
     swarm.auto_connector = NoConnector(swarm)
+    swarm.upgrader.muxer_multistream = Muxing(negotiate_seconds=negotiate_seconds)
     assert str(host.get_id()) == identity.peer_id
     return host
 

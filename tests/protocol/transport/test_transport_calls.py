@@ -73,6 +73,30 @@ def test_calls_in_both_directions_at_once_keep_apart(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_large_calls_in_both_directions_while_streams_open(tmp_path: Path) -> None:
+    async def answer(_peer_id: str, _name: str, body: bytes) -> bytes:
+        return str(len(body)).encode()
+
+    async def scenario() -> None:
+        async with swarm(tmp_path, 2, max_received_calls_per_peer=16, max_received_call_bytes=10**9) as peers:
+            body = os.urandom(4_000_000)
+
+            async def large(source: Transport, target: Transport) -> None:
+                for _ in range(5):
+                    assert await source.call(target.addrs, "large", body, deadline_seconds=50) == b"4000000"
+
+            async def small(source: Transport, target: Transport) -> None:
+                for _ in range(40):  # a call without a body opens a stream
+                    assert await source.call(target.addrs, "small", b"", deadline_seconds=50) == b"0"
+
+            for peer in peers:
+                peer.answer_calls(answer)
+            pairs = (peers, peers[::-1])
+            await asyncio.gather(*(large(*pair) for pair in pairs for _ in range(8)), *(small(*pair) for pair in pairs))
+
+    run(scenario())
+
+
 def test_every_refusal_has_its_reason(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with swarm(tmp_path, 2, max_call_bytes=100_000, answer_deadline_seconds=1.0) as (answerer, caller):
