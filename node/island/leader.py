@@ -18,8 +18,7 @@ from torch import Tensor
 from ...kernels.experts import OwnedExpert
 from ...kernels.standin import StandIn
 from ..logs import get_logger
-from ..peer.way_in import free_port
-from .meeting import meet
+from .meeting import listen, meet
 from .nursery import Nursery, nursery
 from .orders import Form, Setup, Slot, limit, receive, send
 
@@ -139,19 +138,20 @@ class Island(ABC):
             return True
         if time.monotonic() < self._not_before:
             return False
-        port = free_port("127.0.0.1")
-        for rank in range(1, self.size):
-            member = Member(*self.nursery().fork())
-            self.members.append(member)
-            limit(member.pipe, self._timeout_seconds)  # one that is stopped, and not ended, would be waited for
-            setup = Setup(
-                composer.manifest, composer.mode, self.form, rank, self.size, port, self._devices[rank],
-                self.threads, self._timeout_seconds, composer.menu.bases,
-            )  # fmt: skip
-            self.tell(member, setup)
-        for member in self.members:  # the meeting would not notice that one has ended, and wait for it
-            self.hear(member)
-        meet(0, self.size, port, composer.device, self._timeout_seconds)
+        with listen() as listener:
+            port = listener.getsockname()[1]
+            for rank in range(1, self.size):
+                member = Member(*self.nursery().fork())
+                self.members.append(member)
+                limit(member.pipe, self._timeout_seconds)  # one that is stopped, and not ended, would be waited for
+                setup = Setup(
+                    composer.manifest, composer.mode, self.form, rank, self.size, port, self._devices[rank],
+                    self.threads, self._timeout_seconds, composer.menu.bases,
+                )  # fmt: skip
+                self.tell(member, setup)
+            for member in self.members:  # the meeting would not notice that one has ended, and wait for it
+                self.hear(member)
+            meet(0, self.size, port, composer.device, self._timeout_seconds, listener)
         log.info("island.formed", size=self.size, devices=self._devices)
         return True
 

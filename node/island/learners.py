@@ -75,7 +75,9 @@ class Block:
 class Learned:
     """A member's answer, before the merge."""
 
-    loss: float  # mean of its steps'
+    losses: tuple[float, ...]  # of its steps
+    tokens: int  # that it learned from: not those of steps that it skipped
+    skipped: bool  # whether there were such
     rows: Rows
 
 
@@ -119,12 +121,13 @@ class Learners(Island):
             self._left = left
             reports.append(composer.inner_step())
         merging = time.perf_counter()
-        losses = [report.loss for report in reports]
+        losses, skipped = [report.loss for report in reports], any(report.skipped for report in reports)
         if self.together:
             try:
                 self._merge(composer, sum(report.tokens for report in reports))
-                composer.tokens += (self.size - 1) * (composer.tokens - tokens)
-                losses += [answer.loss for answer in self._answers for _ in reports]
+                composer.tokens += sum(answer.tokens for answer in self._answers)
+                losses += [loss for answer in self._answers for loss in answer.losses]
+                skipped = skipped or any(answer.skipped for answer in self._answers)
                 self.worked()
             except BROKEN as error:
                 self.lose(error)
@@ -134,7 +137,7 @@ class Learners(Island):
             forward_backward_seconds=sum(report.forward_backward_seconds for report in reports),
             optimizer_seconds=sum(r.optimizer_seconds for r in reports) + time.perf_counter() - merging,
             processes=self.size if self.together else 1,
-            skipped=any(report.skipped for report in reports),
+            skipped=skipped,
             steps=steps,
         )
 
@@ -208,15 +211,18 @@ class LearnerReplica(Replica):
         dist.broadcast(weights, 0)
         fill(parameters, weights)
         del weights
-        losses = []
+        losses, tokens, skipped = list[float](), 0, False
         for number, batch in enumerate(order.batches):
             self.model.set_sketch_tap(self.rows.tap(order.rows, batch.numel(), more=number > 0))
-            losses.append(self._learn(order, number, batch.to(self.device)))
-        answer(Learned(sum(losses) / len(losses), self.rows.take()))
+            loss, sound = self._learn(order, number, batch.to(self.device))
+            losses.append(loss)
+            tokens += batch.numel() if sound else 0
+            skipped = skipped or not sound
+        answer(Learned(tuple(losses), tokens, skipped, self.rows.take()))
         dist.reduce(flat(parameters), 0)
 
-    def _learn(self, order: Block, number: int, batch: Tensor) -> float:
-        """One inner step; as a composer's, but for sketches of others. Returns its loss."""
+    def _learn(self, order: Block, number: int, batch: Tensor) -> tuple[float, bool]:
+        """One inner step; as a composer's, but for sketches of others. Its loss, and whether anything was learned."""
         train = self.train
         losses = self.model.loss(
             batch, swarm_counts=order.swarm_counts, balance_coef=train.balance_coef, z_coef=train.z_coef
@@ -226,10 +232,11 @@ class LearnerReplica(Replica):
             parameter.grad = None
         loss = losses.lm.item()
         rate = learning_rate(train, order.step + number)
-        if take_step(self._optimizer, rate, train.grad_clip, loss) and train.bias_rate:
+        sound = take_step(self._optimizer, rate, train.grad_clip, loss)
+        if sound and train.bias_rate:
             biases = self.model.selection_biases
             balance_biases(biases, losses.counts, train.bias_rate, swarm_counts_LE=order.swarm_counts)
-        return loss
+        return loss, sound
 
     def _change(self, order: Block) -> None:
         """Slots come and go, with their part of the optimizer."""

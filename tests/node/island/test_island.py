@@ -160,6 +160,17 @@ def test_signs_come_from_all_members(islands: list[Island]) -> None:
     same_signs(one, many, batches=2)
 
 
+def test_nobody_elsewhere_can_reach_an_island(islands: list[Island]) -> None:
+    many = together(tiny.manifest_of(), 2, random.randrange(1 << 30), owned={0})
+    assert many.island is not None
+    islands.append(many.island)
+    assert many.train_step().processes == 2
+    processes = [psutil.Process(), *(member.process for member in many.island.members)]
+    listening = [c for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert listening, "the store at least"
+    assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+
+
 def test_lost_members_cost_nothing_and_are_replaced(islands: list[Island], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "FIRST_PAUSE_SECONDS", 0.0)
     manifest, seed = tiny.manifest_of(), random.randrange(1 << 30)

@@ -137,6 +137,31 @@ def test_learners_do_what_their_algorithm_says(size: int, islands: list[Island])
     assert not island.has_work()
 
 
+def test_what_a_learner_skips_counts_for_no_tokens_and_is_said(islands: list[Island]) -> None:
+    every, poison, made = 3, 7, 0
+    text = tiny.batches()
+
+    def next_batch() -> Tensor:
+        """The member's come first: the second of them is poisoned."""
+        nonlocal made
+        made += 1
+        batch = text()
+        batch[batch == poison] = 0
+        if made == 2:
+            batch[0, 0] = poison
+        return batch
+
+    island = island_of(tiny.manifest_of(), 2, every, next_batch, islands, owned={0})
+    embedding = next(p for name, p in island.backbone.items() if "embed_tokens" in name)
+    with torch.no_grad():
+        embedding[poison] = torch.inf
+    report = island.train_step()
+    assert (report.processes, report.steps, report.skipped) == (2, every, True)
+    assert report.tokens == island.tokens == (2 * every - 1) * BATCH_TOKENS
+    embedding.data[poison] = 0.0
+    assert all(bool(parameter.isfinite().all()) for parameter in island.backbone.values()), "nothing else was spoiled"
+
+
 def test_learners_of_one_text_are_one_learner(islands: list[Island]) -> None:
     """Averages of equal weights are those weights: to the bit what one process makes of the same batches."""
     seed, manifest, every = random.randrange(1 << 30), tiny.manifest_of(), 3
