@@ -252,21 +252,31 @@ def test_one_message_does_not_take_a_round_to_its_last_attempt(swarm: Loopback) 
 
 def test_who_names_ever_new_attempts_does_not_keep_others_from_meeting(swarm: Loopback) -> None:
     victim, liar, other = swarm.peers
-    number = victim.common.next_round(0)
-    lane = victim.outer._lanes[0]
-    lane.heed_from.clear()
-    before = lane.attempts.get(number, 0)
 
-    def opens(sender: LoopbackPeer, attempt: int) -> int:
-        victim.outer.on_round_open(sender.peer_id, RoundOpen(round=number, attempt=attempt, fragment=0, step=1))
-        return lane.attempts[number]
+    async def scene() -> None:
+        """In one go: no round ends in the middle of it."""
+        number = victim.common.next_round(0)
+        lane = victim.outer._lanes[0]
+        lane.heed_from.clear()
+        before = lane.attempts.get(number, 0)
 
-    assert opens(liar, before + 1) == before + 1
-    assert [opens(liar, before + 2 + i) for i in range(5)] == [before + 1] * 5
-    assert opens(other, before + 2) == before + 2, "others are heeded"
-    lane.heed_from[liar.peer_id] = time.monotonic()
-    assert opens(liar, before + 3) == before + 3, "and it, by the time that a meeting has had its time"
-    assert opens(liar, before) == before + 3
+        def opens(sender: LoopbackPeer, attempt: int) -> int:
+            opening = RoundOpen(round=number, attempt=attempt, fragment=0, step=1)
+            victim.outer.on_round_open(sender.peer_id, opening)
+            return lane.attempts[number]
+
+        assert opens(liar, before + 1) == before + 1
+        assert [opens(liar, before + 2 + i) for i in range(5)] == [before + 1] * 5
+        assert opens(other, before + 2) == before + 2, "others are heeded"
+        lane.heed_from[liar.peer_id] = time.monotonic()
+        assert opens(liar, before + 3) == before + 3, "and it, by the time that a meeting has had its time"
+        assert opens(liar, before) == before + 3
+
+    def heeds_all() -> bool:
+        return {liar.peer_id, other.peer_id} <= set(victim.links.active_composers()) - victim.common.shunned
+
+    swarm.until(heeds_all, "the others are active, and not shunned")
+    swarm.call(scene())
 
 
 @pytest.mark.parametrize("value", [1e30, float("nan")])
