@@ -288,6 +288,8 @@ def _die_with(parent_pid: int) -> None:
 
 def _run() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    # It warns of each peer that has left, in up to seven lines; who wanted something of that peer is told what failed.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     try:
         trio.run(main, int(sys.argv[1]))
     except BaseExceptionGroup as group:

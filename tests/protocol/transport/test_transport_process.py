@@ -1,6 +1,7 @@
 """The life of the host process: what it may import, why it cannot start, when it must die."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shoal.protocol.errors import TransportError
+from shoal.protocol.errors import PeerUnreachable, TransportError
+from shoal.protocol.identity import Identity
 from shoal.protocol.transport.client import Transport
 from shoal.protocol.transport.limits import Limits
 
@@ -99,6 +101,20 @@ def _runs(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_a_peer_that_is_not_there_is_said_once_by_whoever_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with await Transport.start(identity_path=tmp_path / "key", run_id="run") as peer:
+            stranger = Identity.load_or_create(tmp_path / "stranger.key").peer_id
+            for _ in range(3):
+                with pytest.raises(PeerUnreachable):
+                    await peer.call([f"/ip4/127.0.0.1/tcp/1/p2p/{stranger}"], "x", b"", deadline_seconds=10)
+
+    run(scenario())
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_neither_side_imports_what_it_must_not() -> None:
