@@ -75,15 +75,23 @@ class ShareReducer(TensorPartReducer):  # type: ignore[misc]  # hivemind is unty
         self, sender_index: int, part_index: int, tensor_part: Tensor, weight: float = 1.0
     ) -> Tensor:
         """Average of the part over all senders, shape of the part. `weight`, the sender's own number, is ignored."""
-        # With these two, the call below adds the part before it first awaits. Otherwise the bit stays clear, and the
-        # round is reported as partial: the safe side.
-        if part_index == self.current_part_index and self.sender_failed_after[sender_index] == float("inf"):
-            self.included[part_index] |= 1 << sender_index
-            if self._robust and self._shares[sender_index]:
-                self._kept[sender_index] = tensor_part.clone()  # its memory may be reused for the average
-        share = self._shares[sender_index] / SHARE_TOTAL  # a power of two below: exact in float32
-        average: Tensor = await super().accumulate_part(sender_index, part_index, tensor_part, weight=share)
-        return average
+        if self.finished.is_set():
+            raise AllreduceException("the all-reduce is over")
+        self.num_parts_received[sender_index] += 1
+        if self.sender_failed_after[sender_index] != float("inf"):
+            raise BannedException(f"sender {sender_index} was banned in background")
+        if part_index != self.current_part_index:  # nobody sends a part before it has the average of the last one
+            raise AllreduceException(f"part {part_index} is not averaged now")
+        self.included[part_index] |= 1 << sender_index
+        share = self._shares[sender_index]
+        if self._robust and share:
+            self._kept[sender_index] = tensor_part.clone()  # its memory may be reused for the average
+        self.accumulator.add_(tensor_part, alpha=share / SHARE_TOTAL)  # a power of two below: exact in float32
+        self.denominator += share / SHARE_TOTAL
+        self.current_part_accumulated_from += 1
+        average: asyncio.Future[Tensor] = self.current_part_future
+        self.check_current_part_finished()
+        return await asyncio.shield(average)  # whose stream ends meanwhile must not cancel it for all
 
     def check_current_part_finished(self) -> None:
         if self.current_part_accumulated_from == self.num_current_senders:

@@ -53,6 +53,27 @@ class NanProcess(AveragerProcess):
     runner_type = Lingers
 
 
+class Late(TruthfulRunner):
+    """Sends its parts after all others."""
+
+    async def _exchange_with(self, peer_id, peer_index):
+        await asyncio.sleep(1.5)
+        await super()._exchange_with(peer_id, peer_index)
+
+
+class Dies(TruthfulRunner):
+    """Ends as by SIGKILL when it has sent its first parts, and waits for their averages."""
+
+    async def _exchange_with(self, peer_id, peer_index):
+        asyncio.get_running_loop().call_later(0.7, os.kill, os.getpid(), signal.SIGKILL)
+        await super()._exchange_with(peer_id, peer_index)
+
+
+def process_with(runner):
+    """An averager's process that runs its groups in another way."""
+    return type(AveragerProcess.__name__, (AveragerProcess,), {"runner_type": runner})
+
+
 class FrozenProcess(AveragerProcess):
     """Finds its group and then does nothing, so that the test can kill it exactly there."""
 
@@ -85,6 +106,9 @@ class Freeloads:
         return super()._submit(*args, receiver=self._identity.peer_id, **kwargs)
 
 
+RUNNERS = {"late": Late, "dies": Dies}
+
+
 def faulty(kind, fault):
     """`kind`, or what a peer with this fault has in its place."""
     bases = {"nan": (SendsNan,), "freeloader": (Freeloads,)}.get(fault, ())
@@ -94,6 +118,7 @@ def faulty(kind, fault):
         "frozen": FrozenProcess,
         "frozen client": FrozenProcess,
         "counting": CountingProcess,
+        **{name: process_with(runner) for name, runner in RUNNERS.items()},
     }
     process = processes.get(fault, AveragerProcess)
     return type(kind.__name__, (*bases, kind), {"process_type": process})
