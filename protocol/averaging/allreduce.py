@@ -5,6 +5,7 @@ hivemind's runner cuts the vector into parts, gives each part to one member to r
     weights     a reducer uses the shares computed from everybody's signed facts; the number a sender states is ignored
     non-finite  a part with NaN or infinity, of a wrong shape or codec, bans its sender for the rest of the round
     identical   a part's average is encoded once; all members, the reducer too, decode those bytes and *set* them
+    once        a member that opens a second stream of parts is banned: the reducer counts parts, not members
     partial     a reply says whose inputs the average holds (a bitmap) and their summed share; every member compares it
                 with the whole group's, so a missing input or reducer is seen by all whom it concerns
     receivers   a member whose share is 0 sends empty parts, asks with them for the averages, and nobody needs it
@@ -318,6 +319,13 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
     ) -> AsyncIterator[averaging_pb2.AveragingData]:
         if context.remote_id not in self.sender_peer_ids:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        if context.remote_id in self.active_senders:  # a part that came twice would count as somebody else's
+            sender = context.remote_id.to_base58()
+            self.account.blame(sender, "sends its parts twice")
+            self.account.proven.add(sender)
+            await self._ban_sender(context.remote_id)
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
         async for message in super().rpc_aggregate_part(stream, context):

@@ -12,12 +12,15 @@ import os
 import signal
 import sys
 import threading
+from contextlib import aclosing
 from multiprocessing.connection import Client
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
+from hivemind.proto import averaging_pb2
+from hivemind.utils.asyncio import as_aiter
 from shoal.protocol.averaging.allreduce import TruthfulRunner
 from shoal.protocol.averaging.averager_process import AveragerProcess
 from shoal.protocol.averaging.averaging import OuterAverager
@@ -51,6 +54,18 @@ class Lingers(TruthfulRunner):
 
 class NanProcess(AveragerProcess):
     runner_type = Lingers
+
+
+class Repeats(TruthfulRunner):
+    """Sends every reducer its first part twice, so that one of them is taken for somebody else's."""
+
+    async def _exchange_with(self, peer_id, peer_index):
+        part, _ = self.tensor_part_container._input_parts_by_peer[peer_index][0]
+        again = averaging_pb2.AveragingData(
+            code=averaging_pb2.PART_FOR_AVERAGING, group_id=self.group_id, tensor_part=self._codec.encode(part)
+        )
+        async with aclosing(await self._get_peer_stub(peer_id).rpc_aggregate_part(as_aiter(again))):
+            await super()._exchange_with(peer_id, peer_index)
 
 
 class Late(TruthfulRunner):
@@ -106,7 +121,7 @@ class Freeloads:
         return super()._submit(*args, receiver=self._identity.peer_id, **kwargs)
 
 
-RUNNERS = {"late": Late, "dies": Dies}
+RUNNERS = {"repeats": Repeats, "late": Late, "dies": Dies}
 
 
 def faulty(kind, fault):

@@ -1,9 +1,18 @@
-"""Members that keep rounds from completing, over real all-reduces on loopback: what it costs the others."""
+"""Members that keep rounds from completing, over real all-reduces on loopback: what it costs, and who is suspected."""
 
 from __future__ import annotations
 
 import numpy as np
 from averaging_swarm import reasons, statuses
+from shoal.protocol.averaging.reputation import Reputation
+
+
+def shunned(peer, outcome):
+    """Whom this peer keeps out once there have been as many such rounds as it takes."""
+    book = Reputation(peer.peer_id)
+    for _ in range(6):
+        book.failed(outcome["proven"], outcome["suspicion"], 0.0)
+    return book.shunned(0.0)
 
 
 def test_who_dies_while_all_wait_for_an_average_takes_nobody_along(swarm):
@@ -15,3 +24,18 @@ def test_who_dies_while_all_wait_for_an_average_takes_nobody_along(swarm):
     outcomes = [peer.outcome() for peer in peers[:2]]
     assert statuses(outcomes) == ["partial"] * 2, reasons(outcomes)
     assert all(set(outcome["failed"]) == {peers[2].peer_id} for outcome in outcomes), reasons(outcomes)
+
+
+def test_who_sends_its_parts_twice_is_found_out_and_not_who_comes_after_it(swarm):
+    peers = swarm.start(3, sizes=(3000,), faults={1: "late", 2: "repeats"})
+    for peer in peers:
+        peer.submit(np.ones(3000), expected=3, quorum=3)
+    outcomes = [peer.outcome() for peer in peers]
+    first, late, liar = peers
+    assert outcomes[0]["status"] != "complete", reasons(outcomes)
+    assert outcomes[0]["proven"] == (liar.peer_id,)
+    assert late.peer_id not in outcomes[0]["failed"]
+    assert liar.peer_id in shunned(first, outcomes[0])
+    for peer in (first, late):
+        peer.submit(np.ones(3000), attempt=1, expected=2, avoid=[liar.peer_id])
+    assert statuses([peer.outcome() for peer in (first, late)]) == ["complete"] * 2
