@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.partition import AllreduceException, BannedException, TensorPartReducer
-from hivemind.p2p import P2PContext, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import aenumerate, aiter_with_timeout, amap_in_executor
 from torch import Tensor
@@ -44,7 +44,8 @@ class Account:
     Attributes:
         failed: peer id (base58) to the first reason it was left out of a part or did not return one.
         proven: who sent this member what no honest peer sends.
-        missing: peer id to the reducers that say, or have seen, that it did not send them all its parts.
+        missing: peer id to the members that say, or have seen, that it did not give them what they were to have of it:
+            its parts, or as a reducer their averages.
         whole: elements of the fragment that were averaged over every member.
     """
 
@@ -237,19 +238,12 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
                 await self._reduce_own_parts(peer_index)
             else:
                 await self._exchange_with(peer_id, peer_index)
-        except (
-            AllreduceException,
-            Refused,
-            P2PDaemonError,
-            P2PHandlerError,
-            TimeoutError,
-            asyncio.IncompleteReadError,
-            OSError,
-        ) as error:
+        except Exception as error:  # noqa: BLE001 - messages that cannot be read end in whatever their parsers raise
             cause = error.cause if isinstance(error, Refused) else str(error) or type(error).__name__
             if isinstance(error, Refused) and peer_id != self.peer_id:
                 self.account.proven.add(name)
             self.account.blame(name, f"did not return its parts: {cause}")
+            self.account.missing.setdefault(name, set()).add(self._names[self._own_index])
             log.warning("reducer failed peer=%s: %s", name, cause)
             self.tensor_part_container.register_failed_reducer(peer_index)  # keeps the output's length; never used
 

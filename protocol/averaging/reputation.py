@@ -5,8 +5,9 @@ for ever. So who does that is not met for a while, and its votes do not count.
 
     proven      this peer itself received from it a part with NaN or of a wrong shape, or an answer that weighs the
                 members otherwise than their facts say. Streams are authenticated, so nobody else can have sent it.
-    suspicion   a reducer says that a member's part did not come. Either may lie: a reducer that stands alone with it
-                is suspected as much as the member; if most reducers say so, only the member is.
+    suspicion   a reducer says that a member's part did not come, or did not return its average to this peer. Either may
+                lie: a reducer that stands alone with it is suspected as much as the member; if most reducers say so,
+                only the member is.
 
 A quorum is still one of all active composers, shunned ones included: peers whose opinions of each other differ must not
 come to two majorities. Silence is no lie: who is slow or gone is only suspected, and a commit with it clears it. A liar
@@ -27,7 +28,7 @@ def suspects(missing: Mapping[str, Collection[str]], reducers: Collection[str]) 
     """Suspicion that one failed round brings, by peer.
 
     Args:
-        missing: member to the reducers that did not get all its parts, by their own word.
+        missing: member to those that did not get all its parts, or averages of it, by their own word.
         reducers: all of the round.
     """
     suspicion: dict[str, float] = {}

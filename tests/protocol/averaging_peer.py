@@ -84,6 +84,21 @@ class Dies(TruthfulRunner):
         await super()._exchange_with(peer_id, peer_index)
 
 
+class Mute(TruthfulRunner):
+    """Takes parts, and never says what they average to."""
+
+    async def rpc_aggregate_part(self, stream, context):
+        await asyncio.Event().wait()
+        yield averaging_pb2.AveragingData()
+
+
+class Babbles(TruthfulRunner):
+    """Answers with what no message says."""
+
+    async def rpc_aggregate_part(self, stream, context):
+        yield averaging_pb2.AveragingData(code=99)
+
+
 def process_with(runner):
     """An averager's process that runs its groups in another way."""
     return type(AveragerProcess.__name__, (AveragerProcess,), {"runner_type": runner})
@@ -121,7 +136,7 @@ class Freeloads:
         return super()._submit(*args, receiver=self._identity.peer_id, **kwargs)
 
 
-RUNNERS = {"repeats": Repeats, "late": Late, "dies": Dies}
+RUNNERS = {"repeats": Repeats, "late": Late, "dies": Dies, "mute": Mute, "babbles": Babbles}
 
 
 def faulty(kind, fault):

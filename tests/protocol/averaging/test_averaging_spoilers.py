@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from averaging_swarm import reasons, statuses
 from shoal.protocol.averaging.reputation import Reputation
 
@@ -39,3 +40,16 @@ def test_who_sends_its_parts_twice_is_found_out_and_not_who_comes_after_it(swarm
     for peer in (first, late):
         peer.submit(np.ones(3000), attempt=1, expected=2, avoid=[liar.peer_id])
     assert statuses([peer.outcome() for peer in (first, late)]) == ["complete"] * 2
+
+
+@pytest.mark.parametrize("fault", ["mute", "babbles"])
+def test_a_reducer_without_answers_is_suspected(swarm, fault):
+    """As one whom nobody can dial: its own parts come, and every round would be tried again with it for ever."""
+    peers = swarm.start(3, sizes=(3000,), faults={2: fault}, timeout_seconds=10.0)
+    for peer in peers:
+        peer.submit(np.ones(3000), expected=3, quorum=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert statuses(outcomes[:2]) == ["partial"] * 2, reasons(outcomes)
+    for peer, outcome in zip(peers[:2], outcomes, strict=False):
+        assert set(outcome["failed"]) == {peers[2].peer_id}, reasons(outcomes)
+        assert shunned(peer, outcome) == {peers[2].peer_id}
