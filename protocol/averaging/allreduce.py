@@ -52,12 +52,17 @@ class Account:
     failed: dict[str, str] = field(default_factory=dict)
     proven: set[str] = field(default_factory=set)
     missing: dict[str, set[str]] = field(default_factory=dict)
+    settled: bool = False  # nobody else is accused
     whole: int = 0
     bytes_sent: int = 0
     bytes_received: int = 0
 
     def blame(self, peer_id: str, reason: str) -> None:
         self.failed.setdefault(peer_id, reason)
+
+    def accuse(self, peer_id: str, accuser: str) -> None:
+        if not self.settled:
+            self.missing.setdefault(peer_id, set()).add(accuser)
 
 
 class ShareReducer(TensorPartReducer):  # type: ignore[misc]  # hivemind is untyped
@@ -243,7 +248,7 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
             if isinstance(error, Refused) and peer_id != self.peer_id:
                 self.account.proven.add(name)
             self.account.blame(name, f"did not return its parts: {cause}")
-            self.account.missing.setdefault(name, set()).add(self._names[self._own_index])
+            self.account.accuse(name, self._names[self._own_index])
             log.warning("reducer failed peer=%s: %s", name, cause)
             self.tensor_part_container.register_failed_reducer(peer_index)  # keeps the output's length; never used
 
@@ -307,7 +312,25 @@ class TruthfulRunner(AllReduceRunner):  # type: ignore[misc]  # hivemind is unty
         for i, name in enumerate(self._names):
             if not included >> i & 1:
                 self.account.blame(name, "is missing from an average")
-                self.account.missing.setdefault(name, set()).add(self._names[reducer])
+                self.account.accuse(name, self._names[reducer])
+
+    def settle(self) -> None:
+        """The time is nearly up: who holds up the round now, as seen from here, is to blame for that, and nobody later.
+
+        Members whose time is up first break off all their streams, and would be blamed by those who began after them.
+        """
+        reducer, container = self.tensor_part_reducer, self.tensor_part_container
+        slow = []
+        if reducer.num_parts:
+            included = reducer.included[reducer.current_part_index]
+            slow = [n for i, n in enumerate(self._names) if not included >> i & 1]
+            if not slow:  # all have been able to send here what they had to: the rest is up to reducers
+                counts = zip(container._outputs_registered_by_peer, container.num_parts_by_peer, strict=True)
+                slow = [n for n, (came, parts) in zip(self._names, counts, strict=True) if came < parts]
+        for name in slow:
+            self.account.blame(name, "is too slow for the round")
+            self.account.accuse(name, self._names[self._own_index])
+        self.account.settled = True
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext

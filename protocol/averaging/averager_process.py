@@ -67,7 +67,7 @@ _HIVEMIND_ERRORS = (
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """Every wait of a round, in seconds: request < matchmaking; sender < reducer < allreduce < round."""
+    """Every wait of a round, in seconds: request < matchmaking; sender < reducer < settle < allreduce < round."""
 
     matchmaking: float
     round: float
@@ -89,6 +89,11 @@ class RoundTimes:
     @property
     def allreduce(self) -> float:
         return self.round - self.search - REPORT_SECONDS
+
+    @property
+    def settle(self) -> float:
+        """Into the all-reduce, when it is asked who holds it up."""
+        return 0.9 * self.allreduce
 
     @property
     def reducer(self) -> float:
@@ -289,7 +294,9 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 facts,
                 failed={} if status is Status.COMPLETE else account.failed,
                 proven=tuple(sorted(account.proven)),
-                suspicion=suspects(account.missing, {fact.peer_id for fact in facts if fact.reduces}),
+                suspicion={}
+                if status is Status.COMPLETE
+                else suspects(account.missing, {fact.peer_id for fact in facts if fact.reduces}),
                 whole=account.whole,
                 matchmaking_seconds=matched,
                 quorum_seconds=min(matched, self._matchmakings[order.own.fragment].quorum_seconds),
@@ -371,8 +378,11 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
                 reducer_timeout=self._times.reducer,
             )
             self._running_groups[group.group_id].set_result(runner)
+            collecting = asyncio.ensure_future(self._collect(runner, vector))
             try:
-                await asyncio.wait_for(self._collect(runner, vector), self._times.allreduce)
+                if not (await asyncio.wait({collecting}, timeout=self._times.settle))[0]:
+                    runner.settle()
+                await asyncio.wait_for(collecting, self._times.allreduce - self._times.settle)
             except TimeoutError:
                 return Status.TIMED_OUT, f"no result within {self._times.allreduce:.1f} s", runner.account
             except _HIVEMIND_ERRORS as error:

@@ -53,3 +53,16 @@ def test_a_reducer_without_answers_is_suspected(swarm, fault):
     for peer, outcome in zip(peers[:2], outcomes, strict=False):
         assert set(outcome["failed"]) == {peers[2].peer_id}, reasons(outcomes)
         assert shunned(peer, outcome) == {peers[2].peer_id}
+
+
+def test_who_is_too_slow_for_the_round_is_suspected(swarm, tmp_path):
+    """Its link carries a part in time, but not all of them: rounds with it always end before it has sent them."""
+    peers = swarm.start(
+        3, sizes=(24_000,), part_bytes=1 << 12, timeout_seconds=16.0, paces={2: (str(tmp_path), 8000.0, None)}
+    )
+    for peer in peers:
+        peer.submit(np.ones(24_000), expected=3, quorum=3)
+    outcomes = [peer.outcome() for peer in peers]
+    assert all(outcome["status"] != "complete" for outcome in outcomes), reasons(outcomes)
+    for peer, outcome in zip(peers[:2], outcomes, strict=False):
+        assert shunned(peer, outcome) == {peers[2].peer_id}, (outcome["suspicion"], reasons(outcomes))
