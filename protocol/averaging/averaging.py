@@ -44,11 +44,12 @@ GRACE_SECONDS = 5.0  # past a round's own timeout, before the process counts as 
 _TICK_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pending:
     future: Future[Outcome]
     order: Order
     submitted: float  # monotonic seconds
+    abandoned: bool = False  # told once: a process that hangs reads nothing, and a full pipe holds up who writes
 
 
 class Averager:
@@ -219,9 +220,10 @@ class Averager:
         Without effect once a group has met: its members count on each other.
         """
         with self._lock:
-            tickets = [ticket for ticket, pending in self._pending.items() if pending.order.own.round == round_]
-            for ticket in tickets:
-                self._order("_abandon", ticket)
+            for ticket, pending in self._pending.items():
+                if pending.order.own.round == round_ and not pending.abandoned:
+                    pending.abandoned = True
+                    self._order("_abandon", ticket)
 
     def shutdown(self) -> None:
         """Stop the process, serving groupmates' last parts first. Pending futures get AveragerEnded. Idempotent."""

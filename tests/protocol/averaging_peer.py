@@ -2,7 +2,7 @@
 
 argv[1]  address of the test's Unix socket. The template connects first and then receives one dict per peer to fork;
          each peer connects to the same address, says who it is, and obeys ("submit", vector, kwargs),
-         ("sketch", vector or None, kwargs) and ("stop",).
+         ("sketch", vector or None, kwargs), ("abandon", round, times) and ("stop",).
 """
 
 from __future__ import annotations
@@ -240,6 +240,11 @@ def serve(address: str, spec: dict) -> None:
         command, *rest = connection.recv()
         if command == "stop":
             break
+        if command == "abandon":
+            round_, times = rest
+            for _ in range(times):
+                averager.abandon(round_)
+            continue
         vector, kwargs = rest
         if command == "sketch":
             vector = None if vector is None else torch.from_numpy(np.array(vector))

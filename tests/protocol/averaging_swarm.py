@@ -62,6 +62,9 @@ class Peer:
         kwargs = dict(slot=slot, interval=interval, tokens=tokens, expected=expected, owner=owner.peer_id, **more)
         self.connection.send(("sketch", None if vector is None else vector.astype(np.float32), kwargs))
 
+    def abandon(self, round, times):
+        self.connection.send(("abandon", round, times))
+
     def next(self, kind, seconds=30):
         assert self.connection.poll(seconds), f"{self.name} sent no {kind} within {seconds} s"
         got, value = self.connection.recv()

@@ -308,6 +308,16 @@ def test_an_averager_that_hangs_is_given_up_and_then_ended(swarm):
     assert "answered nothing" in reason
 
 
+def test_an_averager_that_hangs_holds_up_nobody_who_abandons_its_round(swarm):
+    """A peer abandons it at each news for as long as the round has no end, and its pipe holds some hundred words."""
+    (peer,) = swarm.start(1, matchmaking_seconds=0.5, timeout_seconds=2.5)
+    os.kill(peer.averager_pid, signal.SIGSTOP)
+    peer.submit(np.zeros(1000))
+    peer.abandon(0, times=3000)
+    assert peer.outcome()["status"] == "timed_out"
+    os.kill(peer.averager_pid, signal.SIGCONT)
+
+
 def test_of_searches_that_are_over_no_task_is_left(swarm):
     peers = swarm.start(2, faults=dict.fromkeys(range(2), "counting"))
     for round in range(2):
