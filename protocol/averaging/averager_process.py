@@ -44,6 +44,7 @@ from .facts import RoundFacts, open_facts
 from .fragments import Fragment
 from .matchmaking import RoundMatchmaking, Search, round_of_bucket
 from .merging import Weighting, shares, weights
+from .message_bounds import bound_messages
 from .outcome import Order, Report, Status
 from .parts import PartCodec
 from .reputation import suspects
@@ -193,6 +194,7 @@ class AveragerProcess(DecentralizedAverager):  # type: ignore[misc]  # hivemind 
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         end_with_parent(self._parent_pid)
+        bound_messages()
         torch.set_num_threads(1)  # the cores are the trainer's
         super().run()
 

@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 import threading
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from multiprocessing.connection import Client
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
+from hivemind.p2p import P2P
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import as_aiter
 from shoal.protocol.averaging.allreduce import TruthfulRunner
@@ -84,6 +85,21 @@ class Dies(TruthfulRunner):
         await super()._exchange_with(peer_id, peer_index)
 
 
+class Floods(TruthfulRunner):
+    """Announces a message of a terabyte, and sends as much of it as is taken."""
+
+    async def _exchange_with(self, peer_id, peer_index):
+        name = AveragerProcess._get_handle_name(self._prefix, "rpc_join_group")
+        _, _, writer = await self._p2p.call_binary_stream_handler(peer_id, name)
+        writer.write(P2P.MESSAGE_MARKER + (1 << 40).to_bytes(P2P.HEADER_LEN, P2P.BYTEORDER))
+        with suppress(OSError):
+            for _ in range(200):
+                writer.write(bytes(1 << 20))
+                await writer.drain()
+        writer.close()
+        await super()._exchange_with(peer_id, peer_index)
+
+
 class Mute(TruthfulRunner):
     """Takes parts, and never says what they average to."""
 
@@ -136,7 +152,7 @@ class Freeloads:
         return super()._submit(*args, receiver=self._identity.peer_id, **kwargs)
 
 
-RUNNERS = {"repeats": Repeats, "late": Late, "dies": Dies, "mute": Mute, "babbles": Babbles}
+RUNNERS = {"repeats": Repeats, "late": Late, "floods": Floods, "dies": Dies, "mute": Mute, "babbles": Babbles}
 
 
 def faulty(kind, fault):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from averaging_swarm import reasons, statuses
@@ -66,3 +68,18 @@ def test_who_is_too_slow_for_the_round_is_suspected(swarm, tmp_path):
     assert all(outcome["status"] != "complete" for outcome in outcomes), reasons(outcomes)
     for peer, outcome in zip(peers[:2], outcomes, strict=False):
         assert shunned(peer, outcome) == {peers[2].peer_id}, (outcome["suspicion"], reasons(outcomes))
+
+
+def peak(peer):
+    """The most memory that its averager has had, in bytes."""
+    (line,) = (line for line in Path(f"/proc/{peer.averager_pid}/status").read_text().splitlines() if "VmHWM" in line)
+    return 1024 * int(line.split()[1])
+
+
+def test_a_message_without_end_is_not_taken_in(swarm):
+    victim, liar = swarm.start(2, faults={1: "floods"})
+    before = peak(victim)
+    for peer in (victim, liar):
+        peer.submit(np.ones(1000))
+    assert statuses([peer.outcome() for peer in (victim, liar)]) == ["complete"] * 2
+    assert peak(victim) - before < 64 << 20
