@@ -239,7 +239,8 @@ class OuterDriver:
         reputation = self.common.reputation
         if committed:
             reputation.committed(result.members)
-        for peer in reputation.failed(result.proven, result.suspicion, time.monotonic()):
+        spare = len(set(self._links.active_composers()) - self.common.shunned) - self._links.quorum()
+        for peer in reputation.failed(result.proven, result.suspicion, time.monotonic(), spare):
             self._links.state.count(Count.REFUSALS, "round-spoiled")
             log.warning("outer.shunned", peer=peer, reason=result.failed.get(peer, "keeps rounds from completing"))
 

@@ -16,6 +16,7 @@ that spoils only one reducer's parts is known to that one at once, to the others
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -62,23 +63,30 @@ class Reputation:
     me: str
     _records: dict[str, _Record] = field(default_factory=dict)
 
-    def failed(self, proven: Collection[str], suspicion: Mapping[str, float], now: float) -> list[str]:
+    def failed(
+        self, proven: Collection[str], suspicion: Mapping[str, float], now: float, spare: float = math.inf
+    ) -> list[str]:
         """A round came to nothing. Returns who is shunned from now on and was not before.
 
         Args:
             now: monotonic seconds, as in all methods.
+            spare: how many members a quorum can do without. No more are shunned on suspicion at a time, the most
+                suspected first: without a quorum nothing would be gained.
         """
-        caught = []
+        caught: list[str] = []
         self._records = {
             peer: record
             for peer, record in self._records.items()
             if max(record.last, record.until) > now - MAX_SHUN_SECONDS
         }
-        for peer in sorted({*proven, *suspicion} - {self.me}):
+        for peer in {*proven, *suspicion} - {self.me}:
             record = self._records.setdefault(peer, _Record())
             record.suspicion += suspicion.get(peer, 0.0)
             record.last = now
-            if record.until <= now and (peer in proven or record.suspicion >= STRIKES):
+        free = {peer: record for peer, record in self._records.items() if record.until <= now and peer != self.me}
+        for peer in sorted(free, key=lambda peer: (peer not in proven, -free[peer].suspicion, peer)):
+            record = free[peer]
+            if peer in proven or (record.suspicion >= STRIKES and spare > len(caught)):
                 record.suspicion = 0.0
                 record.until = now + min(MAX_SHUN_SECONDS, SHUN_SECONDS * 2**record.times)
                 record.times += 1

@@ -19,6 +19,8 @@ from shoal.node.backbone.common_state import Held
 from shoal.node.backbone.outer import MAX_ATTEMPT
 from shoal.node.learning.composer import Composer
 from shoal.protocol.averaging.merging import digest
+from shoal.protocol.averaging.outcome import Outcome, Status
+from shoal.protocol.averaging.reputation import Reputation
 from shoal.protocol.directory.records import MAX_MEMBERS, VoteRecord, seal_record
 from shoal.protocol.identity import Identity
 from shoal.protocol.messages import RoundOpen
@@ -374,3 +376,15 @@ def test_who_spoils_a_round_is_not_met_again_and_does_not_vote(swarm: Loopback) 
     assert liar.peer_id not in first.common.votes(0)
     assert first.links.state.snapshot()["refusals"]["round-spoiled"] == 1
     assert not liar.common.shunned - {first.peer_id, second.peer_id}
+
+
+def test_nobody_is_shunned_on_suspicion_without_whom_there_is_no_quorum(
+    swarm: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two cannot reach each other, the third hears each of them accuse the other, and needs one."""
+    first, *others = swarm.peers
+    monkeypatch.setattr(first.common, "reputation", Reputation(first.peer_id))
+    suspicion = {peer.peer_id: 1.0 for peer in others}
+    for _ in range(10):
+        first.outer._judge(Outcome(Status.PARTIAL, 0, 0, suspicion=suspicion), committed=False)
+    assert len(first.common.shunned) == 1

@@ -43,6 +43,17 @@ def test_silence_costs_something_only_if_it_goes_on() -> None:
     assert failures == STRIKES
 
 
+def test_on_suspicion_no_more_are_left_out_than_a_quorum_can_spare() -> None:
+    book = Reputation("me")
+    for _ in range(6):
+        assert book.failed([], {"a": 1.0, "b": 1.5}, 0.0, spare=0) == []
+    assert book.failed([], {"a": 0.5}, 0.0, spare=1) == ["b"]
+    assert book.failed([], {}, 0.0, spare=0) == []
+    assert book.failed(["c"], {}, 0.0, spare=0) == ["c"], "what is proven needs no quorum"
+    book.committed(["me", "a"])
+    assert book.failed([], {"a": 1.0}, 0.0, spare=1) == []
+
+
 def test_who_has_spoiled_nothing_for_long_is_as_if_it_never_had() -> None:
     book, now = Reputation("me"), 100.0
     for number in range(50):
